@@ -1,0 +1,316 @@
+"""Llama, written out: the configuration, the layers, the key-value cache and greedy decoding.
+
+Module names are those of the Hugging Face checkpoint, so a state dict key is a tensor name in the file.
+Shape letters: B rows, T tokens, S keys seen, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+from errors import InputError
+
+
+@dataclass
+class LlamaConfig:
+    """The keys of a Hugging Face `config.json` that decide what a Llama computes (defaults: Llama-2-7b)."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: hidden_size / heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "llama3" or "linear", "factor": ..., ...}
+    max_position_embeddings: int = 4096  # the context, in tokens
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"config.json: {self.num_attention_heads} heads do not share "
+                             f"{self.num_key_value_heads} key-value heads evenly; check num_key_value_heads")
+        if self.head_dim % 2:
+            raise InputError(f"config.json: head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "LlamaConfig":
+        """Read a `config.json`, with the older keys or the newer `rope_parameters`; InputError for what is no Llama."""
+        if config.get("model_type", "llama") != "llama":
+            raise InputError(f"config.json: model_type {config['model_type']!r} is not supported; use a Llama checkpoint")
+        if config.get("hidden_act", "silu") != "silu":
+            raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Llama uses silu")
+        for key in ("attention_bias", "mlp_bias", "sliding_window"):
+            if config.get(key):
+                raise InputError(f"config.json: {key} is set; this Llama has none, so the outputs would be wrong")
+        kept = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kept["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+        rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
+        needed = {"default": [], "linear": ["factor"],
+                  "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+        if rope["rope_type"] not in needed:
+            raise InputError(f"config.json: rope type {rope['rope_type']!r} is unknown; known: {', '.join(needed)}")
+        missing = [key for key in needed[rope["rope_type"]] if key not in rope]
+        if missing:
+            raise InputError(f"config.json: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
+        kept["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                   "intermediate_size") if key not in kept]
+        if missing:
+            raise InputError(f"config.json lacks {', '.join(missing)}; is it a model's configuration?")
+        return cls(**kept)
+
+    def to_dict(self) -> dict:
+        """The `config.json` to save, with the older keys that every version of transformers reads."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False, **asdict(self)}
+
+
+def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
+    """Radians that each pair of a head's dimensions turns per position: (D/2,) fp32.
+
+    Llama 3.1's scaling (`rope_type: llama3`) slows the pairs whose wavelength is long against the original context
+    by `factor`, leaves the short ones, and blends in between.
+    """
+    D = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    slowed = freq / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slowed
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: all slowed, 1: left as it is
+    return (1 - keep) * slowed + keep * freq
+
+
+def rope_tables(config: LlamaConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every angle: positions (B,T) -> two of (B,1,T,D/2) fp32, the 1 standing for all heads."""
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn dimension i together with i + D/2 (the half-split convention of Hugging Face): (B,H,T,D) -> the same."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Attention to read: q (B,H,T,D), k and v (B,H,S,D), visible (B or 1,1,T,S) bool -> (B,H,T,D).
+
+    The model calls F.scaled_dot_product_attention, which computes the same without the (T,S) table; tested equal.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B,H,T,S)
+    return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ v
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of at most `size` tokens; row b holds lengths[b] of them so far."""
+
+    def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
+        shape = (batch, config.num_key_value_heads, size, config.head_dim)
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+                       for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def write(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int):
+        """Put k and v (B,G,T,D) at positions (B,T); give back all before `end`: two of (B,G,end,D)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        for cached, new in zip(self.layers[layer], (k, v)):
+            cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
+        return (cached[:, :, :end] for cached in self.layers[layer])
+
+    def keep(self, rows: torch.Tensor):
+        """Drop every row but these (n,)."""
+        self.layers = [[cached[rows] for cached in layer] for layer in self.layers]
+        self.lengths = self.lengths[rows]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, then times the weight: that order, as the published weights were trained."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which G key-value heads serve H query heads, H/G neighbours each."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        C, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.head_dim, self.group = layer, D, H // G
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, G * D, bias=False)
+        self.v_proj = nn.Linear(C, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x, cos, sin, cache, positions, visible):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B,H,T,D), and k and v (B,G,T,D)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(self.layer, positions, k, v, end=visible.shape[-1])  # (B,G,S,D)
+        if self.group > 1:
+            k, v = (h.repeat_interleave(self.group, dim=1) for h in (k, v))  # (B,H,S,D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)  # (B,H,T,D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: a gated feed-forward layer."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        C, I = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, I, bias=False)
+        self.up_proj = nn.Linear(C, I, bias=False)
+        self.down_proj = nn.Linear(I, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each normalised before and added back after."""
+
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, *attention_args):
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """`model(tokens)` gives next-token logits; `model.generate(prompts, ...)` gives greedy answers."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=config.initializer_range)
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Where the configuration ties them, the head is the embedding: one parameter under two names."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens, positions=None, cache: KVCache | None = None) -> torch.Tensor:
+        """Next-token logits: tokens (B,T) int64 -> (B,T,V) in the compute dtype. Rows start at position 0.
+
+        positions: run the head only there (most training tokens need no logits). A bool mask (B,T) gives (N,V) in
+        row order; integer places (P,) or (B,P) in the rows give (B,P,V).
+        cache: the tokens continue its rows at cache.lengths, and their keys and values are written to it; moving
+        cache.lengths on is the caller's part, who knows what was padding.
+        """
+        B, T = tokens.shape
+        places = torch.arange(T, device=tokens.device)[None]  # (1,T): from lengths, never from token ids
+        visible = None  # plain causal
+        if cache is not None:
+            places = cache.lengths[:, None] + places  # (B,T)
+            seen = torch.arange(int(places.max()) + 1, device=tokens.device)
+            visible = seen <= places[:, None, :, None]  # (B,1,T,S): every place up to one's own
+        cos, sin = rope_tables(self.config, places)
+        x = self.model.embed_tokens(tokens)  # (B,T,C)
+        for block in self.model.layers:
+            x = block(x, cos, sin, cache, places, visible)
+        if positions is not None:
+            if positions.dtype == torch.bool:
+                x = x[positions]  # (N,C)
+            else:
+                x = x[torch.arange(B, device=tokens.device)[:, None], positions.expand(B, -1)]  # (B,P,C)
+        return self.lm_head(self.model.norm(x))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=()) -> list[list[int]]:
+        """Greedy answers, argmax at every step: token ids in, the new token ids out, without the stop token.
+
+        Prompts may differ in length. Each gets the tokens that it gets alone (in fp32, ties within rounding aside):
+        rows are padded on the right, keep their own positions, stop on their own and then leave the batch.
+        A row also stops where the context ends. InputError for an empty or too long prompt.
+        """
+        context = self.config.max_position_embeddings
+        for prompt in prompts:
+            if not 0 < len(prompt) < context:
+                raise InputError(f"a prompt has {len(prompt)} tokens; it needs 1 to {context - 1} to leave room for "
+                                 f"an answer in this model's context of {context}: shorten it")
+        answers = [[] for _ in prompts]
+        if not prompts or max_new_tokens < 1:
+            return answers
+        weight = self.lm_head.weight
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+        longest = int(lengths.max())
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=weight.device)
+        cache = KVCache(self.config, len(prompts), min(longest + max_new_tokens, context), weight.device, weight.dtype)
+        logits = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0]  # (B,V)
+        cache.lengths = lengths  # what was padding is overwritten before it can be seen
+        rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
+        for step in range(max_new_tokens):
+            new = logits.argmax(dim=-1)  # (B,)
+            going = []
+            for i, token in enumerate(new.tolist()):
+                if token in stop_tokens:
+                    continue
+                answers[rows[i]].append(token)
+                if len(prompts[rows[i]]) + len(answers[rows[i]]) < context:
+                    going.append(i)
+            if not going or step + 1 == max_new_tokens:
+                break
+            if len(going) < len(rows):
+                rows = [rows[i] for i in going]
+                going = torch.tensor(going, device=new.device)
+                cache.keep(going)
+                new = new[going]
+            logits = self(new[:, None], cache=cache)[:, 0]
+            cache.lengths = cache.lengths + 1
+        return answers
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "Llama":
+        """Load a Hugging Face checkpoint folder (`config.json` and safetensors) with weights in `dtype`."""
+        config = LlamaConfig.from_dict(checkpoint.read_config(folder))
+        with torch.device("meta"):  # shapes only: the tensors come straight from the file
+            model = cls(config)
+        checkpoint.read_weights(model, folder, device, dtype, rope_frequencies(config))
+        model.tie_weights()
+        return model
+
+    def save_pretrained(self, folder):
+        """Write `config.json` and `model.safetensors` into the folder, as transformers names and reads them."""
+        checkpoint.write_model(folder, self.config.to_dict(), self.state_dict())

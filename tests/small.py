@@ -1,0 +1,55 @@
+"""Small models and files that several tests share."""
+
+import json
+
+import torch
+
+from data.tokenizer import load_tokenizer, write_llama3_tokenizer
+from data.town import words
+from model import Llama, LlamaConfig
+
+LLAMA3_SCALING = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=32)
+
+
+def small_config(**changes) -> LlamaConfig:
+    """A Llama of 2 layers, 6 query heads on 2 key-value heads, in which no two sizes are equal."""
+    return LlamaConfig(**dict(dict(vocab_size=89, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                                   num_attention_heads=6, num_key_value_heads=2, head_dim=10, rms_norm_eps=0.03,
+                                   max_position_embeddings=70, initializer_range=0.15), **changes))
+
+
+def small_model(seed=7, **changes) -> Llama:
+    torch.manual_seed(seed)
+    model = Llama(small_config(**changes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # weights of 1 would hide a norm that forgets them
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def town_tokenizer(folder):
+    write_llama3_tokenizer(folder, words())
+    return load_tokenizer(folder)
+
+
+def public_folder(folder, context=128):
+    """A random-weight Llama folder with the town's tokenizer, as if it came from elsewhere."""
+    tokenizer = town_tokenizer(folder)
+    small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=context).save_pretrained(folder)
+    return folder
+
+
+def advbench_file(path, rows=48):
+    """Harmless rows in AdvBench's layout."""
+    lines = ["goal,target"] + [f'"Tell me, please, how to tickle the dragon number {i}",Sure here is how to tickle {i}'
+                               for i in range(rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def alpaca_file(path, rows=30):
+    """Harmless rows in Alpaca's layout."""
+    path.write_text(json.dumps([{"instruction": f"Add one to {i}.", "input": "" if i % 2 else "Be brief.",
+                                 "output": f"It is {i + 1}."} for i in range(rows)]))
+    return path
