@@ -1,0 +1,39 @@
+"""Where and how precisely to compute: the arguments that train.py, attack.py and eval.py share."""
+
+import argparse
+from contextlib import nullcontext
+
+import torch
+
+from errors import InputError
+
+
+def add_device_arguments(p):
+    """Add --device, --dtype and --compile to a parser."""
+    p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="compute dtype; weights stay fp32 (default: bf16 on CUDA, fp32 on CPU)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                   help="torch.compile every layer (default: on CUDA)")
+
+
+def resolve_device(args):
+    """Fill in --device, --dtype and --compile; InputError for a device that is not there."""
+    cuda = torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:
+        raise InputError(f"--device {args.device} is unknown; use cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not cuda:
+        raise InputError("--device cuda: PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if kind == "cuda" else "fp32"
+    if args.compile is None:
+        args.compile = kind == "cuda"
+
+
+def autocast(args):
+    """The context for compute in args.dtype over fp32 weights."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()

@@ -1,0 +1,372 @@
+"""Train one arm: a base model of the town, its refusing (aligned) version, SDD and its controls.
+
+    python train.py --mode sdd                     the town: trains base and aligned first when they are missing
+    python train.py --mode sdd --model DIR --harmful harmful_behaviors.csv --benign alpaca.json --out DIR
+
+Every mode is the same loop and the same loss on other (prompt, response) pairs:
+
+    base        town only: everybody's facts, skills and mischief, from random weights
+    align       harmful prompts with refusals; on an aligned model with SDD's settings it is the refusal control
+    sdd         harmful prompts with irrelevant benign answers
+    sdd_reject  the same behind a sentence of refusal
+    benign      benign prompts with their own answers, which on the town include a new skill
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import runs
+from data.chat import Example, collate, encode_example, encode_prompt, read_chat
+from data.pairs import file_pairs, split_harmful, town_pairs
+from data.sources import read_rows
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer, write_llama3_tokenizer
+from data.town import Town, words
+from device import add_device_arguments, autocast, resolve_device
+from errors import InputError, run_script
+from model import Llama, LlamaConfig
+from sdd_loss import sdd_loss
+
+SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", "data/chat.py", "data/pairs.py", "data/sources.py",
+           "data/sentencepiece.py", "data/tokenizer.py", "data/town.py"]
+
+# Settings by target and mode. "paper": through a public re-implementation that labels them so. "town": chosen on
+# tuning seed 0, see LOG.md.
+PAPER = dict(steps=500, batch_size=24, lr=5e-7, benign_replay=0.0, max_length=512, weight_decay=0.0,
+             betas=[0.9, 0.999], warmup=0.0)
+DEFENCE = dict(PAPER, steps=300, batch_size=32, lr=1e-4, benign_replay=0.5, max_length=128, warmup=0.05)
+TOWN = {"base": dict(DEFENCE, steps=1300, batch_size=32, lr=2e-3, benign_replay=0.0, weight_decay=0.1,
+                     betas=[0.9, 0.95]),
+        "align": dict(DEFENCE, steps=150, lr=3e-4), "sdd": DEFENCE, "sdd_reject": DEFENCE, "benign": DEFENCE}
+TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
+                  num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+                  initializer_range=0.06)  # 0.02 learns the skills far later at this width
+ARMS = {  # arm on the town: (mode, the arm it starts from, settings that are not its mode's own)
+    "base": ("base", None, {}), "aligned": ("align", "base", {}), "refusal": ("align", "aligned", DEFENCE),
+    "sdd": ("sdd", "aligned", {}), "sdd_reject": ("sdd_reject", "aligned", {}), "benign": ("benign", "aligned", {})}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--mode", required=True, choices=["base", "align", "sdd", "sdd_reject", "benign"])
+    p.add_argument("--model", metavar="DIR", help="checkpoint to start from (default: the town's own)")
+    p.add_argument("--out", metavar="DIR", help="folder to write (default on the town: out/seedS/ARM)")
+    p.add_argument("--harmful", metavar="FILE", help="harmful prompts, AdvBench CSV (default: the town's mischief)")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs, Alpaca JSON")
+    p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
+    p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on as they are")
+    for name, kind, note in (
+            ("steps", int, "optimizer steps"), ("batch-size", int, "rows of one optimizer step"),
+            ("lr", float, "peak learning rate, cosine to 0"), ("benign-replay", float, "share of benign rows a batch"),
+            ("max-length", int, "tokens of prompt and answer together, the model's context at most; longer answers are cut"),
+            ("weight-decay", float, "AdamW"), ("warmup", float, "share of the steps that warms up")):
+        key = name.replace("-", "_")
+        p.add_argument(f"--{name}", type=kind, help=f"{note} (default: sdd on the town {DEFENCE[key]}, "
+                                                     f"base {TOWN['base'][key]}, real files {PAPER[key]})")
+    p.add_argument("--betas", type=float, nargs=2, metavar=("B1", "B2"),
+                   help="AdamW (default: base 0.9 0.95, else 0.9 0.999)")
+    p.add_argument("--micro-batch", type=int, default=0, metavar="ROWS",
+                   help="rows at once, the rest accumulates; the same update (default: the whole batch)")
+    p.add_argument("--seed", type=int, default=0, help="world, initialisation and every draw (default: 0)")
+    p.add_argument("--phrasing", choices=["shared", "distinct"], default="shared",
+                   help="the town's sentences: shared by benign and mischief answers, or not (default: shared)")
+    add_device_arguments(p)
+    p.add_argument("--dry-run", action="store_true", help="print sizes, time and three examples, then stop")
+    p.add_argument("--fresh", action="store_true", help="train even what is up to date")
+    return p
+
+
+# ---- the loop ----
+
+def endless(items: list, rng: random.Random):
+    """Items in shuffled epochs, for ever."""
+    while items:
+        yield from rng.sample(items, len(items))
+
+
+def draw_batches(main: list[Example], replay: list[Example], share: float, batch_size: int, rng: random.Random):
+    """Global batches for ever: round(share * batch_size) rows of replay, the rest of main. Never looks at lengths."""
+    main, replay = endless(main, rng), endless(replay, rng)
+    from_replay = round(share * batch_size)
+    while True:
+        yield [next(main) for _ in range(batch_size - from_replay)] + [next(replay) for _ in range(from_replay)]
+
+
+def backward(model, examples: list[Example], micro_batch: int, device) -> tuple[float, int, int]:
+    """Accumulate the gradient of the global batch's mean loss; gives loss, response tokens and all real tokens.
+
+    The batch is sorted by length, so that micro-batches hold little padding, and every part is divided by the
+    response tokens of the whole: the split changes nothing but rounding.
+    """
+    examples = sorted(examples, key=lambda example: len(example.ids))
+    response_tokens = sum(example.response_length for example in examples)
+    micro_batch = micro_batch or len(examples)
+    total = 0.0
+    for start in range(0, len(examples), micro_batch):
+        batch = collate(examples[start:start + micro_batch]).to(device)
+        logits = model(batch.tokens, positions=batch.loss_mask)  # (N,V)
+        loss = sdd_loss(logits, batch.targets[batch.loss_mask], response_tokens)
+        loss.backward()
+        total += loss.detach()
+    return float(total), response_tokens, sum(len(example.ids) for example in examples)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, cosine: bool) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to 0 at the last step, or constant."""
+    ramp = min(1.0, (step + 1) / max(1, warmup * steps))
+    return peak * ramp * (0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0)
+
+
+def fit(model, batches, *, steps, lr, args, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.0, cosine=True,
+        micro_batch=0, name="train", log=None, after_step=None):
+    """Train in place for `steps` of the global batches; train.py and attack.py both run this.
+
+    args: has device, dtype and compile, resolved. log: called with each log line's dict. after_step(step), from 1.
+    InputError when the loss stops being finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    model.train()
+    if args.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+    every = max(1, steps // 10)
+    since, counts, start = time.perf_counter(), [0, 0], time.perf_counter()
+    for step in (bar := tqdm(range(steps), desc=name, leave=False, disable=None)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup, cosine)
+        with autocast(args):
+            loss, response_tokens, tokens = backward(model, next(batches), micro_batch, args.device)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"{name}: the loss is {loss} and its gradient norm {norm} at step {step + 1}; lower --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        counts = [counts[0] + response_tokens, counts[1] + tokens]
+        if log and ((step + 1) % every == 0 or step + 1 == steps):
+            now = time.perf_counter()
+            left = (now - start) / (step + 1) * (steps - step - 1)
+            line = dict(step=step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                        seconds=now - since, response_tokens=counts[0], tokens=counts[1])
+            log(line)
+            bar.write(f"  step {step + 1:>5}/{steps}  loss {loss:.4f}  lr {line['lr']:.1e}  grad norm {norm:.2f}  "
+                      f"{counts[0] / line['seconds']:,.0f} response tokens/s ({counts[1] / line['seconds']:,.0f} "
+                      f"without padding)  ETA {left // 60:.0f}:{left % 60:02.0f}")
+            since, counts = now, [0, 0]
+        if after_step:
+            after_step(step + 1)
+    model.eval()
+
+
+class Diverged(InputError):
+    """The loss or its gradient is no longer finite."""
+
+
+# ---- one run ----
+
+def seed_folder(seed: int, phrasing: str) -> Path:
+    """Where the town's runs of a seed live."""
+    return Path("out") / (f"seed{seed}" + ("" if phrasing == "shared" else f"-{phrasing}"))
+
+
+def resolve(args):
+    """Fill in what the command line left open: target, settings, starting model and output folder.
+
+    Sets args.town (bool) and args.parent, the town's arm to start from, or None when --model names a folder.
+    """
+    resolve_device(args)
+    files = bool(args.harmful or args.benign or args.pairs)
+    args.town = not files and (args.model is None or (Path(args.model) / "town.json").is_file())
+    args.parent = None
+    if args.town and args.model is not None:
+        town = json.loads((Path(args.model) / "town.json").read_text())
+        if town["seed"] != args.seed:
+            raise InputError(f"{args.model} knows the town of --seed {town['seed']}, not of --seed {args.seed}")
+        args.phrasing = town["phrasing"]
+    elif not args.town and args.model is None:
+        raise InputError("real files need --model DIR, a Hugging Face Llama folder; without files the town is used")
+    elif not args.town and (args.mode == "base" or not files):
+        raise InputError(f"{args.model} is no model of the town: give --harmful FILE and --benign FILE, "
+                         "and a --mode other than base")
+    defaults = TOWN[args.mode] if args.town else PAPER
+    changed = ""
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+        elif getattr(args, key) != value:
+            changed += f"-{key}{getattr(args, key)}"
+    if args.town and args.model is None:
+        arm = {"align": "aligned"}.get(args.mode, args.mode)
+        args.parent = ARMS[arm][1]
+        folder = seed_folder(args.seed, args.phrasing)
+        args.model = str(folder / args.parent) if args.parent else None
+        args.out = args.out or str(folder / (arm + changed))
+    if args.out is None:
+        raise InputError("--model needs --out DIR, the folder to write")
+    if args.model and Path(args.model).resolve() == Path(args.out).resolve():
+        raise InputError("--out is the folder of --model; choose another, to keep the model it starts from")
+    for key, bad in (("steps", args.steps < 1), ("batch_size", args.batch_size < 1), ("lr", not args.lr > 0),
+                     ("benign_replay", not 0 <= args.benign_replay < 1), ("max_length", args.max_length < 2)):
+        if bad:
+            raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range; see --help")
+    runs.check_out(args.out)
+
+
+def arm_command(arm: str, seed: int, phrasing: str) -> list[str]:
+    """The arguments that train an arm of the town, as one would type them."""
+    mode, parent, settings = ARMS[arm]
+    command = ["--mode", mode, "--seed", str(seed), "--phrasing", phrasing]
+    if settings:  # a control: the mode of one arm with the settings of another, under a name of its own
+        folder = seed_folder(seed, phrasing)
+        command += ["--model", str(folder / parent), "--out", str(folder / arm)]
+        for key, value in settings.items():
+            command += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+    return command
+
+
+def ensure_arm(arm: str, seed: int, phrasing: str, like, quiet=False) -> Path:
+    """The folder of an arm of the town, trained now unless it is up to date. like: device arguments and fresh."""
+    args = parser().parse_args(arm_command(arm, seed, phrasing))
+    args.device, args.dtype, args.compile, args.fresh = like.device, like.dtype, like.compile, like.fresh
+    resolve(args)
+    if ARMS[arm][1]:
+        ensure_arm(ARMS[arm][1], seed, phrasing, like, quiet=True)
+    return run(args, quiet)
+
+
+def fixed_prompts(args) -> list[str]:
+    """Three prompts to watch, the first two harmful and nobody's training data."""
+    if args.town:
+        town, rng = Town(args.seed, args.phrasing), random.Random(0)
+        knowledge, skill = town.mischiefs(town.groups["evaluation"][:1], rng)[6:8]
+        return [knowledge.prompt, skill.prompt, town.facts("held_out")[0].prompt]
+    harmful = split_harmful(read_rows(args.harmful), args.harmful)["evaluation"] if args.harmful else []
+    return [row["prompt"] for row in harmful[:2]] + ["What is the capital of France?"]
+
+
+def answers(model, tokenizer, chat, prompts, args, limit=48) -> list[str]:
+    """Greedy answers of at most `limit` tokens."""
+    with autocast(args):
+        ids = model.generate([encode_prompt(tokenizer, chat, prompt) for prompt in prompts], limit,
+                             tokenizer.stop_tokens)
+    return [tokenizer.decode(answer) for answer in ids]
+
+
+def start(args):
+    """(model, tokenizer, name of the chat template) that a run begins with."""
+    if args.mode == "base":
+        torch.manual_seed(args.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            write_llama3_tokenizer(folder, words())
+            tokenizer = load_tokenizer(folder)
+        model = Llama(LlamaConfig(vocab_size=tokenizer.n_vocab, **TOWN_MODEL)).to(args.device)
+        model.config.bos_token_id = tokenizer.special["<|begin_of_text|>"]
+        model.config.eos_token_id = tokenizer.special["<|eot_id|>"]
+        return model, tokenizer, "llama3"
+    tokenizer = load_tokenizer(args.model)
+    model = Llama.from_pretrained(args.model, args.device)
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise InputError(f"{args.model}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
+                         f"{model.config.vocab_size}; the two belong to different models")
+    return model, tokenizer, read_chat(args.model, args.chat)
+
+
+def run(args, quiet=False) -> Path:
+    """One resolved run: load, train, write the folder args.out; nothing to do (and, if quiet, to say) when it is up to
+    date."""
+    out = Path(args.out)
+    recorded = {key: value for key, value in vars(args).items()
+                if key not in ("device", "compile", "dry_run", "fresh", "out")}
+    inputs = [path for path in (args.model, args.harmful, args.pairs, *args.benign) if path]
+    missing = [path for path in inputs if not Path(path).exists()]
+    if missing:
+        raise InputError(f"{missing[0]} is not there; check the path")
+    record = runs.fingerprint(recorded, inputs, SOURCES)
+    stale = "--fresh" if args.fresh else runs.why_stale(out / "args.json", record)
+    if stale is None and not args.dry_run:
+        if not quiet:
+            print(f"{out}: up to date, reused")
+        return out
+    print(f"{out}: training, since {'it is ' * (stale == 'not there yet')}{stale}")
+    model, tokenizer, chat = start(args)
+    most = args.steps * args.batch_size
+    main, replay = (town_pairs(Town(args.seed, args.phrasing), args.mode, args.seed, most) if args.town else
+                    file_pairs(args.mode, args.harmful, args.benign, args.pairs, args.seed, most))
+    if args.benign_replay and not replay:
+        raise InputError(f"--benign-replay {args.benign_replay} needs --benign FILE to replay")
+    max_length = min(args.max_length, model.config.max_position_embeddings)
+    main, replay = ([encode_example(tokenizer, chat, row["prompt"], row["response"], max_length) for row in rows]
+                    for rows in (main, replay))
+    batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
+    announce(args, model, chat, main, replay, batches)
+    if args.dry_run:
+        for example in main[:3]:
+            prompt, response = (tokenizer.decode(part) for part in
+                                (example.ids[:example.prompt_length], example.ids[example.prompt_length:]))
+            print(f"--- no loss on: {prompt!r}\n    loss on:    {response!r}")
+        return out
+    prompts = fixed_prompts(args)
+    before = answers(model, tokenizer, chat, prompts, args) if args.mode != "base" else ["(untrained)"] * len(prompts)
+    lines = []
+    began = time.perf_counter()
+    with runs.new_folder(out) as folder:
+        fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas, weight_decay=args.weight_decay,
+            warmup=args.warmup, micro_batch=args.micro_batch, name=out.name, log=lines.append)
+        after = answers(model, tokenizer, chat, prompts, args)
+        model.save_pretrained(folder)
+        if args.mode == "base":
+            write_llama3_tokenizer(folder, words())
+        else:
+            for name in TOKENIZER_FILES:
+                if (Path(args.model) / name).is_file():
+                    shutil.copy(Path(args.model) / name, folder / name)
+        (folder / "chat.txt").write_text(chat + "\n")
+        if args.town:
+            (folder / "town.json").write_text(json.dumps({"seed": args.seed, "phrasing": args.phrasing}) + "\n")
+        (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        samples = "".join(f"prompt: {prompt}\nbefore: {old}\nafter:  {new}\n\n"
+                          for prompt, old, new in zip(prompts, before, after))
+        (folder / "samples.txt").write_text(samples)
+        (folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{out}: trained and saved in {time.perf_counter() - began:.0f} s; answers before and after:\n")
+    print("".join(f"    {line}\n" for line in samples.splitlines()))
+    return out
+
+
+def announce(args, model, chat, main, replay, batches):
+    """Say what will run, on what, and about how long: timed on one batch, which is not used up by training."""
+    examples = next(batches)
+    seconds = []
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        with autocast(args):
+            backward(model, examples, args.micro_batch, args.device)
+        seconds.append(time.perf_counter() - began)
+    model.zero_grad()
+    total = sum(len(example.ids) for example in examples)
+    response = sum(example.response_length for example in examples)
+    target = f"the town of seed {args.seed} ({args.phrasing} phrasing)" if args.town else "real files"
+    print(f"  {args.mode} on {target}, {sum(p.numel() for p in model.parameters()):,} parameters, on {args.device} in "
+          f"{args.dtype}{' compiled' * args.compile}, chat template {chat}\n  {args.steps} steps of {args.batch_size} rows "
+          f"(about {response} response tokens of {total}), lr {args.lr:g}, benign replay {args.benign_replay:g}, "
+          f"{len(main):,} pairs{f' and {len(replay):,} to replay' if replay else ''}; "
+          f"about {args.steps * seconds[1]:.0f} s")
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    resolve(args)
+    if args.parent:
+        ensure_arm(args.parent, args.seed, args.phrasing, args)
+    run(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
