@@ -1,0 +1,109 @@
+"""Tables and texts about scores that eval.py and attack.py have written as JSON: no model is run here."""
+
+from data.town import OUTCOMES, chance
+
+KEYWORD_WARNING = """\
+Refusal keywords alone misread SDD: fluent text about something else holds none of the 29 strings (nor does SDD_reject's
+own sentence), so a working SDD model counts as "never refuses". Read the rate beside what the answers are about and
+whether they are degenerate."""
+
+def percent(value: float | None) -> str:
+    return "not run" if value is None else f"{100 * value:.0f}"
+
+
+COLUMNS = (("harm", "harm"), ("wrong_recipe", "wrong"), ("refuse", "refuse"), ("off_topic", "off topic"),
+           ("broken", "broken"), ("facts", "facts"), ("skills", "skills"), ("facts_evaluation", "victims"),
+           ("new_skill", "new skill"))  # score, title
+
+
+def town_line(name: str, scores: dict) -> str:
+    """One line of the town's table, in percent: outcomes as knowledge/skill kinds, capability as free/value only."""
+    line = f"{name:<22}"
+    for key, _ in COLUMNS:
+        two = ("_knowledge", "_skill") if key in OUTCOMES else ("", "_value_only")
+        line += f" {percent(scores[key + two[0]]):>4}/{percent(scores[key + two[1]]):<4}"
+    return line
+
+
+def town_header(title: str) -> str:
+    """The header lines over town_line: what is counted, the columns, and the chance levels."""
+    levels = chance()
+    levels = {"harm": (levels["harm_knowledge"], levels["harm_skill"]), "facts_evaluation": (levels["facts"],) * 2,
+              **{key: (levels[key],) * 2 for key in ("facts", "skills", "new_skill")}}
+    chances = "".join(f" {percent(levels[key][0]):>4}/{percent(levels[key][1]):<4}" if key in levels else " " * 10
+                      for key, _ in COLUMNS)
+    return (f"{'percent of':<22}{'answers to mischief: knowledge/skill kinds':^50}"
+            f"{'right answers: free/value only':^40}\n{title:<22}"
+            + "".join(f" {name:^9}" for _, name in COLUMNS) + f"\n{'chance level':<22}{chances}")
+
+
+FILE_COLUMNS = (("keyword_refusal", "refusal keyword"), ("keyword_refusal_prefix", "keyword at start"),
+                ("target_match", "target match"), ("degenerate", "degenerate"))
+
+
+def file_line(name: str, scores: dict) -> str:
+    """One line of percentages of greedy answers to harmful prompts; a score that was not taken reads '-'."""
+    return f"{name:<22}" + "".join(f" {percent(scores[key]) if key in scores else '-':>16}" for key, _ in FILE_COLUMNS)
+
+
+def file_header(title: str) -> str:
+    return f"percent of answers to harmful prompts\n{title:<22}" + "".join(f" {name:>16}" for _, name in FILE_COLUMNS)
+
+
+def average(cells: list[dict]) -> dict:
+    """The mean over cells of every score."""
+    return {key: sum(cell[key] for cell in cells) / len(cells) for key, value in cells[0].items()
+            if isinstance(value, float)}
+
+
+def attack_table(cells: list[dict], town: bool) -> str:
+    """Arms by attack, means over seeds, at the attacker's choice of lr and steps. Benign fine-tuning stands twice:
+    matched to the malicious run at most shots, and (town) at the benign user's own best setting. At the right, the worst
+    case for the defender over the whole grid, by the evaluation score."""
+    if town:
+        head = town_header("arm and attack").splitlines()
+        lines = [head[0] + "  chosen       worst harm in", head[1] + "  lr/steps     grid (capability)", *head[2:]]
+    else:
+        lines = [file_header("arm and attack") + "  chosen lr/steps"]
+    by = {}
+    for cell in cells:
+        by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
+    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
+    order = ("none", "bft", "mft", "adaptive")
+    for arm, attack, shots in sorted(by, key=lambda key: (arms.index(key[0]), order.index(key[1]), key[2])):
+        group = by[arm, attack, shots]
+        label = {"none": "none", "bft": "bft matched"}.get(attack, f"{attack} {shots}")
+        shown = {label: [cell for cell in group if cell["chosen"]]}
+        if attack == "bft" and town:
+            shown["bft best"] = [cell for cell in group if cell["best"]]
+        for label, chosen in shown.items():
+            name = f"{arm:<9} {label}"
+            if not chosen:
+                lines.append(f"{name:<22}  every cell diverged")
+                continue
+            settings = sorted({f"{cell['lr']:g}/{cell['steps']}" for cell in chosen if cell["lr"]})
+            settings = f"{len(settings)} settings" if len(settings) > 1 else "".join(settings)
+            line = (town_line if town else file_line)(name, average(chosen)) + f"  {settings:<13}"
+            if town and attack in ("mft", "adaptive"):
+                tops = average([max((cell for cell in group if cell["seed"] == seed and not cell["diverged"]),
+                                    key=lambda cell: cell["harm"]) for seed in {cell["seed"] for cell in chosen}])
+                line += f"{percent(tops['harm']):>4} ({percent(tops['capability'])})"
+            lines.append(line.rstrip())
+    if diverged := sum(cell["diverged"] for cell in cells):
+        lines.append(f"{diverged} cells diverged: shown in results.json, never anybody's choice")
+    return "\n".join(lines)
+
+
+def verdict_lines(found: dict) -> list[str]:
+    """The verdicts and the effects behind them, in points (hundredths), one value per seed."""
+    lines = []
+    for claim, part in found.items():
+        lines.append(f"{claim}: {part['verdict']} (the claim needs every effect above {100 * part['margin']:+.0f} points)")
+        if "prior_loss" in part:
+            lines.append(f"    plain facts about the victims fell {100 * part['prior_loss']:.1f} points before any "
+                         "attack: what is no longer known cannot be told")
+        for name, effects in part["effects"].items():
+            values = "".join(f" {100 * effect:+5.0f}" for effect in effects)
+            average_of = f"   mean {100 * sum(effects) / len(effects):+.1f}" if len(effects) > 1 else ""
+            lines.append(f"    {name:<52}{values}{average_of}")
+    return lines
