@@ -1,0 +1,45 @@
+"""Make a small random-weight Llama folder around a real tokenizer, to try the commands for real files.
+
+    python tests/make_llama.py OUT --tokenizer FOLDER
+
+It answers nonsense: its weights are random. FOLDER holds a tokenizer.model or tokenizer.json.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from errors import run_script
+from model import Llama, LlamaConfig
+
+
+def make(out, tokenizer_folder, context=512):
+    """Write the folder: 2 layers of width 64, the head tied, as many ids as the tokenizer has."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    config = LlamaConfig(vocab_size=tokenizer.n_vocab, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context,
+                         tie_word_embeddings=True, rope_theta=500000.0)
+    Llama(config).save_pretrained(out)
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_folder) / name).is_file():
+            shutil.copyfile(Path(tokenizer_folder) / name, Path(out) / name)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", metavar="OUT")
+    p.add_argument("--tokenizer", required=True, metavar="FOLDER")
+    args = p.parse_args()
+    make(args.out, args.tokenizer)
+    print(f"{args.out}: a random Llama, to try commands on")
+
+
+if __name__ == "__main__":
+    run_script(main)

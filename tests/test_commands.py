@@ -1,0 +1,142 @@
+"""The commands as a user meets them: bad input, exit codes, and the real public files where they are at hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from make_llama import make
+from small import advbench_file, alpaca_file, public_folder
+
+import attack
+import eval as evaluate
+import runs
+import train
+from data.pairs import split_harmful
+from data.sources import read_rows
+from errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_command(*words, cwd):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize("words, problem, fix", [
+    (["train.py", "--mode", "sdd", "--model", "nowhere", "--harmful", "h.csv", "--out", "o"], "nowhere", "check"),
+    (["eval.py", "nowhere"], "nowhere is not a folder", "give one")])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, problem, fix):
+    advbench_file(tmp_path / "h.csv")
+    result = run_command(ROOT / words[0], *words[1:], cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and problem in result.stderr and fix in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.csv"]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    public_folder(tmp_path / "llama")
+    advbench_file(tmp_path / "h.csv")
+    alpaca_file(tmp_path / "b.json")
+    return tmp_path
+
+
+SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b.json", "--out", "out/x", "--steps", "1"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"--model": "gone"}, "gone is not there"), ({"--harmful": "gone.csv"}, "gone.csv is not there"),
+    ({"--benign": "gone.json"}, "gone.json is not there"), ({"--device": "cuda"}, "no CUDA device"),
+    ({"--device": "toaster"}, "toaster is unknown"), ({"--lr": "0"}, "--lr"), ({"--out": "llama"}, "--out"),
+    ({"--steps": "0"}, "--steps"), ({"--benign-replay": "1.5"}, "--benign-replay"), ({"--harmful": None}, "--harmful"),
+    ({"--benign": None}, "--benign"), ({"--model": None}, "--model"), ({"--mode": "base"}, "--mode"),
+    ({"--max-length": "9"}, "--max-length"), ({"--harmful": "b.json"}, "too few")])
+def test_train_refuses(files, monkeypatch, change, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = list(SDD)
+    for flag, value in change.items():
+        if flag in words:
+            at = words.index(flag)
+            words[at:at + 2] = [] if value is None else [flag, value]
+        else:
+            words += [flag, value]
+    if change == {"--harmful": "b.json"}:
+        alpaca_file(files / "b.json", rows=6)
+    with pytest.raises(InputError, match=message) as error:
+        train.main(words)
+    assert "\n" not in str(error.value)
+    assert not (files / "out").exists()
+
+
+def test_a_crash_leaves_nothing_half_written(files, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(SDD)
+    assert not list((files / "out").iterdir())
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(files):
+    (files / "out/x").mkdir(parents=True)
+    (files / "out/x/thesis.tex").write_text("two years of work")
+    with pytest.raises(InputError, match="not an earlier run"):
+        train.main(SDD)
+    assert (files / "out/x/thesis.tex").read_text() == "two years of work"
+
+
+def test_a_checkpoint_that_does_not_match_its_config(files):
+    config = json.loads((files / "llama/config.json").read_text())
+    (files / "llama/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(InputError, match=r"shape \[\d+, 48\].*64"):
+        train.main(SDD)
+    (files / "llama/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(InputError, match="vocab|shape"):
+        train.main(SDD)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--model", "llama"], "no model of the town"), (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"),
+    (["--model", "llama", "llama/../llama", "--harmful", "h.csv"], "same name"), (["--benign", "gone.json"], "gone.json"),
+    (["--model", "llama", "--harmful", "h.csv"], "--shots 100 is more than the")])
+def test_attack_refuses(files, words, message):
+    with pytest.raises(InputError, match=message):
+        attack.main(words)
+    assert not (files / "out").exists()
+
+
+def test_eval_refuses_a_prompt_longer_than_the_context(files):
+    with pytest.raises(InputError, match="context"):
+        evaluate.main(["llama", "--prompt", "word " * 200])
+
+
+def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
+    runs.write_text(tmp_path / "a/results.json", "old")
+    with pytest.raises(TypeError):
+        runs.write_text(tmp_path / "a/results.json", 3)
+    assert (tmp_path / "a/results.json").read_text() == "old"
+
+
+REAL = os.environ.get("NANOSDD_REAL_DATA")
+
+
+@pytest.mark.skipif(not REAL, reason="NANOSDD_REAL_DATA is not set: the folder with AdvBench, Alpaca and tokenizers")
+def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    harmful, benign = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
+    make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
+    train.main(["--mode", "sdd", "--model", "llama", "--harmful", harmful, "--benign", benign, "--steps", "2",
+                "--batch-size", "4", "--max-length", "128", "--out", "out/real"])
+    monkeypatch.setattr(attack, "STEPS_BUDGET", 5)  # not 50: the same as five epochs of 10 shots
+    attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4"])
+    evaluate.main(["out/real", "--harmful", harmful, "--max-new-tokens", "4"])
+    rows = read_rows(harmful)
+    assert len(rows) == 520 and len(read_rows(benign)) == 999
+    evaluation = split_harmful(rows, harmful)["evaluation"]
+    assert json.loads((tmp_path / "out/real/metrics.json").read_text())["prompts"] == len(evaluation)
+    cells = json.loads((tmp_path / "out/attack/results.json").read_text())["cells"]
+    assert [c["attack"] for c in cells] == ["none", "mft"]
+    assert "percent of answers" in capsys.readouterr().out
