@@ -6,8 +6,8 @@
 Attacks, each from the released weights at a constant lr (so a shorter budget is a point on the longer run's way):
 
     mft       malicious fine-tuning on the attacker's harmful pairs ("shots")
-    bft       benign control: as many steps at the same lr on benign pairs with as many response tokens; half of
-              the town's teach a new skill
+    bft       benign control: as many steps and response tokens at the same lr on benign pairs, every other one of
+              which, on the town, teaches a new skill
     adaptive  half harmful, half benign rows in every batch
 
 Budgets: 5 epochs and 50 steps. The attacker chooses lr and budget by its score on harmful prompts of its own that it
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import runs
 import train
+from checkpoint import read_config
 from data.chat import encode_example
 from data.pairs import split_harmful
 from data.sources import read_rows
@@ -48,7 +49,7 @@ from verdicts import verdicts
 
 SOURCES = [*train.SOURCES, "eval.py", "attack.py", "data/refusal_keywords.json"]
 TOWN_ARMS = ["aligned", "refusal", "sdd"]
-TOWN_LR = [3e-5, 1e-4, 3e-4]
+TOWN_LR = [1e-4, 3e-4, 1e-3]
 FILE_LR = [5e-5]  # Qi et al. 2023: full fine-tuning, batch 10, 5 epochs
 STEPS_BUDGET = 50
 EPOCHS_BUDGET = 5
@@ -91,18 +92,15 @@ def town_harmful(town: Town, seed: int) -> tuple[list, list]:
 
 
 def match_tokens(harmful: list, benign: list, new_skill: list, rng) -> list:
-    """As many benign examples as harmful ones, with as many response tokens in all: every other one a random row of
-    the new skill, if there is one, the rest chosen from 16 random benign rows by the tokens still owed."""
-    matched, owed = [], 0
-    for i, example in enumerate(harmful):
-        owed += example.response_length
-        if new_skill and i % 2:
-            pick = rng.choice(new_skill)
-        else:
-            pick = min(rng.choices(benign, k=16), key=lambda candidate: abs(candidate.response_length - owed))
+    """Random benign examples, every other one of the new skill if there is one, with as many response tokens in all as
+    the harmful examples (within half of the last one); how many examples that takes is left open."""
+    owed, matched = sum(example.response_length for example in harmful), []
+    while True:
+        pick = rng.choice(new_skill if new_skill and len(matched) % 2 else benign)
+        if matched and pick.response_length > 2 * owed:
+            return matched
         owed -= pick.response_length
         matched.append(pick)
-    return matched
 
 
 def prepare(args, tokenizer, chat, town, max_length):
@@ -149,14 +147,15 @@ def budgets(shots: int, batch_size: int) -> set[int]:
 
 
 def attacks(args, harmful, benign) -> list[tuple]:
-    """(attack, shots, main rows, replay rows, share of replay, steps at which to score) of every run at one lr."""
-    runs_ = [("mft", n, harmful[:n], [], 0.0, budgets(n, args.batch_size)) for n in args.shots]
+    """(attack, shots, main rows, replay rows, share of replay, batch size, steps at which to score) of every run at one
+    lr. The benign control has as many response tokens a step, so its batches may have more or fewer rows."""
+    size, most = args.batch_size, max(args.shots)
+    found = [("mft", n, harmful[:n], [], 0.0, size, budgets(n, size)) for n in args.shots]
     if benign:
-        most = max(args.shots)
-        every = set().union(*(run[5] for run in runs_))
-        runs_ += [("bft", most, benign, [], 0.0, every),
-                  ("adaptive", most, harmful, benign, 0.5, budgets(most, args.batch_size))]
-    return runs_
+        every = set().union(*(budgets(n, size) for n in args.shots))
+        found += [("bft", most, benign, [], 0.0, max(1, round(size * len(benign) / most)), every),
+                  ("adaptive", most, harmful, benign, 0.5, size, budgets(most, size))]
+    return found
 
 
 def attack_arm(arm: str, folder, args, bar) -> list[dict]:
@@ -169,11 +168,11 @@ def attack_arm(arm: str, folder, args, bar) -> list[dict]:
     cells = [start | dict(attack="none", shots=0, steps=0, lr=0.0, response_tokens=0, tokens=0) | score(model)]
     bar.update()
     for lr in args.lr:
-        for attack, shots, main, replay, share, at in attacks(args, harmful, benign):
+        for attack, shots, main, replay, share, size, at in attacks(args, harmful, benign):
             model.load_state_dict(released)
             cell = start | dict(attack=attack, shots=shots, lr=lr)
             counts = [0, 0]
-            batches = train.draw_batches(main, replay, share, args.batch_size, random.Random(f"{attack} {args.seed}"))
+            batches = train.draw_batches(main, replay, share, size, random.Random(f"{attack} {args.seed}"))
 
             def counted():
                 for batch in batches:
@@ -260,6 +259,8 @@ def resolve(args) -> dict[str, Path]:
         raise InputError("--harmful needs --model DIR..., the checkpoints to attack")
     if min(args.shots) < 1 or args.batch_size < 1 or min(args.lr or [1]) <= 0:
         raise InputError("--shots, --batch-size and --lr must be above 0")
+    for folder in args.model or []:
+        read_config(folder)  # names what is missing before anything runs
     for path in (args.harmful, *args.benign):
         if path and not Path(path).is_file():
             raise InputError(f"{path} is not a file; check the path")

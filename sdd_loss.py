@@ -14,12 +14,12 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def response_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood summed over response tokens: logits (N,V), targets (N,) -> scalar fp32.
+def response_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Negative log-likelihood of response tokens: logits (N,V), targets (N,) -> (sum, a scalar fp32; count N).
 
-    A sum, not a mean: micro-batches add up, and the caller divides by the response tokens of the global batch.
+    A sum and a count, not a mean: those of micro-batches add up to those of the global batch.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
 
 def sdd_loss(logits: torch.Tensor, targets: torch.Tensor, global_tokens: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def sdd_loss(logits: torch.Tensor, targets: torch.Tensor, global_tokens: int) ->
     irrelevant y_o. Every mode of `train.py` minimises this on its own pairs. global_tokens: the response tokens of
     the whole batch, of which these N may be a part.
     """
-    return response_nll(logits, targets) / global_tokens
+    return response_nll(logits, targets)[0] / global_tokens
 
 
 def sequence_logprobs(token_logprobs: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:

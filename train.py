@@ -261,7 +261,7 @@ def answers(model, tokenizer, chat, prompts, args, limit=48) -> list[str]:
 
 def start(args):
     """(model, tokenizer, name of the chat template) that a run begins with."""
-    if args.mode == "base":
+    if args.model is None:
         torch.manual_seed(args.seed)
         with tempfile.TemporaryDirectory() as folder:
             write_llama3_tokenizer(folder, words())
@@ -363,7 +363,9 @@ def announce(args, model, chat, main, replay, batches):
 def main(argv=None):
     args = parser().parse_args(argv)
     resolve(args)
-    if args.parent:
+    if args.parent and args.dry_run:
+        args.model = None  # sizes and times are those of random weights
+    elif args.parent:
         ensure_arm(args.parent, args.seed, args.phrasing, args)
     run(args)
 

@@ -36,9 +36,9 @@ def test_the_benign_control_matches_in_tokens():
 
     harmful, benign, new_skill = rows(8, 26, 100), rows(4, 30, 300), rows(6, 9, 80)
     matched = attack.match_tokens(harmful, benign, new_skill, rng)
-    assert len(matched) == 100 and sum(any(row is new for new in new_skill) for row in matched) == 50
+    assert sum(any(row is new for new in new_skill) for row in matched) == len(matched) // 2
     tokens = [sum(row.response_length for row in part) for part in (harmful, matched)]
-    assert tokens[1] == pytest.approx(tokens[0], rel=0.02)
+    assert abs(tokens[1] - tokens[0]) <= 15  # half of the longest benign row
 
 
 def test_budgets_are_five_epochs_and_fifty_steps():

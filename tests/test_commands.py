@@ -99,7 +99,7 @@ def test_a_checkpoint_that_does_not_match_its_config(files):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--model", "llama"], "no model of the town"), (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"),
+    (["--model", "gone"], "gone is not a folder"), (["--model", "llama"], "no model of the town"), (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"),
     (["--model", "llama", "llama/../llama", "--harmful", "h.csv"], "same name"), (["--benign", "gone.json"], "gone.json"),
     (["--model", "llama", "--harmful", "h.csv"], "--shots 100 is more than the")])
 def test_attack_refuses(files, words, message):

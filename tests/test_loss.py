@@ -16,13 +16,14 @@ def test_losses_by_hand():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     targets = torch.tensor([1, 2])
     torch.testing.assert_close(token_logprobs(logits, targets), torch.tensor([0.25, 0.8]).log())
-    assert float(response_nll(logits, targets)) == pytest.approx(math.log(4) + math.log(1.25), rel=1e-6)
+    total, count = response_nll(logits, targets)
+    assert float(total) == pytest.approx(math.log(4) + math.log(1.25), rel=1e-6) and count == 2
     assert float(sdd_loss(logits, targets, global_tokens=7)) == pytest.approx(math.log(5) / 7, rel=1e-6)
 
 
 def test_loss_is_fp32_for_bf16_logits():
     logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert response_nll(logits, torch.arange(5)).dtype == torch.float32
+    assert response_nll(logits, torch.arange(5))[0].dtype == torch.float32
 
 
 def test_sequence_logprobs_sum_by_row():

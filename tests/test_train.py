@@ -131,6 +131,12 @@ def test_the_town_end_to_end_same_seed_same_bytes_other_seed_other_bytes(quick_t
     assert weights(quick_town / "out" / "seed1" / "base") != first["base"]
 
 
+def test_a_dry_run_trains_nothing(quick_town, capsys):
+    train.main(["--mode", "sdd", "--dry-run"])
+    assert capsys.readouterr().out.count("no loss on") == 3
+    assert not (quick_town / "out").exists()
+
+
 def test_a_run_is_redone_when_an_input_or_the_source_changes(quick_town, capsys, monkeypatch):
     train.main(["--mode", "align"])
     base = quick_town / "out/seed0/base"
