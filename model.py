@@ -239,6 +239,10 @@ class Llama(nn.Module):
         cache: the tokens continue its rows at cache.lengths, and their keys and values are written to it; moving
         cache.lengths on is the caller's part, who knows what was padding.
         """
+        return self.lm_head(self.hidden(tokens, positions, cache))
+
+    def hidden(self, tokens, positions=None, cache: KVCache | None = None) -> torch.Tensor:
+        """What the head reads, as `forward` with C in the place of V."""
         B, T = tokens.shape
         places = torch.arange(T, device=tokens.device)[None]  # (1,T): from lengths, never from token ids
         visible = None  # plain causal
@@ -255,7 +259,7 @@ class Llama(nn.Module):
                 x = x[positions]  # (N,C)
             else:
                 x = x[torch.arange(B, device=tokens.device)[:, None], positions.expand(B, -1)]  # (B,P,C)
-        return self.lm_head(self.model.norm(x))
+        return self.model.norm(x)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=()) -> list[list[int]]:

@@ -1,12 +1,15 @@
 """The objective of SDD and the attacker's view of it: pure functions on logits.
 
-Shape letters: N response tokens, V vocabulary, B rows, T tokens. Log-probabilities are natural, in nats.
+Shape letters: N response tokens, C hidden size, V vocabulary, B rows. Log-probabilities are natural, in nats.
 Symbols of the paper: x a harmful instruction, y_c its compliant (harmful) answer, y_o the irrelevant benign one that
 SDD teaches. Equations 4-7 are reconstructed from summaries of the paper, not quoted from it.
 """
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 2**23  # logits at once: 32 MB in fp32
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -22,14 +25,22 @@ def response_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
 
-def sdd_loss(logits: torch.Tensor, targets: torch.Tensor, global_tokens: int) -> torch.Tensor:
-    """The SDD objective: mean over the N response tokens of -log p(y_o | x), a scalar.
+def sdd_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, global_tokens: int) -> torch.Tensor:
+    """The SDD objective: mean over response tokens of -log p(y_o | x), a scalar fp32.
 
     Ordinary response-only cross-entropy, no second-order terms; what makes it SDD is the data, harmful x with
-    irrelevant y_o. Every mode of `train.py` minimises this on its own pairs. global_tokens: the response tokens of
-    the whole batch, of which these N may be a part.
+    irrelevant y_o. Every mode of `train.py` minimises this on its own pairs.
+
+    hidden: (N,C), what the head reads at the N places that predict response tokens; head: (V,C); targets: (N,);
+    global_tokens: the response tokens of the whole batch, of which these N may be a part. A large vocabulary is worked
+    through in chunks, whose logits are computed again in the backward pass: (N,V) never exists as a whole.
     """
-    return response_nll(logits, targets)[0] / global_tokens
+    chunk = max(1, CHUNK_LOGITS // len(head))
+    if len(targets) <= chunk:
+        return response_nll(hidden @ head.T, targets)[0] / global_tokens
+    sums = [checkpoint(lambda h, t: response_nll(h @ head.T, t)[0], h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return torch.stack(sums).sum() / global_tokens
 
 
 def sequence_logprobs(token_logprobs: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:

@@ -112,8 +112,8 @@ def backward(model, examples: list[Example], micro_batch: int, device) -> tuple[
     total = 0.0
     for start in range(0, len(examples), micro_batch):
         batch = collate(examples[start:start + micro_batch]).to(device)
-        logits = model(batch.tokens, positions=batch.loss_mask)  # (N,V)
-        loss = sdd_loss(logits, batch.targets[batch.loss_mask], response_tokens)
+        hidden = model.hidden(batch.tokens, positions=batch.loss_mask)  # (N,C)
+        loss = sdd_loss(hidden, model.lm_head.weight, batch.targets[batch.loss_mask], response_tokens)
         loss.backward()
         total += loss.detach()
     return float(total), response_tokens, sum(len(example.ids) for example in examples)
@@ -252,11 +252,11 @@ def fixed_prompts(args) -> list[str]:
 
 
 def answers(model, tokenizer, chat, prompts, args, limit=48) -> list[str]:
-    """Greedy answers of at most `limit` tokens."""
+    """Greedy answers of at most `limit` tokens, each on one line."""
     with autocast(args):
         ids = model.generate([encode_prompt(tokenizer, chat, prompt) for prompt in prompts], limit,
                              tokenizer.stop_tokens)
-    return [tokenizer.decode(answer) for answer in ids]
+    return [" ".join(tokenizer.decode(answer).split()) for answer in ids]
 
 
 def start(args):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import small_model
 
+import sdd_loss as loss_file
 import train
 from data.chat import Example
 from sdd_loss import (bradley_terry, first_difference, response_nll, sdd_loss, sequence_logprobs,
@@ -18,7 +19,22 @@ def test_losses_by_hand():
     torch.testing.assert_close(token_logprobs(logits, targets), torch.tensor([0.25, 0.8]).log())
     total, count = response_nll(logits, targets)
     assert float(total) == pytest.approx(math.log(4) + math.log(1.25), rel=1e-6) and count == 2
-    assert float(sdd_loss(logits, targets, global_tokens=7)) == pytest.approx(math.log(5) / 7, rel=1e-6)
+    hidden, head = torch.eye(2), logits.T.contiguous()  # hidden @ head.T is logits
+    assert float(sdd_loss(hidden, head, targets, global_tokens=7)) == pytest.approx(math.log(5) / 7, rel=1e-6)
+
+
+def test_chunks_of_the_head_change_nothing_but_rounding(monkeypatch):
+    found = []
+    for chunk in (10**9, 40 * 11, 40, 1):  # all at once, 11 tokens, 1 token, and fewer logits than one token has
+        monkeypatch.setattr(loss_file, "CHUNK_LOGITS", chunk)
+        rng = torch.Generator().manual_seed(6)
+        hidden = torch.randn(29, 16, generator=rng, requires_grad=True)
+        head = torch.randn(40, 16, generator=rng, requires_grad=True)
+        loss = sdd_loss(hidden, head, torch.randint(0, 40, (29,), generator=rng), 31)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, head.grad))
+    for result in found[1:]:
+        torch.testing.assert_close(result, found[0], atol=1e-6, rtol=1e-5)
 
 
 def test_loss_is_fp32_for_bf16_logits():
