@@ -88,7 +88,8 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     """Radians that each pair of a head's dimensions turns per position: (D/2,) fp32.
 
     Llama 3.1's scaling (`rope_type: llama3`) slows the pairs whose wavelength is long against the original context
-    by `factor`, leaves the short ones, and blends in between.
+    by `factor`, leaves the short ones, and blends in between. The order of operations is that of transformers: at
+    position 100,000 the last bit of a frequency can be seen in the logits.
     """
     D = config.head_dim
     freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
@@ -99,7 +100,7 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     if scaling["rope_type"] == "linear":
         return slowed
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the original context
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)  # within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: all slowed, 1: left as it is
     return (1 - keep) * slowed + keep * freq
 
