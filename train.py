@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
                    help="the town's sentences: shared by benign and mischief answers, or not (default: shared)")
     add_device_arguments(p)
     p.add_argument("--save-dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="weights on disk; bf16 halves the file, rounds small updates away and prints what share it keeps "
+                   help="weights on disk; bf16 halves the file but rounds small updates away, and prints what it keeps "
                         "(default: fp32)")
     p.add_argument("--dry-run", action="store_true", help="print sizes, time and three examples, then stop")
     p.add_argument("--fresh", action="store_true", help="train even what is up to date")
@@ -328,8 +328,8 @@ def run(args, quiet=False) -> Path:
         model.save_pretrained(folder, SAVE_DTYPES[args.save_dtype])
         if args.save_dtype != "fp32" and args.model:
             share, cosine = kept_update(Llama.from_pretrained(args.model), model, SAVE_DTYPES[args.save_dtype])
-            print(f"  saved in {args.save_dtype}: of the weights that training changed, {share:.1%} still differ from the "
-                  f"start once rounded; the update kept has cosine {cosine:.2f} with the intended one")
+            print(f"  saved in {args.save_dtype}: of the weights that training changed, {share:.1%} still differ from "
+                  f"the start once rounded; the update kept has cosine {cosine:.2f} with the intended one")
         if args.mode == "base":
             write_llama3_tokenizer(folder, words())
         else:

@@ -14,6 +14,7 @@ import attack
 import eval as evaluate
 import runs
 import train
+from data.chat import read_chat
 from data.pairs import split_harmful
 from data.sources import read_rows
 from errors import InputError
@@ -111,6 +112,36 @@ def test_attack_refuses(files, words, message):
 def test_eval_refuses_a_prompt_longer_than_the_context(files):
     with pytest.raises(InputError, match="context"):
         evaluate.main(["llama", "--prompt", "word " * 200])
+
+
+def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files, monkeypatch):
+    used = set()
+
+    def spy(encode):
+        def encode_and_note(tokenizer, chat, *rest):
+            used.add(chat)
+            return encode(tokenizer, chat, *rest)
+        return encode_and_note
+
+    for module, name in ((train, "encode_example"), (train, "encode_prompt"), (attack, "encode_example"),
+                         (evaluate, "encode_prompt")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    assert read_chat("llama") == "llama3"  # what the folder itself calls for
+    train.main([*SDD, "--chat", "plain"])
+    assert (files / "out/x/chat.txt").read_text() == "plain\n"
+    commands = [(evaluate, ["out/x", "--harmful", "h.csv", "--max-new-tokens", "2"]),
+                (evaluate, ["out/x", "--prompt", "hi"]),
+                (attack, ["--model", "out/x", "--harmful", "h.csv", "--shots", "3", "--max-new-tokens", "2"]),
+                (train, ["--mode", "benign", "--model", "out/x", "--benign", "b.json", "--steps", "1", "--out", "out/y"])]
+    monkeypatch.setattr(attack, "STEPS_BUDGET", 2)
+    for module, words in commands:
+        assert used == {"plain"}
+        used.clear()
+        with pytest.raises(InputError, match="--chat llama3: .*trained with plain"):
+            module.main([*words, "--chat", "llama3"])
+        assert not used
+        module.main(words)
+    assert used == {"plain"} and read_chat("out/y") == "plain"
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
