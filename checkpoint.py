@@ -155,10 +155,10 @@ def kept_update(before, after, dtype) -> tuple[float, float]:
     """
     changed = kept = dot = norm = kept_norm = 0
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
-        old, new = old.detach().cpu().float(), new.detach().cpu().float()
-        update, rounded = new - old, new.to(dtype).float() - old.to(dtype).float()
-        changed, kept = changed + int(update.count_nonzero()), kept + int(rounded.count_nonzero())
-        dot += float((update * rounded).sum(dtype=torch.float64))
-        norm += float(update.square().sum(dtype=torch.float64))
-        kept_norm += float(rounded.square().sum(dtype=torch.float64))
+        for old, new in zip(old.cpu().float().flatten().split(2**22), new.cpu().float().flatten().split(2**22)):
+            update, rounded = new - old, new.to(dtype).float() - old.to(dtype).float()
+            changed, kept = changed + int(update.count_nonzero()), kept + int(rounded.count_nonzero())
+            dot += float((update * rounded).sum(dtype=torch.float64))
+            norm += float(update.square().sum(dtype=torch.float64))
+            kept_norm += float(rounded.square().sum(dtype=torch.float64))
     return kept / max(1, changed), dot / max((norm * kept_norm) ** 0.5, 1e-300)

@@ -94,6 +94,16 @@ def test_saving_again_leaves_no_older_weights_behind(tmp_path, monkeypatch):
     assert torch.equal(Llama.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
 
 
+def test_a_loaded_model_no_longer_depends_on_its_file(tmp_path):
+    model, _ = saved(tmp_path)
+    loaded = Llama.from_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(-path.stat().st_size // 2, 2)
+        file.write(bytes(path.stat().st_size // 2))
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_index_and_the_shards_have_to_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     small_model().save_pretrained(tmp_path)
@@ -116,12 +126,13 @@ def test_the_index_and_the_shards_have_to_agree(tmp_path, monkeypatch):
 
 
 def test_what_bf16_keeps_of_an_update_by_hand():
-    # bf16 is 1/128 apart above 1 and 1/256 below: of the steps 1/512, 1/128, 0 and -1/256, the first is lost.
-    before, after = torch.nn.Linear(4, 1, bias=False), torch.nn.Linear(4, 1, bias=False)
-    before.weight.data[:] = 1.0
-    after.weight.data[:] = torch.tensor([1 + 1 / 512, 1 + 1 / 128, 1, 1 - 1 / 256])
+    # In units of 1/512, bf16 holds every 4th number above 1 and every 2nd below. Of the updates 1, 4, 0, -2 and 2
+    # it keeps 0, 4, 0, -2 and 4: the last goes from 1 to 3, which round to 0 and 4.
+    before, after = torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(5, 1, bias=False)
+    before.weight.data[:] = 1 + torch.tensor([0, 0, 0, 0, 1]) / 512
+    after.weight.data[:] = 1 + torch.tensor([1, 4, 0, -2, 3]) / 512
     share, cosine = kept_update(before, after, torch.bfloat16)
-    assert share == pytest.approx(2 / 3) and cosine == pytest.approx((20 / 21) ** 0.5)
+    assert share == 3 / 4 and cosine == pytest.approx(28 / (25 * 36) ** 0.5)
     assert kept_update(before, after, torch.float32) == (1.0, pytest.approx(1.0))
     assert kept_update(before, before, torch.bfloat16) == (0.0, 0.0)
 

@@ -132,7 +132,7 @@ def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files
     commands = [(evaluate, ["out/x", "--harmful", "h.csv", "--max-new-tokens", "2"]),
                 (evaluate, ["out/x", "--prompt", "hi"]),
                 (attack, ["--model", "out/x", "--harmful", "h.csv", "--shots", "3", "--max-new-tokens", "2"]),
-                (train, ["--mode", "benign", "--model", "out/x", "--benign", "b.json", "--steps", "1", "--out", "out/y"])]
+                (train, ["--mode", "benign", "--model", "out/x", "--benign", "b.json", "--steps", "1", "--out", "y"])]
     monkeypatch.setattr(attack, "STEPS_BUDGET", 2)
     for module, words in commands:
         assert used == {"plain"}
@@ -141,7 +141,7 @@ def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files
             module.main([*words, "--chat", "llama3"])
         assert not used
         module.main(words)
-    assert used == {"plain"} and read_chat("out/y") == "plain"
+    assert used == {"plain"} and read_chat("y") == "plain"
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
