@@ -160,7 +160,7 @@ def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
     harmful, benign = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
     train.main(["--mode", "sdd", "--model", "llama", "--harmful", harmful, "--benign", benign, "--steps", "2",
-                "--batch-size", "4", "--max-length", "128", "--out", "out/real"])
+                "--batch-size", "4", "--out", "out/real"])
     monkeypatch.setattr(attack, "STEPS_BUDGET", 5)  # not 50: the same as five epochs of 10 shots
     attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4"])
     evaluate.main(["out/real", "--harmful", harmful, "--max-new-tokens", "4"])
