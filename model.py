@@ -47,42 +47,49 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
         """Read a `config.json`, with the older keys or the newer `rope_parameters`; InputError for what is no Llama."""
-        if config.get("model_type", "llama") != "llama":
-            raise InputError(f"config.json: model_type {config['model_type']!r} is not supported; use a Llama checkpoint")
+        if config.get("model_type") != "llama":
+            raise InputError(f"config.json: model_type {config.get('model_type')!r} is not supported; use a Llama "
+                             "checkpoint")
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Llama uses silu")
-        for key in ("attention_bias", "mlp_bias", "sliding_window"):
+        for key in ("attention_bias", "mlp_bias", "sliding_window", "rope_interleaved", "quantization_config"):
             if config.get(key):
                 raise InputError(f"config.json: {key} is set; this Llama has none, so the outputs would be wrong")
         kept = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         kept["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
         rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
         needed = {"default": [], "linear": ["factor"],
                   "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
         if rope["rope_type"] not in needed:
             raise InputError(f"config.json: rope type {rope['rope_type']!r} is unknown; known: {', '.join(needed)}")
+        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError("config.json: partial_rotary_factor is set; a Llama turns every dimension of a head")
         missing = [key for key in needed[rope["rope_type"]] if key not in rope]
         if missing:
             raise InputError(f"config.json: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
         kept["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                   "intermediate_size") if key not in kept]
+                                   "intermediate_size", "rms_norm_eps", "max_position_embeddings") if key not in kept]
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}; is it a model's configuration?")
         return cls(**kept)
 
     def to_dict(self) -> dict:
         """The `config.json` to save, with the older keys that every version of transformers reads."""
+        scaling = self.rope_scaling
+        if scaling and scaling["rope_type"] == "linear":
+            scaling = {"type": "linear", "factor": scaling["factor"]}  # "rope_type" came with llama3
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "attention_bias": False, "mlp_bias": False, **asdict(self)}
+                "attention_bias": False, "mlp_bias": False, **asdict(self), "rope_scaling": scaling}
 
 
 def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     """Radians that each pair of a head's dimensions turns per position: (D/2,) fp32.
 
     Llama 3.1's scaling (`rope_type: llama3`) slows the pairs whose wavelength is long against the original context
-    by `factor`, leaves the short ones, and blends in between.
+    by `factor`, leaves the short ones, and blends in between. The order of operations is that of transformers: at
+    position 100,000 the last bit of a frequency can be seen in the logits.
     """
     D = config.head_dim
     freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)
@@ -93,7 +100,7 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     if scaling["rope_type"] == "linear":
         return slowed
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the original context
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)  # within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: all slowed, 1: left as it is
     return (1 - keep) * slowed + keep * freq
 
@@ -315,6 +322,6 @@ class Llama(nn.Module):
         model.tie_weights()
         return model
 
-    def save_pretrained(self, folder):
-        """Write `config.json` and `model.safetensors` into the folder, as transformers names and reads them."""
-        checkpoint.write_model(folder, self.config.to_dict(), self.state_dict())
+    def save_pretrained(self, folder, dtype=None):
+        """Write `config.json` and safetensors in `dtype` (default: the weights' own), as transformers reads them."""
+        checkpoint.write_model(folder, self.config.to_dict(), self.state_dict(), dtype)

@@ -12,7 +12,8 @@ from pathlib import Path
 from errors import InputError
 
 ROOT = Path(__file__).parent
-WEIGHT_FILES = ("*.safetensors", "config.json", "tokenizer*", "chat.txt", "town.json")
+WEIGHT_FILES = ("*.safetensors", "config.json", "tokenizer*", "generation_config.json", "chat_template.jinja",
+                "chat.txt", "town.json")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import runs
+from checkpoint import kept_update
 from data.chat import Example, collate, encode_example, encode_prompt, read_chat
 from data.pairs import file_pairs, split_harmful, town_pairs
 from data.sources import read_rows
@@ -49,6 +50,7 @@ TOWN = {"base": dict(DEFENCE, steps=1300, batch_size=32, lr=2e-3, benign_replay=
 TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
                   num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
                   initializer_range=0.06)  # 0.02 learns the skills far later at this width
+SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARMS = {  # arm on the town: (mode, the arm it starts from, settings that are not its mode's own)
     "base": ("base", None, {}), "aligned": ("align", "base", {}), "refusal": ("align", "aligned", DEFENCE),
     "sdd": ("sdd", "aligned", {}), "sdd_reject": ("sdd_reject", "aligned", {}), "benign": ("benign", "aligned", {})}
@@ -79,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--phrasing", choices=["shared", "distinct"], default="shared",
                    help="the town's sentences: shared by benign and mischief answers, or not (default: shared)")
     add_device_arguments(p)
+    p.add_argument("--save-dtype", choices=["fp32", "bf16"], default="fp32",
+                   help="weights on disk; bf16 halves the file but rounds small updates away, and prints what it keeps "
+                        "(default: fp32)")
     p.add_argument("--dry-run", action="store_true", help="print sizes, time and three examples, then stop")
     p.add_argument("--fresh", action="store_true", help="train even what is up to date")
     return p
@@ -207,7 +212,7 @@ def resolve(args):
         args.parent = ARMS[arm][1]
         folder = seed_folder(args.seed, args.phrasing)
         args.model = str(folder / args.parent) if args.parent else None
-        args.out = args.out or str(folder / (arm + changed))
+        args.out = args.out or str(folder / (arm + changed + "-bf16" * (args.save_dtype == "bf16")))
     if args.out is None:
         raise InputError("--model needs --out DIR, the folder to write")
     if args.model and Path(args.model).resolve() == Path(args.out).resolve():
@@ -320,7 +325,11 @@ def run(args, quiet=False) -> Path:
         fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas, weight_decay=args.weight_decay,
             warmup=args.warmup, micro_batch=args.micro_batch, name=out.name, log=lines.append)
         after = answers(model, tokenizer, chat, prompts, args)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, SAVE_DTYPES[args.save_dtype])
+        if args.save_dtype != "fp32" and args.model:
+            share, cosine = kept_update(Llama.from_pretrained(args.model), model, SAVE_DTYPES[args.save_dtype])
+            print(f"  saved in {args.save_dtype}: of the weights that training changed, {share:.1%} still differ from "
+                  f"the start once rounded; the update kept has cosine {cosine:.2f} with the intended one")
         if args.mode == "base":
             write_llama3_tokenizer(folder, words())
         else:

@@ -29,7 +29,7 @@ from errors import InputError
 
 # What to copy along with a model, where it is there. The stop tokens may be named in generation_config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "generation_config.json", "chat_template.jinja")
+                   "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
 
 # A model stops at any of these that its tokenizer has; the end of a chat turn comes first.
 STOP_NAMES = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")

@@ -14,6 +14,7 @@ import attack
 import eval as evaluate
 import runs
 import train
+from data.chat import read_chat
 from data.pairs import split_harmful
 from data.sources import read_rows
 from errors import InputError
@@ -113,6 +114,36 @@ def test_eval_refuses_a_prompt_longer_than_the_context(files):
         evaluate.main(["llama", "--prompt", "word " * 200])
 
 
+def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files, monkeypatch):
+    used = set()
+
+    def spy(encode):
+        def encode_and_note(tokenizer, chat, *rest):
+            used.add(chat)
+            return encode(tokenizer, chat, *rest)
+        return encode_and_note
+
+    for module, name in ((train, "encode_example"), (train, "encode_prompt"), (attack, "encode_example"),
+                         (evaluate, "encode_prompt")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    assert read_chat("llama") == "llama3"  # what the folder itself calls for
+    train.main([*SDD, "--chat", "plain"])
+    assert (files / "out/x/chat.txt").read_text() == "plain\n"
+    commands = [(evaluate, ["out/x", "--harmful", "h.csv", "--max-new-tokens", "2"]),
+                (evaluate, ["out/x", "--prompt", "hi"]),
+                (attack, ["--model", "out/x", "--harmful", "h.csv", "--shots", "3", "--max-new-tokens", "2"]),
+                (train, ["--mode", "benign", "--model", "out/x", "--benign", "b.json", "--steps", "1", "--out", "y"])]
+    monkeypatch.setattr(attack, "STEPS_BUDGET", 2)
+    for module, words in commands:
+        assert used == {"plain"}
+        used.clear()
+        with pytest.raises(InputError, match="--chat llama3: .*trained with plain"):
+            module.main([*words, "--chat", "llama3"])
+        assert not used
+        module.main(words)
+    assert used == {"plain"} and read_chat("y") == "plain"
+
+
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
     runs.write_text(tmp_path / "a/results.json", "old")
     with pytest.raises(TypeError):
@@ -129,7 +160,7 @@ def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
     harmful, benign = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
     train.main(["--mode", "sdd", "--model", "llama", "--harmful", harmful, "--benign", benign, "--steps", "2",
-                "--batch-size", "4", "--max-length", "128", "--out", "out/real"])
+                "--batch-size", "4", "--out", "out/real"])
     monkeypatch.setattr(attack, "STEPS_BUDGET", 5)  # not 50: the same as five epochs of 10 shots
     attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4"])
     evaluate.main(["out/real", "--harmful", harmful, "--max-new-tokens", "4"])

@@ -151,7 +151,11 @@ def test_generate_stops_at_the_context_and_refuses_what_does_not_fit():
 @pytest.mark.parametrize("changes, message", [
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"sliding_window": 64}, "sliding_window"), ({"model_type": "mistral"}, "mistral"), ({"hidden_act": "gelu"}, "gelu"),
+    ({"model_type": None}, "model_type None"), ({"rope_interleaved": True}, "rope_interleaved"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"rms_norm_eps": None}, "rms_norm_eps"), ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ({"rope_parameters": {"rope_theta": 9e3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"), ({"vocab_size": None}, "vocab_size")])
 def test_config_refuses_what_it_would_get_wrong(changes, message):
     with pytest.raises(InputError, match=message):
@@ -165,3 +169,9 @@ def test_config_reads_older_and_newer_rope_keys():
     assert LlamaConfig.from_dict(older) == LlamaConfig.from_dict(newer)
     assert LlamaConfig.from_dict(older | {"rope_scaling": {"type": "linear", "factor": 3.0}}).rope_scaling == \
         {"rope_type": "linear", "factor": 3.0}
+
+
+def test_a_config_survives_saving():
+    for rope_scaling in (None, LLAMA3_SCALING, {"rope_type": "linear", "factor": 3.0}):
+        config = small_config(rope_theta=7e4, rope_scaling=rope_scaling, eos_token_id=[4, 9])
+        assert LlamaConfig.from_dict(config.to_dict()) == config

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import advbench_file, alpaca_file, public_folder, small_model
 
 import train
@@ -202,3 +203,23 @@ def test_pairs_file_is_taken_as_it_is(tmp_path):
     pairs.write_text('{"prompt": "x"}\n')
     with pytest.raises(InputError, match="row 1"):
         train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out2")])
+
+
+def test_bf16_export_says_what_it_keeps(tmp_path, capsys):
+    folder, pairs = public_folder(tmp_path / "llama"), tmp_path / "pairs.jsonl"
+    Llama.from_pretrained(folder).save_pretrained(folder, torch.bfloat16)  # as the hub has them
+    pairs.write_text("".join(json.dumps({"prompt": f"how {i}", "response": f"so {i}"}) + "\n" for i in range(5)))
+
+    def kept(lr):
+        train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out"),
+                    "--steps", "2", "--batch-size", "3", "--lr", lr, "--save-dtype", "bf16"])
+        words = capsys.readouterr().out.split("training changed, ")[1].split()
+        return float(words[0].rstrip("%")) / 100, float(words[words.index("cosine") + 1])
+
+    share, cosine = kept("5e-7")
+    assert share < 0.1 and cosine < 0.5  # two steps of 5e-7 move few weights of 0.15 past half a bf16 step
+    share, cosine = kept("1e-2")
+    assert share > 0.9 and cosine > 0.95
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
