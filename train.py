@@ -309,8 +309,7 @@ def run(args, quiet=False) -> Path:
     max_length = min(args.max_length, model.config.max_position_embeddings)
     main, replay = ([encode_example(tokenizer, chat, row["prompt"], row["response"], max_length) for row in rows]
                     for rows in (main, replay))
-    batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
-    announce(args, model, chat, main, replay, batches)
+    announce(args, model, chat, main, replay)
     if args.dry_run:
         for example in main[:3]:
             prompt, response = (tokenizer.decode(part) for part in
@@ -321,6 +320,7 @@ def run(args, quiet=False) -> Path:
     before = answers(model, tokenizer, chat, prompts, args) if args.mode != "base" else ["(untrained)"] * len(prompts)
     lines = []
     began = time.perf_counter()
+    batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
     with runs.new_folder(out) as folder:
         fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas, weight_decay=args.weight_decay,
             warmup=args.warmup, micro_batch=args.micro_batch, name=out.name, log=lines.append)
@@ -349,9 +349,9 @@ def run(args, quiet=False) -> Path:
     return out
 
 
-def announce(args, model, chat, main, replay, batches):
-    """Say what will run, on what, and about how long: timed on one batch, which is not used up by training."""
-    examples = next(batches)
+def announce(args, model, chat, main, replay):
+    """Say what will run, on what, and about how long, timed on one random batch."""
+    examples = next(draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(0)))
     seconds = []
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
