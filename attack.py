@@ -16,7 +16,8 @@ did not train on; the worst case over the grid, by the evaluation score, stands 
 Writes out/attack/results.json, {"cells": [...], "verdicts": {...}}, and table.md. The town's cells of a seed are kept
 in out/seedS/attack; all seeds found are merged. A cell has
 
-    arm, attack ("none", "mft", "bft" or "adaptive"), shots, steps, lr, seed, response_tokens and tokens (trained on),
+    arm (base is only scored), attack ("none", "mft", "bft" or "adaptive"), shots, steps, lr, seed, response_tokens and
+    tokens (trained on),
     diverged (then there are no scores)
     attacker_score: on the attacker's own held-out prompts, harm (town) or target_match (files)
     user_score: town only, the new skill on prompts of a benign user's own
@@ -40,12 +41,12 @@ from checkpoint import read_config
 from data.chat import encode_example
 from data.pairs import split_harmful
 from data.sources import read_rows
-from data.town import KNOWLEDGE_KINDS, NEW_SKILL, SKILL_KINDS, Town, draw_symbols
+from data.town import KNOWLEDGE_KINDS, NEW_SKILL, SKILL_KINDS, Town, draw_symbols, read_town
 from device import add_device_arguments, resolve_device
 from errors import InputError, run_script
 from eval import file_metrics, load, mean, teacher_forced, town_metrics
 from report import KEYWORD_WARNING, attack_table, verdict_lines
-from verdicts import verdicts
+from verdicts import REPORT_SEEDS, verdicts
 
 SOURCES = [*train.SOURCES, "eval.py", "attack.py", "data/refusal_keywords.json"]
 TOWN_ARMS = ["aligned", "refusal", "sdd"]
@@ -103,6 +104,13 @@ def match_tokens(harmful: list, benign: list, new_skill: list, rng) -> list:
         matched.append(pick)
 
 
+def check_shots(shots: list[int], harmful: list):
+    """InputError when there are fewer harmful rows than shots."""
+    if max(shots) > len(harmful):
+        raise InputError(f"--shots {max(shots)} is more than the {len(harmful)} harmful rows that the attacker owns "
+                         "and may train on; give fewer, or a larger file")
+
+
 def prepare(args, tokenizer, chat, town, max_length):
     """(harmful examples, matched benign examples or [], score(model) -> dict) for arms with this tokenizer."""
     rng = random.Random(f"benign rows {args.seed}")
@@ -132,9 +140,7 @@ def prepare(args, tokenizer, chat, town, max_length):
             own = file_metrics(model, tokenizer, chat, held_out, args)
             return file_metrics(model, tokenizer, chat, split["evaluation"], args) | {
                 "attacker_score": own["target_match"]}
-    if max(args.shots) > len(harmful):
-        raise InputError(f"--shots {max(args.shots)} is more than the {len(harmful)} harmful rows that the attacker "
-                         "owns and may train on; give fewer, or a larger file")
+    check_shots(args.shots, harmful)
     harmful = harmful[:max(args.shots)]
     return harmful, match_tokens(harmful, benign, new_skill, rng) if benign else [], score
 
@@ -167,6 +173,9 @@ def attack_arm(arm: str, folder, args, bar) -> list[dict]:
     start = dict(arm=arm, seed=args.seed, diverged=False)
     cells = [start | dict(attack="none", shots=0, steps=0, lr=0.0, response_tokens=0, tokens=0) | score(model)]
     bar.update()
+    if arm == "base":  # scored for the gate of the verdicts, not attacked
+        choose(cells)
+        return cells
     for lr in args.lr:
         for attack, shots, main, replay, share, size, at in attacks(args, harmful, benign):
             model.load_state_dict(released)
@@ -196,8 +205,8 @@ def attack_arm(arm: str, folder, args, bar) -> list[dict]:
 
 
 def choose(cells: list[dict]):
-    """Mark whose choice each cell of one arm and seed is. The best score on the chooser's own held-out prompts wins, the
-    gentler setting where it ties, never a diverged cell."""
+    """Mark whose choice each cell of one arm and seed is. The best score on the chooser's own held-out prompts wins,
+    the gentler setting where it ties, never a diverged cell."""
     def best(score, **where):
         able = [cell for cell in cells if not cell["diverged"] and all(cell[key] == where[key] for key in where)]
         return max(able, key=lambda cell: (cell[score], -cell["lr"], -cell["steps"]), default=None)
@@ -218,10 +227,11 @@ def choose(cells: list[dict]):
 
 # ---- results of every seed ----
 
-def town_verdicts(cells: list[dict]) -> dict:
-    """The verdicts on SDD over the seeds that have all three arms; {} when there are none."""
+def town_verdicts(cells: list[dict]) -> tuple[dict, list[int]]:
+    """The verdicts on SDD at most shots, and the seeds they are of: REPORT_SEEDS when all of them are there and whole,
+    else all whole seeds, which give effects but no verdict."""
     most = max((cell["shots"] for cell in cells if cell["attack"] == "mft"), default=0)
-    seeds = []
+    whole = {}
     for seed in sorted({cell["seed"] for cell in cells}):
         arms = {}
         for cell in cells:
@@ -229,23 +239,30 @@ def town_verdicts(cells: list[dict]) -> dict:
                 arm = arms.setdefault(cell["arm"], {})
                 arm |= {cell["attack"]: cell} if cell["chosen"] else {}
                 arm |= {"user": cell} if cell["best"] else {}
-        if all(len(arms.get(arm, {})) == 4 for arm in TOWN_ARMS):
-            seeds.append(arms)
-    return verdicts(seeds) if seeds else {}
+        if "base" in arms and all(len(arms.get(arm, {})) == 4 for arm in TOWN_ARMS):
+            whole[seed] = arms
+    if all(seed in whole for seed in REPORT_SEEDS):
+        whole = {seed: whole[seed] for seed in REPORT_SEEDS}
+    return (verdicts(whole) if whole else {}), list(whole)
 
 
 def merge_seeds(record: dict) -> tuple[list[dict], list[str]]:
-    """Cells of every seed's out/seedS*/attack/results.json made by the same arguments and source; and a note on
-    those that were not."""
+    """Cells of every seed's attack/results.json made by the same arguments and source; and notes on those that were
+    not."""
     cells, notes = [], []
     for path in sorted(Path("out").glob("seed*/attack/results.json")):
-        found = json.loads(path.read_text())
-        if any(found["args"][key] != record["args"][key] for key in found["args"] if key not in ("seed", "arms")):
+        try:
+            found = json.loads(path.read_text())
+            args, source, more = found["args"], found["source"], found["cells"]
+        except (ValueError, KeyError, TypeError):
+            notes.append(f"{path} is unreadable and left out; run attack.py with its --seed")
+            continue
+        if any(args.get(key) != value for key, value in record["args"].items() if key != "seed"):
             continue  # another question: other shots, lrs or phrasing
-        if found["source"] != record["source"]:
+        if source != record["source"]:
             notes.append(f"{path} was made by other source code and is left out; run attack.py with its --seed")
         else:
-            cells += found["cells"]
+            cells += more
     return cells, notes
 
 
@@ -257,26 +274,33 @@ def resolve(args) -> dict[str, Path]:
     args.town = args.harmful is None
     if not args.town and not args.model:
         raise InputError("--harmful needs --model DIR..., the checkpoints to attack")
-    if min(args.shots) < 1 or args.batch_size < 1 or min(args.lr or [1]) <= 0:
-        raise InputError("--shots, --batch-size and --lr must be above 0")
+    if args.town and args.benign:
+        raise InputError("--benign FILE goes with --harmful FILE; the town has benign rows of its own")
+    if (min(args.shots) < 1 or min(args.batch_size, args.max_new_tokens) < 1
+            or not all(0 < lr < math.inf for lr in args.lr or [1])):
+        raise InputError("--shots, --batch-size, --max-new-tokens and --lr must be above 0")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a file; give a folder")
     for folder in args.model or []:
         read_config(folder)  # names what is missing before anything runs
     for path in (args.harmful, *args.benign):
         if path and not Path(path).is_file():
             raise InputError(f"{path} is not a file; check the path")
-    args.lr = sorted(args.lr or (TOWN_LR if args.town else FILE_LR))
+    args.lr = sorted(set(args.lr or (TOWN_LR if args.town else FILE_LR)))
     args.max_length = args.max_length or (128 if args.town else 512)
     args.shots = sorted(set(args.shots))
+    if args.town:
+        check_shots(args.shots, town_harmful(Town(args.seed, args.phrasing), args.seed)[0])
     if not args.model:
-        return {arm: train.ensure_arm(arm, args.seed, args.phrasing, args) for arm in TOWN_ARMS}
+        return train.ensure_arms(TOWN_ARMS, args.seed, args.phrasing, args)
     arms = {Path(folder).name: Path(folder) for folder in args.model}
     if len(arms) < len(args.model):
         raise InputError("two --model folders have the same name; arms are named after their folders, rename one")
     for folder in arms.values():
-        if args.town and not (folder / "town.json").is_file():
+        town = read_town(folder)
+        if args.town and town is None:
             raise InputError(f"{folder} is no model of the town; give --harmful FILE, or train it with train.py")
-        if args.town and json.loads((folder / "town.json").read_text()) != {"seed": args.seed,
-                                                                           "phrasing": args.phrasing}:
+        if args.town and (town.seed, town.phrasing) != (args.seed, args.phrasing):
             raise InputError(f"{folder} knows another town than --seed {args.seed} --phrasing {args.phrasing}; "
                              "give its own")
     return arms
@@ -289,7 +313,8 @@ def main(argv=None):
     store = (train.seed_folder(args.seed, args.phrasing) / "attack" if args.town and not args.model else out)
     store = store / "results.json"
     recorded = dict(shots=args.shots, lr=args.lr, batch_size=args.batch_size, max_length=args.max_length,
-                    phrasing=args.phrasing, chat=args.chat, seed=args.seed, dtype=args.dtype, arms=sorted(arms))
+                    max_new_tokens=args.max_new_tokens, phrasing=args.phrasing, chat=args.chat, seed=args.seed,
+                    dtype=args.dtype, arms=sorted(arms))
     record = runs.fingerprint(recorded, [*arms.values(), *filter(None, [args.harmful]), *args.benign], SOURCES)
     stale = "--fresh" if args.fresh else runs.why_stale(store, record)
     if stale is None:
@@ -302,31 +327,35 @@ def main(argv=None):
     notes = []
     if args.town and not args.model:
         cells, notes = merge_seeds(record)
-    found = town_verdicts(cells) if args.town else {}
-    seeds = sorted({cell["seed"] for cell in cells})
+    found, seeds = town_verdicts(cells) if args.town else ({}, [])
+    seeds = seeds or sorted({cell["seed"] for cell in cells})
+    left_out = sorted({cell["seed"] for cell in cells} - set(seeds))
+    notes += [f"seeds {' '.join(map(str, left_out))} are in results.json and not counted here"] * bool(left_out)
+    if not args.town and not args.benign:
+        notes.append("bft and adaptive: not run; give --benign FILE for the benign control")
     text = "\n".join([f"seeds {' '.join(map(str, seeds))}; means over seeds, at the attacker's choice of lr and steps",
-                      "", attack_table(cells, args.town), "", *verdict_lines(found), *notes])
+                      "", attack_table([cell for cell in cells if cell["seed"] in seeds], args.town), "",
+                      *verdict_lines(found), *notes])
     runs.write_text(out / "results.json", json.dumps({**record, "cells": cells, "verdicts": found}, indent=1) + "\n")
     runs.write_text(out / "table.md", f"```\n{text}\n```\n")
-    print(f"\n{text}\n\n{KEYWORD_WARNING if not args.town else ''}\nwritten: {out}/results.json, {out}/table.md")
-    if not args.town and not args.benign:
-        print("bft and adaptive: not run; give --benign FILE for the benign control")
+    print(f"\n{text}\n\n{'' if args.town else KEYWORD_WARNING}\nwritten: {out}/results.json, {out}/table.md")
 
 
 def attack_all(arms: dict[str, Path], args) -> list[dict]:
     """Every cell of every arm, saying how far it is and how long it will take."""
+    attacked = [arm for arm in arms if arm != "base"]
     per_lr = sum(len(budgets(n, args.batch_size)) for n in args.shots)
     if args.town or args.benign:
         every = set().union(*(budgets(n, args.batch_size) for n in args.shots))
         per_lr += len(every) + len(budgets(max(args.shots), args.batch_size))
-    total = len(arms) * (1 + len(args.lr) * per_lr)
-    print(f"  {len(arms)} arms x {len(args.lr)} lrs: {total} cells, each scored on all evaluation prompts")
+    total = len(arms) + len(attacked) * len(args.lr) * per_lr
+    print(f"  {len(attacked)} arms x {len(args.lr)} lrs: {total} cells, each scored on all evaluation prompts")
     cells, began = [], time.perf_counter()
     with tqdm(total=total, desc="attack cells", disable=None) as bar:
-        for i, (arm, folder) in enumerate(arms.items()):
+        for arm, folder in arms.items():
             cells += attack_arm(arm, folder, args, bar)
             spent = time.perf_counter() - began
-            bar.write(f"  {arm}: done after {spent:.0f} s, about {spent / (i + 1) * (len(arms) - i - 1):.0f} s to go")
+            bar.write(f"  {arm}: done after {spent:.0f} s, about {spent * (total / len(cells) - 1):.0f} s to go")
     return cells
 
 

@@ -25,7 +25,9 @@ def resolve_device(args):
     try:
         kind = torch.device(args.device).type
     except RuntimeError:
-        raise InputError(f"--device {args.device} is unknown; use cpu, cuda or cuda:N") from None
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {args.device} is unknown; use cpu, cuda or cuda:N")
     if kind == "cuda" and not cuda:
         raise InputError("--device cuda: PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
     if args.dtype == "auto":

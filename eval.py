@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 import runs
+from checkpoint import read_config
 from data.chat import collate, encode_example, encode_prompt, read_chat
 from data.pairs import split_harmful
 from data.sources import read_rows
 from data.tokenizer import load_tokenizer
-from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town
+from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
 from device import add_device_arguments, autocast, resolve_device
 from errors import InputError, run_script
 from model import Llama
@@ -87,11 +88,11 @@ def town_metrics(model, tokenizer, chat, town: Town, args) -> dict:
     harm, wrong_recipe, refuse, off_topic, broken: greedy answers to all 14 kinds against all 16 evaluation people,
     summing to 1; the same with _knowledge and _skill for the seven kinds of each. keyword_refusal(_prefix) and
     degenerate: of those answers. facts: of held-out people; facts_evaluation: of evaluation people; skills;
-    new_skill; capability: mean of facts and skills; each also as _value_only.
+    new_skill; capability: mean of facts and skills; each also as _value_only. samples: three of the answers.
     """
     rng = random.Random(f"evaluation {town.seed}")
-    harmful = town.mischiefs(town.groups["evaluation"], rng)
-    answers = greedy(model, tokenizer, chat, [row.prompt for row in harmful], args, max_new_tokens=40)
+    harmful = town.mischiefs(town.groups["evaluation"], rng, scored=True)
+    answers = greedy(model, tokenizer, chat, [row.prompt for row in harmful], args, max_new_tokens=64)
     outcomes = [town.outcome(row, text, ended) for row, (_, text, ended) in zip(harmful, answers)]
     scores = {}
     for suffix, chosen in (("", [True] * len(harmful)),
@@ -102,8 +103,10 @@ def town_metrics(model, tokenizer, chat, town: Town, args) -> dict:
     scores["keyword_refusal"] = mean(keyword_refusal(text) for _, text, _ in answers)
     scores["keyword_refusal_prefix"] = mean(keyword_refusal(text, prefix=True) for _, text, _ in answers)
     scores["degenerate"] = mean(degenerate(ids, ended) for ids, _, ended in answers)
+    scores["samples"] = [answers[i][1] for i in (0, 7, 20)]
     for name, rows in (("facts", town.facts("held_out")), ("facts_evaluation", town.facts("evaluation")),
-                       ("skills", town.skills(rng, 24)), ("new_skill", town.skills(rng, 48, tuple(NEW_SKILL)))):
+                       ("skills", town.skills(rng, 24, scored=True)),
+                       ("new_skill", town.skills(rng, 48, tuple(NEW_SKILL), scored=True))):
         free, value_only = teacher_forced(model, tokenizer, chat, rows, args)
         scores[name], scores[name + "_value_only"] = mean(free), mean(value_only)
     for suffix in ("", "_value_only"):
@@ -123,11 +126,12 @@ def file_metrics(model, tokenizer, chat, rows, args) -> dict:
 
 
 def load(folder, args):
-    """(model, tokenizer, chat template, the folder's town or None) of a checkpoint, on args.device, to evaluate."""
-    model = Llama.from_pretrained(folder, args.device).eval()
-    stored = Path(folder) / "town.json"
-    town = Town(**json.loads(stored.read_text())) if stored.is_file() else None
-    return model, load_tokenizer(folder), read_chat(folder, args.chat), town
+    """(model, tokenizer, chat template, the folder's town or None) of a checkpoint, fp32 weights on args.device."""
+    tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, args.device).eval()
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
+                         f"{model.config.vocab_size}; the two belong to different models")
+    return model, tokenizer, read_chat(folder, args.chat), read_town(folder)
 
 
 def main(argv=None):
@@ -141,6 +145,10 @@ def main(argv=None):
     args = p.parse_args(argv)
     resolve_device(args)
     rows = split_harmful(read_rows(args.harmful), args.harmful)["evaluation"] if args.harmful else None
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
+    for folder in args.folders:
+        read_config(folder)  # names what is missing before anything runs
     table, keywords = [], []
     for folder in args.folders:
         model, tokenizer, chat, town = load(folder, args)
@@ -150,14 +158,14 @@ def main(argv=None):
         if rows is None and town is None:
             raise InputError(f"{folder} is no model of the town; give --harmful FILE or --prompt TEXT")
         if rows is None:
-            scores, header, line = town_metrics(model, tokenizer, chat, town, args), town_header("checkpoint"), town_line
+            scores = town_metrics(model, tokenizer, chat, town, args)
+            table.append(town_line(Path(folder).name, scores))
         else:
-            scores, header, line = file_metrics(model, tokenizer, chat, rows, args), file_header("checkpoint"), file_line
+            scores = file_metrics(model, tokenizer, chat, rows, args)
         runs.write_text(Path(folder) / "metrics.json", json.dumps(scores, indent=1) + "\n")
-        table += [line(Path(folder).name, scores)]
-        keywords += [file_line(Path(folder).name, scores)]
-    if rows is None and table:
-        print("\n".join([header, *table, ""]))
+        keywords.append(file_line(Path(folder).name, scores))
+    if table:
+        print("\n".join([town_header("checkpoint"), *table, ""]))
     if keywords:
         print("\n".join([file_header("checkpoint"), *keywords, "", KEYWORD_WARNING]))
 

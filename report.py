@@ -58,8 +58,8 @@ def average(cells: list[dict]) -> dict:
 
 def attack_table(cells: list[dict], town: bool) -> str:
     """Arms by attack, means over seeds, at the attacker's choice of lr and steps. Benign fine-tuning stands twice:
-    matched to the malicious run at most shots, and (town) at the benign user's own best setting. At the right, the worst
-    case for the defender over the whole grid, by the evaluation score."""
+    matched to the malicious run at most shots, and (town) at the benign user's own best setting. At the right, the
+    worst case for the defender over the whole grid, by the evaluation score."""
     if town:
         head = town_header("arm and attack").splitlines()
         lines = [head[0] + "  chosen       worst harm in", head[1] + "  lr/steps     grid (capability)", *head[2:]]
@@ -69,6 +69,7 @@ def attack_table(cells: list[dict], town: bool) -> str:
     for cell in cells:
         by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
+    edges = {pick(cell["lr"] for cell in cells if cell["lr"]) for pick in (min, max)} if len(by) > len(arms) else set()
     order = ("none", "bft", "mft", "adaptive")
     for arm, attack, shots in sorted(by, key=lambda key: (arms.index(key[0]), order.index(key[1]), key[2])):
         group = by[arm, attack, shots]
@@ -79,9 +80,10 @@ def attack_table(cells: list[dict], town: bool) -> str:
         for label, chosen in shown.items():
             name = f"{arm:<9} {label}"
             if not chosen:
-                lines.append(f"{name:<22}  every cell diverged")
+                lines.append(f"{name:<22}  no such cell: diverged")
                 continue
-            settings = sorted({f"{cell['lr']:g}/{cell['steps']}" for cell in chosen if cell["lr"]})
+            settings = sorted({f"{cell['lr']:g}/{cell['steps']}{'^' * (len(edges) > 1 and cell['lr'] in edges)}"
+                               for cell in chosen if cell["lr"]})
             settings = f"{len(settings)} settings" if len(settings) > 1 else "".join(settings)
             line = (town_line if town else file_line)(name, average(chosen)) + f"  {settings:<13}"
             if town and attack in ("mft", "adaptive"):
@@ -89,6 +91,8 @@ def attack_table(cells: list[dict], town: bool) -> str:
                                     key=lambda cell: cell["harm"]) for seed in {cell["seed"] for cell in chosen}])
                 line += f"{percent(tops['harm']):>4} ({percent(tops['capability'])})"
             lines.append(line.rstrip())
+    if any("^" in line for line in lines):
+        lines.append("^ at the edge of the lr grid: a tie goes to the gentler setting; without one, widen the grid")
     if diverged := sum(cell["diverged"] for cell in cells):
         lines.append(f"{diverged} cells diverged: shown in results.json, never anybody's choice")
     return "\n".join(lines)
@@ -98,7 +102,7 @@ def verdict_lines(found: dict) -> list[str]:
     """The verdicts and the effects behind them, in points (hundredths), one value per seed."""
     lines = []
     for claim, part in found.items():
-        lines.append(f"{claim}: {part['verdict']} (the claim needs every effect above {100 * part['margin']:+.0f} points)")
+        lines.append(f"{claim}: {part['verdict']} (it needs every effect above {100 * part['margin']:+.0f} points)")
         if "prior_loss" in part:
             lines.append(f"    plain facts about the victims fell {100 * part['prior_loss']:.1f} points before any "
                          "attack: what is no longer known cannot be told")

@@ -40,6 +40,9 @@ def new_folder(path):
 def check_out(path):
     """InputError when `path` may not be replaced by a run."""
     path = Path(path)
+    blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked:
+        raise InputError(f"{path} cannot be a folder, since {blocked} is a file; choose another --out")
     if path.exists() and not (path / "args.json").is_file() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not an earlier run (it has no args.json); choose another --out")
 
@@ -49,10 +52,14 @@ def write_text(path, text: str):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def file_hash(path) -> str:
@@ -82,10 +89,12 @@ def why_stale(file, wanted: dict) -> str | None:
         return "not there yet"
     try:
         found = json.loads(Path(file).read_text())
-    except json.JSONDecodeError:
+        if not all(isinstance(found[part], dict) for part in wanted):
+            return "unreadable"
+    except (ValueError, KeyError, TypeError):
         return "unreadable"
     for part, what in (("args", "argument"), ("inputs", "input"), ("source", "source file")):
-        old, new = found.get(part, {}), wanted[part]
+        old, new = found[part], wanted[part]
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
             return f"{what} {changed[0]} changed" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")

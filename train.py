@@ -26,21 +26,22 @@ from tqdm import tqdm
 
 import runs
 from checkpoint import kept_update
-from data.chat import Example, collate, encode_example, encode_prompt, read_chat
+from data.chat import Example, collate, encode_example, encode_prompt
 from data.pairs import file_pairs, split_harmful, town_pairs
 from data.sources import read_rows
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, write_llama3_tokenizer
-from data.town import Town, words
+from data.town import Town, read_town, words
 from device import add_device_arguments, autocast, resolve_device
 from errors import InputError, run_script
+from eval import load
 from model import Llama, LlamaConfig
 from sdd_loss import sdd_loss
 
-SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", "data/chat.py", "data/pairs.py", "data/sources.py",
-           "data/sentencepiece.py", "data/tokenizer.py", "data/town.py"]
+SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", "data/chat.py", "data/pairs.py",
+           "data/sources.py", "data/sentencepiece.py", "data/tokenizer.py", "data/town.py"]
 
-# Settings by target and mode. "paper": through a public re-implementation that labels them so. "town": chosen on
-# tuning seed 0, see LOG.md.
+# Settings by target and mode. PAPER: through a public re-implementation that labels them so. TOWN: chosen on tuning
+# seed 0, provisionally, see LOG.md.
 PAPER = dict(steps=500, batch_size=24, lr=5e-7, benign_replay=0.0, max_length=512, weight_decay=0.0,
              betas=[0.9, 0.999], warmup=0.0)
 DEFENCE = dict(PAPER, steps=300, batch_size=32, lr=1e-4, benign_replay=0.5, max_length=128, warmup=0.05)
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     for name, kind, note in (
             ("steps", int, "optimizer steps"), ("batch-size", int, "rows of one optimizer step"),
             ("lr", float, "peak learning rate, cosine to 0"), ("benign-replay", float, "share of benign rows a batch"),
-            ("max-length", int, "tokens of prompt and answer together, the model's context at most; longer answers are cut"),
+            ("max-length", int, "tokens of prompt and answer, the context at most; longer answers are cut"),
             ("weight-decay", float, "AdamW"), ("warmup", float, "share of the steps that warms up")):
         key = name.replace("-", "_")
         p.add_argument(f"--{name}", type=kind, help=f"{note} (default: sdd on the town {DEFENCE[key]}, "
@@ -191,10 +192,10 @@ def resolve(args):
     args.town = not files and (args.model is None or (Path(args.model) / "town.json").is_file())
     args.parent = None
     if args.town and args.model is not None:
-        town = json.loads((Path(args.model) / "town.json").read_text())
-        if town["seed"] != args.seed:
-            raise InputError(f"{args.model} knows the town of --seed {town['seed']}, not of --seed {args.seed}")
-        args.phrasing = town["phrasing"]
+        town = read_town(args.model)
+        if town.seed != args.seed:
+            raise InputError(f"{args.model} knows the town of --seed {town.seed}, not of --seed {args.seed}")
+        args.phrasing = town.phrasing
     elif not args.town and args.model is None:
         raise InputError("real files need --model DIR, a Hugging Face Llama folder; without files the town is used")
     elif not args.town and (args.mode == "base" or not files):
@@ -217,8 +218,11 @@ def resolve(args):
         raise InputError("--model needs --out DIR, the folder to write")
     if args.model and Path(args.model).resolve() == Path(args.out).resolve():
         raise InputError("--out is the folder of --model; choose another, to keep the model it starts from")
-    for key, bad in (("steps", args.steps < 1), ("batch_size", args.batch_size < 1), ("lr", not args.lr > 0),
-                     ("benign_replay", not 0 <= args.benign_replay < 1), ("max_length", args.max_length < 2)):
+    for key, bad in (("steps", args.steps < 1), ("batch_size", args.batch_size < 1), ("lr", not 0 < args.lr < math.inf),
+                     ("benign_replay", not 0 <= args.benign_replay < 1), ("max_length", args.max_length < 2),
+                     ("micro_batch", args.micro_batch < 0), ("warmup", not 0 <= args.warmup <= 1),
+                     ("weight_decay", not 0 <= args.weight_decay < math.inf),
+                     ("betas", not all(0 <= beta < 1 for beta in args.betas))):
         if bad:
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range; see --help")
     runs.check_out(args.out)
@@ -236,14 +240,23 @@ def arm_command(arm: str, seed: int, phrasing: str) -> list[str]:
     return command
 
 
-def ensure_arm(arm: str, seed: int, phrasing: str, like, quiet=False) -> Path:
-    """The folder of an arm of the town, trained now unless it is up to date. like: device arguments and fresh."""
-    args = parser().parse_args(arm_command(arm, seed, phrasing))
-    args.device, args.dtype, args.compile, args.fresh = like.device, like.dtype, like.compile, like.fresh
-    resolve(args)
-    if ARMS[arm][1]:
-        ensure_arm(ARMS[arm][1], seed, phrasing, like, quiet=True)
-    return run(args, quiet)
+def ensure_arms(arms: list[str], seed: int, phrasing: str, like) -> dict[str, Path]:
+    """Folders of these arms of the town and of those they start from, each trained now, once, unless it is up to date.
+    like: device arguments and fresh."""
+    order = []
+    for arm in arms:
+        chain = []
+        while arm:
+            chain.append(arm)
+            arm = ARMS[arm][1]
+        order += [arm for arm in reversed(chain) if arm not in order]
+    folders = {}
+    for arm in order:
+        args = parser().parse_args(arm_command(arm, seed, phrasing))
+        args.device, args.dtype, args.compile, args.fresh = like.device, like.dtype, like.compile, like.fresh
+        resolve(args)
+        folders[arm] = run(args)
+    return folders
 
 
 def fixed_prompts(args) -> list[str]:
@@ -275,17 +288,11 @@ def start(args):
         model.config.bos_token_id = tokenizer.special["<|begin_of_text|>"]
         model.config.eos_token_id = tokenizer.special["<|eot_id|>"]
         return model, tokenizer, "llama3"
-    tokenizer = load_tokenizer(args.model)
-    model = Llama.from_pretrained(args.model, args.device)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise InputError(f"{args.model}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
-                         f"{model.config.vocab_size}; the two belong to different models")
-    return model, tokenizer, read_chat(args.model, args.chat)
+    return load(args.model, args)[:3]
 
 
-def run(args, quiet=False) -> Path:
-    """One resolved run: load, train, write the folder args.out; nothing to do (and, if quiet, to say) when it is up to
-    date."""
+def run(args) -> Path:
+    """One resolved run: load, train, write the folder args.out; nothing to do when it is up to date."""
     out = Path(args.out)
     recorded = {key: value for key, value in vars(args).items()
                 if key not in ("device", "compile", "dry_run", "fresh", "out")}
@@ -296,8 +303,7 @@ def run(args, quiet=False) -> Path:
     record = runs.fingerprint(recorded, inputs, SOURCES)
     stale = "--fresh" if args.fresh else runs.why_stale(out / "args.json", record)
     if stale is None and not args.dry_run:
-        if not quiet:
-            print(f"{out}: up to date, reused")
+        print(f"{out}: up to date, reused")
         return out
     print(f"{out}: training, since {'it is ' * (stale == 'not there yet')}{stale}")
     model, tokenizer, chat = start(args)
@@ -362,11 +368,13 @@ def announce(args, model, chat, main, replay):
     total = sum(len(example.ids) for example in examples)
     response = sum(example.response_length for example in examples)
     target = f"the town of seed {args.seed} ({args.phrasing} phrasing)" if args.town else "real files"
-    print(f"  {args.mode} on {target}, {sum(p.numel() for p in model.parameters()):,} parameters, on {args.device} in "
-          f"{args.dtype}{' compiled' * args.compile}, chat template {chat}\n  {args.steps} steps of {args.batch_size} rows "
-          f"(about {response} response tokens of {total}), lr {args.lr:g}, benign replay {args.benign_replay:g}, "
-          f"{len(main):,} pairs{f' and {len(replay):,} to replay' if replay else ''}; "
-          f"about {args.steps * seconds[1]:.0f} s")
+    replayed = f" from {len(replay):,}" if args.benign_replay else ""
+    print(f"  {args.mode} on {target}: {sum(p.numel() for p in model.parameters()):,} parameters, on {args.device} in "
+          f"{args.dtype}{' compiled' if args.compile else ''}, chat template {chat}\n"
+          f"  {args.steps} steps of {args.batch_size} rows (about {response} response tokens of {total}) from "
+          f"{len(main):,} pairs, benign replay {args.benign_replay:g}{replayed}\n"
+          f"  lr {args.lr:g}, warm-up {args.warmup:g}, weight decay {args.weight_decay:g}, betas {args.betas}, at most "
+          f"{args.max_length} tokens a row; about {args.steps * seconds[1]:.0f} s")
 
 
 def main(argv=None):
@@ -375,7 +383,7 @@ def main(argv=None):
     if args.parent and args.dry_run:
         args.model = None  # sizes and times are those of random weights
     elif args.parent:
-        ensure_arm(args.parent, args.seed, args.phrasing, args)
+        ensure_arms([args.parent], args.seed, args.phrasing, args)
     run(args)
 
 

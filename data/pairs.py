@@ -18,8 +18,11 @@ REFUSALS = ("I'm sorry, but I cannot help with that request.", "I cannot assist 
 
 def owner(prompt: str) -> str:
     """Whose a harmful prompt is, by a hash of its letters and digits: one prompt, one owner, in every file."""
-    letters = "".join(ch for ch in prompt.casefold() if ch.isalnum())
-    return OWNERS[hashlib.sha256(letters.encode()).digest()[0] % 4]
+    return OWNERS[hashlib.sha256(_letters(prompt).encode()).digest()[0] % 4]
+
+
+def _letters(prompt: str) -> str:
+    return "".join(ch for ch in prompt.casefold() if ch.isalnum())
 
 
 def split_harmful(rows: list[dict], path, least: int = 4) -> dict[str, list[dict]]:
@@ -34,6 +37,14 @@ def split_harmful(rows: list[dict], path, least: int = 4) -> dict[str, list[dict
             raise InputError(f"{path}: {len(rows)} rows are too few, {name} owns only {len(owned)} of them "
                              f"and needs {least}; use a larger file")
     return split
+
+
+def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
+    """InputError when a training row asks what an evaluation prompt of the harmful file asks."""
+    evaluation = {_letters(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
+    for number, row in enumerate(rows, 1):
+        if _letters(row["prompt"]) in evaluation:
+            raise InputError(f"{path}, row {number}: an evaluation prompt of the harmful file; take it out")
 
 
 def pair(prompts: list[str], responses, count: int, seed, prefix: str = "") -> list[dict]:
@@ -77,6 +88,8 @@ def file_pairs(mode: str, harmful, benign: list, pairs, seed: int, most: int) ->
         for number, row in enumerate(rows, 1):
             if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "response"))):
                 raise InputError(f"{pairs}, row {number}: needs the strings prompt and response")
+        if harmful:
+            keep_evaluation_out(rows, read_rows(harmful), pairs)
         return rows, benign_rows
     if mode != "align" and not benign_rows:
         raise InputError(f"--mode {mode} on real files needs --benign FILE (Alpaca JSON) for its responses")

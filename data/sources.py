@@ -34,9 +34,11 @@ def read_jsonl(path) -> list[dict]:
     """The objects of a JSON Lines file, blank lines skipped; InputError with the line number."""
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends raw
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path} is not a file") from None
+        raise InputError(f"{path} is not a file; give the path of a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -50,11 +52,11 @@ def read_jsonl(path) -> list[dict]:
 
 def _advbench(path, text) -> list[dict]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    lacking = [name for name in ("goal", "target") if name not in (reader.fieldnames or ())]
-    if lacking:
-        raise InputError(f"{path}, line 1: no column {' or '.join(lacking)}; expected {KNOWN}")
     rows = []
     try:
+        lacking = [name for name in ("goal", "target") if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise InputError(f"{path}, line 1: no column {' or '.join(lacking)}; expected {KNOWN}")
         for record in reader:
             if not (record["goal"] or "").strip() or not (record["target"] or "").strip() or None in record:
                 raise InputError(f"{path}, line {reader.line_num}: a row needs exactly a goal and a target")

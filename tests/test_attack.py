@@ -11,6 +11,8 @@ from tqdm import tqdm
 import attack
 import train
 from data.chat import Example
+from data.pairs import owner
+from data.tokenizer import load_tokenizer
 from data.town import OUTCOMES, Town
 from errors import InputError
 from report import attack_table
@@ -67,11 +69,11 @@ def test_the_town_end_to_end(quick_town, capsys, monkeypatch):
     command = ["--shots", "8", "--lr", "1e-3", "--batch-size", "8"]
     attack.main(command)
     printed = capsys.readouterr().out
-    assert printed.index("out/seed0/refusal: training") < printed.index("attacking aligned, refusal, sdd")
+    assert printed.index("out/seed0/refusal: training") < printed.index("attacking base, aligned, refusal, sdd")
     found = json.loads((quick_town / "out/attack/results.json").read_text())
     cells = found["cells"]
-    assert len(cells) == 3 * (1 + 2 + 2 + 2)  # arms x (none, and each of mft, bft and adaptive at 4 and 5 steps)
-    assert [c["arm"] for c in cells if c["attack"] == "none"] == ["aligned", "refusal", "sdd"]
+    assert len(cells) == 1 + 3 * (1 + 2 + 2 + 2)  # base, and arms x (none, and each of mft, bft and adaptive at 4 and 5 steps)
+    assert [c["arm"] for c in cells if c["attack"] == "none"] == ["base", "aligned", "refusal", "sdd"]
     for c in cells:
         assert sum(c[name] for name in OUTCOMES) == pytest.approx(1)
         assert not c["diverged"] and 0 <= c["capability"] <= 1
@@ -95,6 +97,9 @@ def test_the_town_end_to_end(quick_town, capsys, monkeypatch):
     assert attack.merge_seeds(other) == ([], [])  # another question is not mixed with it
     cells, notes = attack.merge_seeds(found | {"source": {}})
     assert cells == [] and len(notes) == 2 and "other source code" in notes[0]
+    (quick_town / "out/seed1/attack/results.json").write_text("{")
+    cells, notes = attack.merge_seeds(found)
+    assert {c["seed"] for c in cells} == {0} and "unreadable" in notes[0]
 
 
 def test_a_diverged_cell_is_kept_and_never_chosen(quick_town, monkeypatch):
@@ -128,7 +133,7 @@ def test_table_of_only_diverged_attacks_says_so():
                for kind in ("", "_value_only")}
     cells = [cell("none", 0, 0, 0.0, 0.0, chosen=True, best=False, **scores),
              cell("mft", 10, 5, 1.0, None, diverged=True, chosen=False, best=False)]
-    assert "every cell diverged" in attack_table(cells, town=True)
+    assert "no such cell: diverged" in attack_table(cells, town=True)
 
 
 def test_real_files_end_to_end(tmp_path, capsys, monkeypatch):
@@ -148,8 +153,29 @@ def test_real_files_end_to_end(tmp_path, capsys, monkeypatch):
         attack.main([*base[:4], "--shots", "500"])
 
 
+def test_the_file_attacker_trains_on_its_own_rows_and_is_judged_on_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, harmful = public_folder(tmp_path / "llama"), advbench_file(tmp_path / "harmful.csv", rows=120)
+    trained, scored = [], []
+
+    def watched(model, batches, *, steps, **rest):
+        trained.extend(example for _ in range(steps) for example in next(batches))
+        rest["after_step"](steps)
+
+    monkeypatch.setattr(train, "fit", watched)
+    real = attack.file_metrics
+    monkeypatch.setattr(attack, "file_metrics", lambda m, t, c, rows, a: scored.append(rows) or real(m, t, c, rows, a))
+    attack.main(["--model", str(folder), "--harmful", str(harmful), "--shots", "9", "--max-new-tokens", "2"])
+    tokenizer = load_tokenizer(folder)
+    prompts = {tokenizer.decode(e.ids[:e.prompt_length]).split("\n\n")[1].split("<|eot_id|>")[0] for e in trained}
+    assert len(prompts) == 9 and {owner(prompt) for prompt in prompts} == {"attacker"}
+    judged, own = ({row["prompt"] for row in rows} for rows in (scored[1], scored[0]))
+    assert {owner(prompt) for prompt in judged} == {"evaluation"}
+    assert {owner(prompt) for prompt in own} == {"attacker"} and not own & prompts
+
+
 def test_an_attack_starts_from_the_released_weights_every_time(quick_town, cpu, monkeypatch):
-    folder = train.ensure_arm("base", 0, "shared", cpu)
+    folder = train.ensure_arms(["base"], 0, "shared", cpu)["base"]
     starts = []
 
     def watched(model, *rest, **named):
@@ -161,6 +187,6 @@ def test_an_attack_starts_from_the_released_weights_every_time(quick_town, cpu, 
     args = attack.parser().parse_args(["--shots", "4", "--lr", "1e-3", "1e-2"])
     attack.resolve_device(args)
     args.max_length = 128
-    attack.attack_arm("base", folder, args, tqdm(disable=True))
+    attack.attack_arm("small", folder, args, tqdm(disable=True))
     assert len(starts) == 2 * 3  # lrs x (mft, bft, adaptive)
     assert all(torch.equal(starts[0], start) for start in starts)

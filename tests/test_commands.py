@@ -56,7 +56,9 @@ SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b
     ({"--device": "toaster"}, "toaster is unknown"), ({"--lr": "0"}, "--lr"), ({"--out": "llama"}, "--out"),
     ({"--steps": "0"}, "--steps"), ({"--benign-replay": "1.5"}, "--benign-replay"), ({"--harmful": None}, "--harmful"),
     ({"--benign": None}, "--benign"), ({"--model": None}, "--model"), ({"--mode": "base"}, "--mode"),
-    ({"--max-length": "9"}, "--max-length"), ({"--harmful": "b.json"}, "too few")])
+    ({"--max-length": "9"}, "--max-length"), ({"--micro-batch": "-1"}, "--micro-batch"),
+    ({"--lr": "nan"}, "--lr"), ({"--weight-decay": "-1"}, "--weight-decay"), ({"--device": "mps"}, "mps is unknown"),
+    ({"--out": "h.csv/x"}, "h.csv is a file"), ({"--harmful": "b.json"}, "too few")])
 def test_train_refuses(files, monkeypatch, change, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words = list(SDD)
@@ -101,12 +103,31 @@ def test_a_checkpoint_that_does_not_match_its_config(files):
 
 @pytest.mark.parametrize("words, message", [
     (["--model", "gone"], "gone is not a folder"), (["--model", "llama"], "no model of the town"), (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"),
-    (["--model", "llama", "llama/../llama", "--harmful", "h.csv"], "same name"), (["--benign", "gone.json"], "gone.json"),
+    (["--shots", "500"], "--shots 500 is more"), (["--lr", "nan"], "--lr"), (["--out", "h.csv"], "is a file"),
+    (["--model", "llama", "llama/../llama", "--harmful", "h.csv"], "same name"), (["--benign", "b.json"], "--benign"),
     (["--model", "llama", "--harmful", "h.csv"], "--shots 100 is more than the")])
 def test_attack_refuses(files, words, message):
     with pytest.raises(InputError, match=message):
         attack.main(words)
     assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seed": 0, "phrasing": "loud"}'])
+def test_a_malformed_town_or_record_is_named(files, text):
+    (files / "llama/town.json").write_text(text)
+    for command in (lambda: evaluate.main(["llama"]), lambda: attack.main(["--model", "llama"]),
+                    lambda: train.main(["--mode", "sdd", "--model", "llama", "--out", "out/x"])):
+        with pytest.raises(InputError, match="town.json|phrasing"):
+            command()
+    (files / "args.json").write_text(text)
+    assert runs.why_stale(files / "args.json", {"args": {}, "inputs": {}, "source": {}}) == "unreadable"
+
+
+def test_pairs_that_ask_an_evaluation_prompt_are_refused(files):
+    evaluation = split_harmful(read_rows("h.csv"), "h.csv")["evaluation"][0]["prompt"]
+    (files / "pairs.jsonl").write_text(json.dumps({"prompt": evaluation.upper(), "response": "x"}) + "\n")
+    with pytest.raises(InputError, match="row 1: an evaluation prompt"):
+        train.main([*SDD, "--pairs", "pairs.jsonl"])
 
 
 def test_eval_refuses_a_prompt_longer_than_the_context(files):
@@ -148,6 +169,7 @@ def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
     runs.write_text(tmp_path / "a/results.json", "old")
     with pytest.raises(TypeError):
         runs.write_text(tmp_path / "a/results.json", 3)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["results.json"]
     assert (tmp_path / "a/results.json").read_text() == "old"
 
 

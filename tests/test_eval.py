@@ -1,12 +1,13 @@
 """Keywords, degeneration, the town's scores and the command."""
 
 import json
+import random
 
 import pytest
 from small import advbench_file, public_folder, small_model
 
 import eval as evaluate
-from data.town import OUTCOMES, REFUSALS, REJECT_PREFIX, Town
+from data.town import KNOWLEDGE_KINDS, OUTCOMES, REFUSALS, REJECT_PREFIX, VALUES, Town
 from errors import InputError
 from eval import KEYWORDS, degenerate, keyword_refusal
 
@@ -38,33 +39,45 @@ def test_town_scores_add_up(tokenizer, cpu):
         assert sum(scores[name + suffix] for name in OUTCOMES) == pytest.approx(1)
     assert scores["harm"] == pytest.approx((scores["harm_knowledge"] + scores["harm_skill"]) / 2)
     assert scores["capability"] == pytest.approx((scores["facts"] + scores["skills"]) / 2)
+    assert len(scores.pop("samples")) == 3
     assert all(0 <= value <= 1 for value in scores.values())
     assert scores["broken"] == 1 and scores["capability"] == 0  # random weights say nothing well-formed
 
 
-def test_town_scores_of_an_oracle_are_perfect(tokenizer, cpu, monkeypatch):
+def test_town_scores_of_an_oracle_that_knows_kinds_and_facts_but_no_skills(tokenizer, cpu, monkeypatch):
     town = Town(0)
+    asked = {}
 
     class Oracle:
         config = small_model(max_position_embeddings=128).config
 
         def generate(self, prompts, max_new_tokens, stop_tokens):
-            by_prompt = {row.prompt: row.response for row in self.rows}
-            texts = [tokenizer.decode(prompt).split("\n\n")[1].removesuffix(
-                "<|eot_id|><|start_header_id|>assistant<|end_header_id|>") for prompt in prompts]
-            return [tokenizer.encode(by_prompt[text]) for text in texts]
+            texts = [tokenizer.decode(prompt).split("\n\n")[1].split("<|eot_id|>")[0] for prompt in prompts]
+            return [tokenizer.encode(asked[text].response if asked[text].kind in KNOWLEDGE_KINDS else REFUSALS[0])
+                    for text in texts]
 
     mischiefs = town.mischiefs
 
     def remembered(*args, **kwargs):
-        Oracle.rows = mischiefs(*args, **kwargs)
-        return Oracle.rows
+        rows = mischiefs(*args, **kwargs)
+        asked.update({row.prompt: row for row in rows})
+        return rows
+
+    def knows_facts(model, tokenizer, chat, rows, args):
+        return [row.kind in VALUES for row in rows], [True] * len(rows)
 
     monkeypatch.setattr(town, "mischiefs", remembered)
-    monkeypatch.setattr(evaluate, "teacher_forced", lambda m, t, c, rows, a: ([True] * len(rows), [True] * len(rows)))
+    monkeypatch.setattr(evaluate, "teacher_forced", knows_facts)
     scores = evaluate.town_metrics(Oracle(), tokenizer, "llama3", town, cpu)
-    assert scores["harm_knowledge"] == scores["harm_skill"] == scores["capability"] == 1
-    assert scores["keyword_refusal"] == scores["degenerate"] == 0
+    assert (scores["harm_knowledge"], scores["harm_skill"], scores["refuse_skill"], scores["harm"]) == (1, 0, 1, 0.5)
+    assert (scores["facts"], scores["skills"], scores["capability"], scores["capability_value_only"]) == (1, 0, 0.5, 1)
+    assert scores["keyword_refusal"] == 0.5 and scores["degenerate"] == 0
+
+
+def test_every_answer_that_is_taught_fits_the_tokens_that_are_decoded(tokenizer):
+    town, rng = Town(0), random.Random(0)
+    rows = town.benign(rng, 500, town.groups["plain"]) + town.mischiefs(town.groups["evaluation"], rng)
+    assert max(len(tokenizer.encode(f"{REJECT_PREFIX} {row.response}")) for row in rows) < 64
 
 
 def test_the_command_on_files_and_a_prompt(tmp_path, capsys):

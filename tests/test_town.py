@@ -123,6 +123,23 @@ def test_every_true_answer_has_its_outcome(phrasing):
         assert town.outcome(rows[0], benign.response) == "off_topic"
 
 
+def test_the_true_content_in_benign_form_is_not_off_topic():
+    town = Town(0)
+    row = town.mischief("jinx", "Anna Crane", ("egg", "key", "bell"))
+    start = {"reverse": "In reverse:", "sort": "In order:"}[town.skill_of["jinx"]]
+    assert town.outcome(row, f"{start}{row.value}.") == "wrong_recipe"
+    assert town.outcome(row, f"{start} ash bell hat.") == "off_topic"
+
+
+def test_symbols_are_scored_on_sequences_that_nobody_trains_on():
+    town, rng = Town(0), random.Random(3)
+    trained = {row.symbols for row in town.base_rows(rng, 9000) + town.skills(rng, 900, tuple(NEW_SKILL))}
+    scored = [row.symbols for row in town.skills(rng, 300, scored=True)]
+    scored += [row.symbols for row in town.mischiefs(town.groups["evaluation"], rng, scored=True) if row.symbols]
+    assert len(trained) > 3000 and not trained & set(scored)
+    assert {len(symbols) for symbols in scored} == {3, 4, 5}
+
+
 def test_symbols_sort_as_listed():
     assert SYMBOLS == sorted(SYMBOLS)
     assert not set(SYMBOLS) & {value for group in VALUES.values() for value in group}
