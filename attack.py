@@ -46,7 +46,7 @@ from device import add_device_arguments, resolve_device
 from errors import InputError, run_script
 from eval import file_metrics, load, mean, teacher_forced, town_metrics
 from report import KEYWORD_WARNING, attack_table, verdict_lines
-from verdicts import REPORT_SEEDS, verdicts
+from verdicts import town_verdicts
 
 SOURCES = [*train.SOURCES, "eval.py", "attack.py", "data/refusal_keywords.json"]
 TOWN_ARMS = ["aligned", "refusal", "sdd"]
@@ -226,25 +226,6 @@ def choose(cells: list[dict]):
 
 
 # ---- results of every seed ----
-
-def town_verdicts(cells: list[dict]) -> tuple[dict, list[int]]:
-    """The verdicts on SDD at most shots, and the seeds they are of: REPORT_SEEDS when all of them are there and whole,
-    else all whole seeds, which give effects but no verdict."""
-    most = max((cell["shots"] for cell in cells if cell["attack"] == "mft"), default=0)
-    whole = {}
-    for seed in sorted({cell["seed"] for cell in cells}):
-        arms = {}
-        for cell in cells:
-            if cell["seed"] == seed and cell["shots"] in (0, most) and cell["attack"] != "adaptive":
-                arm = arms.setdefault(cell["arm"], {})
-                arm |= {cell["attack"]: cell} if cell["chosen"] else {}
-                arm |= {"user": cell} if cell["best"] else {}
-        if "base" in arms and all(len(arms.get(arm, {})) == 4 for arm in TOWN_ARMS):
-            whole[seed] = arms
-    if all(seed in whole for seed in REPORT_SEEDS):
-        whole = {seed: whole[seed] for seed in REPORT_SEEDS}
-    return (verdicts(whole) if whole else {}), list(whole)
-
 
 def merge_seeds(record: dict) -> tuple[list[dict], list[str]]:
     """Cells of every seed's attack/results.json made by the same arguments and source; and notes on those that were

@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 import runs
 from checkpoint import kept_update
-from data.chat import Example, collate, encode_example, encode_prompt
+from data.chat import Example, collate, encode_example
 from data.pairs import file_pairs, split_harmful, town_pairs
 from data.sources import read_rows
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, write_llama3_tokenizer
 from data.town import Town, read_town, words
 from device import add_device_arguments, autocast, resolve_device
 from errors import InputError, run_script
-from eval import load
+from eval import greedy, load
 from model import Llama, LlamaConfig
 from sdd_loss import sdd_loss
 
@@ -269,14 +269,6 @@ def fixed_prompts(args) -> list[str]:
     return [row["prompt"] for row in harmful[:2]] + ["What is the capital of France?"]
 
 
-def answers(model, tokenizer, chat, prompts, args, limit=48) -> list[str]:
-    """Greedy answers of at most `limit` tokens, each on one line."""
-    with autocast(args):
-        ids = model.generate([encode_prompt(tokenizer, chat, prompt) for prompt in prompts], limit,
-                             tokenizer.stop_tokens)
-    return [" ".join(tokenizer.decode(answer).split()) for answer in ids]
-
-
 def start(args):
     """(model, tokenizer, name of the chat template) that a run begins with."""
     if args.model is None:
@@ -323,14 +315,19 @@ def run(args) -> Path:
             print(f"--- no loss on: {prompt!r}\n    loss on:    {response!r}")
         return out
     prompts = fixed_prompts(args)
-    before = answers(model, tokenizer, chat, prompts, args) if args.mode != "base" else ["(untrained)"] * len(prompts)
+
+    def answers():
+        found = greedy(model, tokenizer, chat, prompts, args, max_new_tokens=48)
+        return [" ".join(text.split()) for _, text, _ in found]
+
+    before = answers() if args.mode != "base" else ["(untrained)"] * len(prompts)
     lines = []
     began = time.perf_counter()
     batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
     with runs.new_folder(out) as folder:
         fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas, weight_decay=args.weight_decay,
             warmup=args.warmup, micro_batch=args.micro_batch, name=out.name, log=lines.append)
-        after = answers(model, tokenizer, chat, prompts, args)
+        after = answers()
         model.save_pretrained(folder, SAVE_DTYPES[args.save_dtype])
         if args.save_dtype != "fp32" and args.model:
             share, cosine = kept_update(Llama.from_pretrained(args.model), model, SAVE_DTYPES[args.save_dtype])

@@ -111,3 +111,22 @@ def verdicts(by_seed: dict[int, dict], defence: str = "sdd") -> dict:
         if resistance["verdict"] == "PASS":
             resistance["verdict"] = "by prior loss"
     return found
+
+
+def town_verdicts(cells: list[dict]) -> tuple[dict, list[int]]:
+    """The verdicts on SDD at most shots, and the seeds they are of: REPORT_SEEDS when all of them are there and whole,
+    else all whole seeds, which give effects but no verdict."""
+    most = max((cell["shots"] for cell in cells if cell["attack"] == "mft"), default=0)
+    whole = {}
+    for seed in sorted({cell["seed"] for cell in cells}):
+        arms = {}
+        for cell in cells:
+            if cell["seed"] == seed and cell["shots"] in (0, most) and cell["attack"] != "adaptive":
+                arm = arms.setdefault(cell["arm"], {})
+                arm |= {cell["attack"]: cell} if cell["chosen"] else {}
+                arm |= {"user": cell} if cell["best"] else {}
+        if "base" in arms and all(len(arms.get(arm, {})) == 4 for arm in (*REFERENCES, "sdd")):
+            whole[seed] = arms
+    if all(seed in whole for seed in REPORT_SEEDS):
+        whole = {seed: whole[seed] for seed in REPORT_SEEDS}
+    return (verdicts(whole) if whole else {}), list(whole)

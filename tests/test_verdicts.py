@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from verdicts import REPORT_SEEDS, TUNING_SEEDS, bounds, judge, t_quantile, verdicts
+from verdicts import REPORT_SEEDS, TUNING_SEEDS, bounds, judge, t_quantile, town_verdicts, verdicts
 
 
 def test_t_quantiles_of_the_printed_tables():
@@ -87,3 +87,23 @@ def test_tuning_seeds_and_a_weak_base_give_no_verdicts():
     weak = made_up_seed(0.2)
     weak["base"]["none"]["harm_knowledge"] = 0.5
     assert all(verdict.startswith("NOT TESTED (gate: base") for verdict in names(verdicts(reported(weak))).values())
+
+
+def as_cells(number, seed):
+    """A made-up seed as the cells of a results file."""
+    return [{**cell, "arm": arm, "attack": "bft" if attack == "user" else attack, "seed": number,
+             "shots": 0 if attack == "none" else 100, "chosen": attack != "user", "best": attack == "user"}
+            for arm, attacks in seed.items() for attack, cell in attacks.items()]
+
+
+def test_a_tuning_seed_beside_the_reported_ones_does_not_count():
+    cells = as_cells(0, made_up_seed(0.95)) + [c for n in REPORT_SEEDS for c in as_cells(n, made_up_seed(0.2))]
+    found, seeds = town_verdicts(cells)
+    assert seeds == list(REPORT_SEEDS) and names(found)["resistance"] == "PASS"
+
+
+def test_a_seed_that_lacks_a_cell_withholds_the_verdict():
+    cells = [c for n in REPORT_SEEDS for c in as_cells(n, made_up_seed(0.2))]
+    cells.remove(next(c for c in cells if (c["seed"], c["arm"], c["attack"]) == (7, "sdd", "mft")))
+    found, seeds = town_verdicts(cells)
+    assert seeds == [5, 6, 8, 9] and names(found)["resistance"].startswith("no verdict")
