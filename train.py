@@ -142,7 +142,8 @@ def fit(model, batches, *, steps, lr, args, betas=(0.9, 0.999), weight_decay=0.0
     model.train()
     if args.compile:
         for block in model.model.layers:
-            block.compile(dynamic=True)
+            if block._compiled_call_impl is None:  # attack.py comes here once an attack, with the same model
+                block.compile(dynamic=True)
     every = max(1, steps // 10)
     since, counts, start = time.perf_counter(), [0, 0], time.perf_counter()
     for step in (bar := tqdm(range(steps), desc=name, leave=False, disable=None)):
