@@ -144,7 +144,7 @@ def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files
             return encode(tokenizer, chat, *rest)
         return encode_and_note
 
-    for module, name in ((train, "encode_example"), (train, "encode_prompt"), (attack, "encode_example"),
+    for module, name in ((train, "encode_example"), (attack, "encode_example"),
                          (evaluate, "encode_prompt")):
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     assert read_chat("llama") == "llama3"  # what the folder itself calls for
