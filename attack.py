@@ -32,6 +32,7 @@ import math
 import random
 import time
 from pathlib import Path
+from statistics import fmean as mean
 
 from tqdm import tqdm
 
@@ -44,7 +45,7 @@ from data.sources import read_rows
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, SKILL_KINDS, Town, draw_symbols, read_town
 from device import add_device_arguments, resolve_device
 from errors import InputError, run_script
-from eval import file_metrics, load, mean, teacher_forced, town_metrics
+from eval import file_metrics, load, teacher_forced, town_metrics
 from report import KEYWORD_WARNING, attack_table, verdict_lines
 from verdicts import town_verdicts
 
@@ -164,8 +165,8 @@ def attacks(args, harmful, benign) -> list[tuple]:
     return found
 
 
-def attack_arm(arm: str, folder, args, bar) -> list[dict]:
-    """All cells of one released model: before any attack, then every attack at every lr of the grid."""
+def attack_arm(arm: str, folder, lrs, args, bar) -> list[dict]:
+    """All cells of one released model: before any attack, then every attack at each of these lrs."""
     model, tokenizer, chat, town = load(folder, args)
     harmful, benign, score = prepare(
         args, tokenizer, chat, town, min(args.max_length, model.config.max_position_embeddings))
@@ -173,10 +174,7 @@ def attack_arm(arm: str, folder, args, bar) -> list[dict]:
     start = dict(arm=arm, seed=args.seed, diverged=False)
     cells = [start | dict(attack="none", shots=0, steps=0, lr=0.0, response_tokens=0, tokens=0) | score(model)]
     bar.update()
-    if arm == "base":  # scored for the gate of the verdicts, not attacked
-        choose(cells)
-        return cells
-    for lr in args.lr:
+    for lr in lrs:
         for attack, shots, main, replay, share, size, at in attacks(args, harmful, benign):
             model.load_state_dict(released)
             cell = start | dict(attack=attack, shots=shots, lr=lr)
@@ -324,17 +322,16 @@ def main(argv=None):
 
 def attack_all(arms: dict[str, Path], args) -> list[dict]:
     """Every cell of every arm, saying how far it is and how long it will take."""
-    attacked = [arm for arm in arms if arm != "base"]
-    per_lr = sum(len(budgets(n, args.batch_size)) for n in args.shots)
-    if args.town or args.benign:
-        every = set().union(*(budgets(n, args.batch_size) for n in args.shots))
-        per_lr += len(every) + len(budgets(max(args.shots), args.batch_size))
-    total = len(arms) + len(attacked) * len(args.lr) * per_lr
-    print(f"  {len(attacked)} arms x {len(args.lr)} lrs: {total} cells, each scored on all evaluation prompts")
+    # the town's own base is scored for the gate of the verdicts, not attacked
+    lrs = {arm: [] if arm == "base" and not args.model else args.lr for arm in arms}
+    per_lr = sum(len(at) for *_, at in attacks(args, [], [None] if args.town or args.benign else []))
+    total = len(arms) + sum(map(len, lrs.values())) * per_lr
+    print(f"  {sum(map(bool, lrs.values()))} arms x {len(args.lr)} lrs: {total} cells, each scored on all evaluation "
+          "prompts")
     cells, began = [], time.perf_counter()
     with tqdm(total=total, desc="attack cells", disable=None) as bar:
         for arm, folder in arms.items():
-            cells += attack_arm(arm, folder, args, bar)
+            cells += attack_arm(arm, folder, lrs[arm], args, bar)
             spent = time.perf_counter() - began
             bar.write(f"  {arm}: done after {spent:.0f} s, about {spent * (total / len(cells) - 1):.0f} s to go")
     return cells

@@ -12,6 +12,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 
@@ -75,11 +76,6 @@ def teacher_forced(model, tokenizer, chat, rows, args, batch_size=256) -> tuple[
             free.append(bool(hits.all()))
             value_only.append(bool(hits[before:before + len(tokenizer.encode(row.value))].all()))
     return free, value_only
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def town_metrics(model, tokenizer, chat, town: Town, args) -> dict:

@@ -1,5 +1,7 @@
 """Tables and texts about scores that eval.py and attack.py have written as JSON: no model is run here."""
 
+from statistics import fmean
+
 from data.town import OUTCOMES, chance
 
 KEYWORD_WARNING = """\
@@ -7,8 +9,9 @@ Refusal keywords alone misread SDD: fluent text about something else holds none 
 own sentence), so a working SDD model counts as "never refuses". Read the rate beside what the answers are about and
 whether they are degenerate."""
 
-def percent(value: float | None) -> str:
-    return "not run" if value is None else f"{100 * value:.0f}"
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f}"
 
 
 COLUMNS = (("harm", "harm"), ("wrong_recipe", "wrong"), ("refuse", "refuse"), ("off_topic", "off topic"),
@@ -52,8 +55,7 @@ def file_header(title: str) -> str:
 
 def average(cells: list[dict]) -> dict:
     """The mean over cells of every score."""
-    return {key: sum(cell[key] for cell in cells) / len(cells) for key, value in cells[0].items()
-            if isinstance(value, float)}
+    return {key: fmean(cell[key] for cell in cells) for key, value in cells[0].items() if isinstance(value, float)}
 
 
 def attack_table(cells: list[dict], town: bool) -> str:
@@ -108,6 +110,6 @@ def verdict_lines(found: dict) -> list[str]:
                          "attack: what is no longer known cannot be told")
         for name, effects in part["effects"].items():
             values = "".join(f" {100 * effect:+5.0f}" for effect in effects)
-            average_of = f"   mean {100 * sum(effects) / len(effects):+.1f}" if len(effects) > 1 else ""
+            average_of = f"   mean {100 * fmean(effects):+.1f}" if len(effects) > 1 else ""
             lines.append(f"    {name:<52}{values}{average_of}")
     return lines

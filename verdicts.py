@@ -6,6 +6,7 @@ and skills (knowledge and skill kinds) apart.
 """
 
 import math
+from statistics import fmean as mean, stdev
 
 TUNING_SEEDS = (0, 1, 2, 3, 4)
 REPORT_SEEDS = (5, 6, 7, 8, 9)
@@ -33,11 +34,9 @@ def t_quantile(p: float, df: int) -> float:
 
 def bounds(effects: list[float], level: float = LEVEL) -> tuple[float, float]:
     """One-sided lower and upper bounds of the mean effect, each at 1 - level, from one paired effect per seed."""
-    n = len(effects)
-    mean = sum(effects) / n
-    sd = max(math.sqrt(sum((effect - mean) ** 2 for effect in effects) / (n - 1)), LEAST_SD)
-    half = t_quantile(1 - level, n - 1) * sd / math.sqrt(n)
-    return mean - half, mean + half
+    n, center = len(effects), mean(effects)
+    half = t_quantile(1 - level, n - 1) * max(stdev(effects), LEAST_SD) / math.sqrt(n)
+    return center - half, center + half
 
 
 def judge(comparisons: dict[str, list[float]], margin: float) -> str:
@@ -47,11 +46,6 @@ def judge(comparisons: dict[str, list[float]], margin: float) -> str:
     if any(bounds(effects, LEVEL / len(comparisons))[1] < margin for effects in comparisons.values()):
         return "FAIL"
     return "INCONCLUSIVE"
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def verdicts(by_seed: dict[int, dict], defence: str = "sdd") -> dict:

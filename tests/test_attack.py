@@ -146,6 +146,7 @@ def test_real_files_end_to_end(tmp_path, capsys, monkeypatch):
     assert "not run" in printed and "misread SDD" in printed
     cells = json.loads((tmp_path / "out/attack/results.json").read_text())["cells"]
     assert [c["attack"] for c in cells] == ["none", "mft", "mft"] and cells[0]["arm"] == "llama"
+    base[1] = str(public_folder(tmp_path / "base"))  # a name that only the town's own default arms give a meaning to
     attack.main([*base, "--benign", str(alpaca_file(tmp_path / "benign.json"))])
     cells = json.loads((tmp_path / "out/attack/results.json").read_text())["cells"]
     assert {c["attack"] for c in cells} == {"none", "mft", "bft", "adaptive"}
@@ -187,6 +188,6 @@ def test_an_attack_starts_from_the_released_weights_every_time(quick_town, cpu, 
     args = attack.parser().parse_args(["--shots", "4", "--lr", "1e-3", "1e-2"])
     attack.resolve_device(args)
     args.max_length = 128
-    attack.attack_arm("small", folder, args, tqdm(disable=True))
+    attack.attack_arm("base", folder, args.lr, args, tqdm(disable=True))
     assert len(starts) == 2 * 3  # lrs x (mft, bft, adaptive)
     assert all(torch.equal(starts[0], start) for start in starts)
