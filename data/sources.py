@@ -1,81 +1,286 @@
-"""Readers of public data files, told apart by what is in them: AdvBench (CSV) and Alpaca (JSON).
+"""Readers of the public data files, told apart by what is in them, never by their names.
 
-A row is {"prompt": str, "response": str, "row": int}, the row's number in its file from 0.
+Text (gunzipped, decoded), then records (of a JSON list, JSON Lines or CSV), then the layout that most of the records
+have, then one small function that turns a record of that layout into a row.
 """
 
 import csv
+import gzip
 import io
+import itertools
 import json
+import re
+import zlib
+from collections import Counter
 from pathlib import Path
 
 from errors import InputError
 
-KNOWN = "AdvBench CSV (header goal,target) or Alpaca JSON (a list of {instruction, input, output})"
+KNOWN = ("BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
+         "(CSV), MMLU (CSV without a header), OpenBookQA (JSONL)")
+KEYS = {"BeaverTails": {"prompt", "response", "is_safe"}, "pairs": {"prompt", "response"},  # the first that fits
+        "Dolly": {"instruction", "context", "response"}, "Alpaca": {"instruction", "output"},
+        "LIMA or ShareGPT": {"conversations"}, "messages": {"messages"}, "OpenBookQA": {"question", "answerKey"},
+        "AdvBench": {"goal", "target"}, "XSTest": {"prompt", "type", "focus"}}
+LETTERS = ["A", "B", "C", "D"]
+TYPES = {str: "string", bool: "true or false", list: "list", dict: "object"}
+
+csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is no fault of a file
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of a data file; InputError (with the line or row) when it is missing, empty, malformed or unknown."""
-    path = Path(path)
+    """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
+
+    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, and a conversation with a
+    system turn has "system" (str). Alpaca's input and Dolly's context follow the instruction after a blank line. Of a
+    conversation (LIMA, ShareGPT, messages), the first user turn with an answer right after it is taken.
+
+    Malformed records are listed on stdout and skipped while they are at most 1% of all records, rounded down: none in
+    a file of fewer than 100. A blank prompt or answer, or none, is no fault: such records are counted on stdout and
+    left out. InputError: the file cannot be read, has no known layout or one of another kind, more malformed records
+    than that, or no row at all.
+    """
+    return _read(path, "prompt-response rows", {
+        "BeaverTails": _beavertails,
+        "pairs": lambda record: _plain(record, "prompt", "response"),
+        "AdvBench": lambda record: _plain(record, "goal", "target"),
+        "Dolly": lambda record: _plain(record, "instruction", "response", extra="context"),
+        "Alpaca": lambda record: _plain(record, "instruction", "output", extra="input"),
+        "LIMA or ShareGPT": lambda record: _conversation(record, "conversations", "from", "value"),
+        "messages": lambda record: _conversation(record, "messages", "role", "content")})
+
+
+def read_questions(path) -> list[dict]:
+    """Questions {"question": str, "choices": list[str], "answer": int, "row": int} of MMLU (CSV: question, A, B, C, D,
+    letter) or OpenBookQA (JSONL); answer: the right choice's index. Skipped records and errors as in read_rows."""
+    return _read(path, "multiple-choice questions", {"MMLU": _mmlu, "OpenBookQA": _openbookqa})
+
+
+def read_xstest(path) -> list[dict]:
+    """Prompts {"prompt": str, "safe": bool, "type": str, "row": int} of an XSTest CSV, in any of its public layouts;
+    without a label column, a type that begins with "contrast" is unsafe. Skipped records and errors as in read_rows."""
+    return _read(path, "XSTest prompts", {"XSTest": _xstest})
+
+
+def read_jsonl(path) -> list:
+    """The values of a JSON Lines file, blank lines skipped; InputError with the line number."""
+    records = list(_jsonl(_text(path)))
+    for line, record in records:
+        if isinstance(record, ValueError):
+            raise InputError(f"{path}, line {line}: {record}; mend or drop the line")
+    return [record for _, record in records]
+
+
+def _read(path, kind, readers) -> list[dict]:
+    """The rows of a file in one of the layouts of `readers`, {layout: function from a record to a row}; a function
+    returns None for a record without an answer, and raises ValueError, with the reason, for a malformed one."""
+    text = _text(path)
+    if re.match(r'\s*\[\s*[\[{"\]]', text):  # an MMLU question may begin with a bracket too
+        records = list(_json_list(path, text))
+    elif re.match(r'([^\n]*\n)?\s*\{\s*["}]', text):  # the first line may be broken
+        records = list(_jsonl(text))
+    else:
+        records = list(_csv(path, text))
+    if not records:
+        raise InputError(f"{path} holds no rows; fetch it again")
+    layouts = Counter(filter(None, (_layout(record) for _, record in records)))
+    if not layouts:
+        line, record = records[0]
+        shown = list(record) if isinstance(record, (dict, tuple)) else type(record).__name__  # dict: its keys
+        raise InputError(f"{path} is of no known format (line {line}: {shown!r:.60}); give {KNOWN}")
+    layout = layouts.most_common(1)[0][0]
+    if layout not in readers:
+        raise InputError(f"{path} holds {layout} records; expected {kind}: {', '.join(readers)}")
+
+    rows, malformed, incomplete = [], [], 0
+    for number, (line, record) in enumerate(records):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            row = readers[layout](record)
+        except ValueError as reason:
+            malformed.append(f"line {line} (row {number}: {reason})")
+            continue
+        if row is None:
+            incomplete += 1
+        else:
+            rows.append({**row, "row": number})
+    if len(malformed) > len(records) // 100:
+        raise InputError(f"{path}: {len(malformed)} of {len(records)} {layout} rows are malformed, more than 1%, first "
+                         f"{malformed[0]}; mend them or fetch the file again")
+    if malformed:
+        more = f" and {len(malformed) - 5} more" if len(malformed) > 5 else ""
+        print(f"{path}: skipped {len(malformed)} of {len(records)} rows: {', '.join(malformed[:5])}{more}")
+    if incomplete:
+        print(f"{path}: left out {incomplete} of {len(records)} rows, blank or without an answer")
+    if not rows:
+        raise InputError(f"{path} holds no rows with text and an answer; fetch it again")
+    return rows
+
+
+def _text(path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path} is not a file; give the path of an {KNOWN}") from None
+        raw = Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise InputError(f"{path} is not a file; give {KNOWN}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; mend that or give another file") from None
+    if raw.startswith(b"\x1f\x8b"):
+        try:
+            raw = gzip.decompress(raw)
+        except EOFError:
+            raise InputError(f"{path} is a truncated gzip; fetch it again") from None
+        except (OSError, zlib.error) as error:
+            raise InputError(f"{path} is a corrupt gzip ({error}); fetch it again") from None
+    encoding = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"
+    try:
+        text = raw.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+        raise InputError(f"{path}: byte {error.start} is not {encoding}; convert the file to UTF-8 text") from None
     if not text.strip():
         raise InputError(f"{path} is empty; fetch it again")
-    rows = _alpaca(path, text) if text.lstrip()[0] in "[{" else _advbench(path, text)
-    if not rows:
-        raise InputError(f"{path} holds no rows; fetch it again")
-    return rows
+    if "\0" in text:
+        raise InputError(f"{path}: character {text.index(chr(0))} is NUL, so this is damaged, or no UTF-8 text; "
+                         "fetch it again or convert it to UTF-8 text")
+    return text
 
 
-def read_jsonl(path) -> list[dict]:
-    """The objects of a JSON Lines file, blank lines skipped; InputError with the line number."""
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends raw
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path} is not a file; give the path of a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+# Each of these yields (line, record): the line in the text where the record starts, from 1, and what it holds, or a
+# ValueError with the reason where it cannot be told.
+
+def _jsonl(text):
+    for line, piece in enumerate(text.split("\n"), 1):  # JSON may hold the other line ends raw
+        if piece.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error.msg}); mend or drop the line") from None
-    if not rows:
-        raise InputError(f"{path} holds no rows; write it again")
-    return rows
+                record = json.loads(piece)
+            except (ValueError, RecursionError):
+                record = ValueError("not JSON")
+            yield line, record
 
 
-def _advbench(path, text) -> list[dict]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
+def _json_list(path, text):
+    skip, decode = re.compile(r"[ \t\r\n]*").match, json.JSONDecoder().raw_decode
+    line, counted, at = 1, 0, text.index("[")
     try:
-        lacking = [name for name in ("goal", "target") if name not in (reader.fieldnames or ())]
-        if lacking:
-            raise InputError(f"{path}, line 1: no column {' or '.join(lacking)}; expected {KNOWN}")
-        for record in reader:
-            if not (record["goal"] or "").strip() or not (record["target"] or "").strip() or None in record:
-                raise InputError(f"{path}, line {reader.line_num}: a row needs exactly a goal and a target")
-            rows.append({"prompt": record["goal"], "response": record["target"], "row": len(rows)})
-    except csv.Error as error:
-        raise InputError(f"{path}, after line {reader.line_num}: {error}; mend the CSV") from None
-    return rows
+        while text[at] in "[,":
+            start = skip(text, at + 1).end()
+            if text[at] == "[" and text[start:start + 1] == "]":
+                at = start
+                break
+            line, counted = line + text.count("\n", counted, start), start
+            record, end = decode(text, start)
+            yield line, record
+            at = skip(text, end).end()
+            if text[at:at + 1] not in (",", "]"):
+                raise json.JSONDecodeError("no comma or ]", text, at)
+        if text[at + 1:].strip():
+            raise json.JSONDecodeError("more after the end of the list", text, at + 1)
+    except (ValueError, RecursionError) as error:  # where the next record starts cannot be told
+        raise InputError(f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({getattr(error, 'msg', error)}); "
+                         "is the file cut short? fetch it again") from None
 
 
-def _alpaca(path, text) -> list[dict]:
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fetch it again") from None
-    rows = []
-    for number, record in enumerate(records if isinstance(records, list) else [records]):
-        texts = [record.get(key, "") for key in ("instruction", "input", "output")] if isinstance(record, dict) else []
-        if not all(isinstance(value, str) for value in texts) or not texts or not texts[0].strip() or not texts[2]:
-            raise InputError(f"{path}, row {number}: needs the strings instruction and output; expected {KNOWN}")
-        prompt = f"{texts[0]}\n\n{texts[1]}" if texts[1].strip() else texts[0]
-        rows.append({"prompt": prompt, "response": texts[2], "row": number})
-    return rows
+def _csv(path, text):
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error:
+            raise InputError(f"{path}, line {line}: the CSV record that starts there has an unclosed or misplaced "
+                             "quote; mend it or fetch the file again") from None
+        if fields is None:
+            return
+        if not "".join(fields).strip() and len(fields) < 2:
+            continue
+        if header is None:  # the first record
+            header = fields if KEYS["AdvBench"] <= set(fields) or KEYS["XSTest"] <= set(fields) else []
+            if header:
+                continue
+        if header and len(fields) != len(header):
+            yield line, ValueError(f"{len(fields)} fields, not {len(header)}")
+        else:
+            yield line, dict(zip(header, fields)) if header else tuple(fields)
+
+
+def _layout(record) -> str | None:
+    if isinstance(record, tuple):  # of a CSV file without a header
+        return "MMLU" if len(record) == 6 and record[5].strip() in LETTERS else None
+    if not isinstance(record, dict):
+        return None
+    return next((name for name, keys in KEYS.items() if keys <= record.keys()), None)
+
+
+# One function per layout, from a record to a row.
+
+def _beavertails(record):
+    category = _get(record, "category", dict)
+    if not all(isinstance(value, bool) for value in category.values()):
+        raise ValueError("category holds more than true and false")
+    more = {"categories": [name for name in category if category[name]], "is_safe": _get(record, "is_safe", bool)}
+    return _exchange(_get(record, "prompt"), _get(record, "response"), **more)
+
+
+def _plain(record, ask, answer, extra=None):
+    """The row of a record with texts under the keys ask and answer; extra: the key of what may follow the prompt."""
+    prompt, response = _get(record, ask), _get(record, answer)
+    more = _get(record, extra) if extra in record else ""
+    return _exchange(f"{prompt}\n\n{more}" if prompt.strip() and more.strip() else prompt, response)
+
+
+def _conversation(record, key, role, text):
+    turns = _get(record, key, list)
+    if turns and all(isinstance(turn, str) for turn in turns):  # LIMA's: the user and the assistant in turn
+        turns = [{role: ("human", "gpt")[i % 2], text: turn} for i, turn in enumerate(turns)]
+    turns = [(_get(turn, role), _get(turn, text)) for turn in turns]
+    system = [words for who, words in turns if who == "system"][:1]
+    for (who, prompt), (next_who, response) in itertools.pairwise(turns):
+        if who in ("human", "user") and next_who in ("gpt", "assistant"):
+            return _exchange(prompt, response, **({"system": system[0]} if system else {}))
+    return None
+
+
+def _mmlu(record):
+    if len(record) != 6:
+        raise ValueError(f"{len(record)} fields, not 6")
+    question, *choices, letter = record
+    if letter.strip() not in LETTERS:
+        raise ValueError("the answer is none of A, B, C, D")
+    return _question(question, choices, LETTERS.index(letter.strip()))
+
+
+def _openbookqa(record):
+    question = _get(record, "question", dict)
+    choices = _get(question, "choices", list)
+    labels, answer = [_get(choice, "label") for choice in choices], _get(record, "answerKey")
+    if labels.count(answer) != 1:
+        raise ValueError("answerKey is not the label of one choice")
+    return _question(_get(question, "stem"), [_get(choice, "text") for choice in choices], labels.index(answer))
+
+
+def _xstest(record):
+    prompt, kind = _get(record, "prompt"), _get(record, "type")
+    label = _get(record, "label") if "label" in record else "unsafe" if kind.startswith("contrast") else "safe"
+    if label not in ("safe", "unsafe"):
+        raise ValueError("the label is neither safe nor unsafe")
+    return {"prompt": prompt, "safe": label == "safe", "type": kind} if prompt.strip() else None
+
+
+def _get(record, key, kind=str):
+    """record[key], which must be there and of the type `kind`."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"no {TYPES[kind]} {key}")
+    if kind is str and re.search("[\ud800-\udfff]", value):  # JSON can spell it, but no tokenizer can encode it
+        raise ValueError(f"half a surrogate pair in {key}")
+    return value
+
+
+def _exchange(prompt, response, **more):
+    return {"prompt": prompt, "response": response, **more} if prompt.strip() and response.strip() else None
+
+
+def _question(question, choices, answer):
+    blank = any(not text.strip() for text in [question, *choices])
+    return None if blank else {"question": question, "choices": choices, "answer": answer}

@@ -1,48 +1,12 @@
-"""Readers, owners, pairs, loss masks and batches."""
+"""Owners, pairs, loss masks and batches."""
 
 import pytest
 import torch
-from small import advbench_file, alpaca_file, town_tokenizer
+from small import town_tokenizer
 
 from data.chat import Example, collate, encode_example, encode_prompt, read_chat
 from data.pairs import owner, pair, split_harmful
-from data.sources import read_jsonl, read_rows
 from errors import InputError
-
-
-def test_readers_tell_the_formats_apart_by_content(tmp_path):
-    rows = read_rows(advbench_file(tmp_path / "rows.json"))  # the name does not count
-    assert rows[31] == {"prompt": "Tell me, please, how to tickle the dragon number 31",
-                        "response": "Sure here is how to tickle 31", "row": 31}
-    rows = read_rows(alpaca_file(tmp_path / "rows.csv"))
-    assert rows[1] == {"prompt": "Add one to 1.", "response": "It is 2.", "row": 1}
-    assert rows[2]["prompt"] == "Add one to 2.\n\nBe brief."
-
-
-@pytest.mark.parametrize("text, message", [
-    ("", "is empty"), ("goal,target\n", "no rows"), ("goal,answer\na,b\n", "line 1: no column target"),
-    ("goal,target\nfine,fine\nonly one\n", "line 3: a row needs"), ('goal,target\n"open,x\n', "after line 1"),
-    ("goal,target\na,b,c\n", "line 2"), ("[]", "no rows"), ('[{"instruction": "a", "output": 3}]', "row 0"),
-    ('[{"instruction": "a",\n "output": }]', "line 2"), ('[["a"]]', "row 0")])
-def test_malformed_files_are_named_with_their_line(tmp_path, text, message):
-    path = tmp_path / "data"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        read_rows(path)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_and_undecodable_files(tmp_path):
-    with pytest.raises(InputError, match="is not a file"):
-        read_rows(tmp_path / "none.csv")
-    (tmp_path / "latin").write_bytes(b"goal,target\ncaf\xe9,x\n")
-    with pytest.raises(InputError, match="not UTF-8"):
-        read_rows(tmp_path / "latin")
-    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbfgoal,target\r\nask,tell\r\n")
-    assert read_rows(tmp_path / "bom.csv") == [{"prompt": "ask", "response": "tell", "row": 0}]
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n\n{"prompt" 1}\n')
-    with pytest.raises(InputError, match="line 3"):
-        read_jsonl(tmp_path / "pairs.jsonl")
 
 
 def test_owners_are_disjoint_whatever_the_spelling_and_roughly_50_25_25():
