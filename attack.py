@@ -40,7 +40,7 @@ import runs
 import train
 from checkpoint import read_config
 from data.chat import encode_example
-from data.pairs import split_harmful
+from data.harmful import read_harmful, split_harmful
 from data.sources import read_rows
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, SKILL_KINDS, Town, draw_symbols, read_town
 from device import add_device_arguments, resolve_device
@@ -62,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", metavar="DIR", nargs="+", help="released checkpoints, each an arm named after its folder "
                                                              f"(default on the town: {' '.join(TOWN_ARMS)})")
-    p.add_argument("--harmful", metavar="FILE", help="harmful pairs, AdvBench CSV (default: the town's mischief)")
-    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs, Alpaca JSON, for the bft and "
+    p.add_argument("--harmful", metavar="FILE", help="harmful pairs: AdvBench, BeaverTails, ... (default: the town's "
+                                                     "mischief)")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs (Alpaca, ShareGPT, ...) for the bft and "
                                                                            "adaptive runs on real files")
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     p.add_argument("--shots", type=int, nargs="+", default=DEFAULT_SHOTS, help="harmful pairs (default: 10 50 100)")
@@ -117,7 +118,8 @@ def prepare(args, tokenizer, chat, town, max_length):
     rng = random.Random(f"benign rows {args.seed}")
 
     def encode(pairs):
-        return [encode_example(tokenizer, chat, prompt, response, max_length) for prompt, response in pairs]
+        return [encode_example(tokenizer, chat, prompt, response, max_length, *system)
+                for prompt, response, *system in pairs]
 
     if town:
         rows, held_out = town_harmful(town, args.seed)
@@ -130,11 +132,11 @@ def prepare(args, tokenizer, chat, town, max_length):
             return town_metrics(model, tokenizer, chat, town, args) | {
                 name: mean(teacher_forced(model, tokenizer, chat, part, args)[0]) for name, part in own.items()}
     else:
-        split = split_harmful(read_rows(args.harmful), args.harmful)
+        split = split_harmful(read_harmful(args.harmful), args.harmful)
         owned = random.Random(f"attack {args.seed}").sample(split["attacker"], len(split["attacker"]))
         rows, held_out = owned[len(owned) // 4:], owned[:len(owned) // 4]
         benign = [row for path in args.benign for row in read_rows(path)]
-        harmful, benign, new_skill = (encode([(row["prompt"], row["response"]) for row in part])
+        harmful, benign, new_skill = (encode([(row["prompt"], row["response"], row.get("system")) for row in part])
                                       for part in (rows, benign, []))
 
         def score(model):

@@ -27,8 +27,8 @@ from tqdm import tqdm
 import runs
 from checkpoint import kept_update
 from data.chat import Example, collate, encode_example
-from data.pairs import file_pairs, split_harmful, town_pairs
-from data.sources import read_rows
+from data.harmful import read_harmful, split_harmful
+from data.pairs import add_similarity_arguments, file_pairs, resolve_similarity, town_pairs, write_pairs
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, write_llama3_tokenizer
 from data.town import Town, read_town, words
 from device import add_device_arguments, autocast, resolve_device
@@ -37,8 +37,9 @@ from eval import greedy, load
 from model import Llama, LlamaConfig
 from sdd_loss import sdd_loss
 
-SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", "data/chat.py", "data/pairs.py",
-           "data/sources.py", "data/sentencepiece.py", "data/tokenizer.py", "data/town.py"]
+SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", "data/chat.py", "data/harmful.py",
+           "data/pairs.py", "data/sentence.py", "data/sources.py", "data/sentencepiece.py", "data/tfidf.py",
+           "data/tokenizer.py", "data/town.py"]
 
 # Settings by target and mode. PAPER: through a public re-implementation that labels them so. TOWN: chosen on tuning
 # seed 0, provisionally, see LOG.md.
@@ -62,10 +63,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", required=True, choices=["base", "align", "sdd", "sdd_reject", "benign"])
     p.add_argument("--model", metavar="DIR", help="checkpoint to start from (default: the town's own)")
     p.add_argument("--out", metavar="DIR", help="folder to write (default on the town: out/seedS/ARM)")
-    p.add_argument("--harmful", metavar="FILE", help="harmful prompts, AdvBench CSV (default: the town's mischief)")
-    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs, Alpaca JSON")
+    p.add_argument("--harmful", metavar="FILE", help="harmful prompts: BeaverTails, AdvBench, ... (default: the town's "
+                                                     "mischief)")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs: Alpaca, LIMA, Dolly, ...")
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
-    p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on as they are")
+    p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on, such as data.pairs writes")
+    p.add_argument("--prompts", choices=["defender", "all"], default="defender",
+                   help="harmful prompts of files to train on: those that attack.py and eval.py leave to the defender, or "
+                        "all, when the attack uses another file (default: defender)")
+    add_similarity_arguments(p)
     for name, kind, note in (
             ("steps", int, "optimizer steps"), ("batch-size", int, "rows of one optimizer step"),
             ("lr", float, "peak learning rate, cosine to 0"), ("benign-replay", float, "share of benign rows a batch"),
@@ -202,6 +208,8 @@ def resolve(args):
     elif not args.town and (args.mode == "base" or not files):
         raise InputError(f"{args.model} is no model of the town: give --harmful FILE and --benign FILE, "
                          "and a --mode other than base")
+    if not args.town and args.mode in ("sdd", "sdd_reject") and not args.pairs:
+        resolve_similarity(args)
     defaults = TOWN[args.mode] if args.town else PAPER
     changed = ""
     for key, value in defaults.items():
@@ -266,7 +274,7 @@ def fixed_prompts(args) -> list[str]:
         town, rng = Town(args.seed, args.phrasing), random.Random(0)
         knowledge, skill = town.mischiefs(town.groups["evaluation"][:1], rng)[6:8]
         return [knowledge.prompt, skill.prompt, town.facts("held_out")[0].prompt]
-    harmful = split_harmful(read_rows(args.harmful), args.harmful)["evaluation"] if args.harmful else []
+    harmful = split_harmful(read_harmful(args.harmful), args.harmful)["evaluation"] if args.harmful else []
     return [row["prompt"] for row in harmful[:2]] + ["What is the capital of France?"]
 
 
@@ -289,7 +297,7 @@ def run(args) -> Path:
     out = Path(args.out)
     recorded = {key: value for key, value in vars(args).items()
                 if key not in ("device", "compile", "dry_run", "fresh", "out")}
-    inputs = [path for path in (args.model, args.harmful, args.pairs, *args.benign) if path]
+    inputs = [path for path in (args.model, args.harmful, args.pairs, *args.benign, args.similarity_model) if path]
     missing = [path for path in inputs if not Path(path).exists()]
     if missing:
         raise InputError(f"{missing[0]} is not there; check the path")
@@ -300,14 +308,16 @@ def run(args) -> Path:
         return out
     print(f"{out}: training, since {'it is ' * (stale == 'not there yet')}{stale}")
     model, tokenizer, chat = start(args)
-    most = args.steps * args.batch_size
-    main, replay = (town_pairs(Town(args.seed, args.phrasing), args.mode, args.seed, most) if args.town else
-                    file_pairs(args.mode, args.harmful, args.benign, args.pairs, args.seed, most))
+    if args.town:
+        pairs, replay = town_pairs(Town(args.seed, args.phrasing), args.mode, args.seed, args.steps * args.batch_size)
+        card = ""
+    else:
+        pairs, replay, card = file_pairs(args)
     if args.benign_replay and not replay:
         raise InputError(f"--benign-replay {args.benign_replay} needs --benign FILE to replay")
     max_length = min(args.max_length, model.config.max_position_embeddings)
-    main, replay = ([encode_example(tokenizer, chat, row["prompt"], row["response"], max_length) for row in rows]
-                    for rows in (main, replay))
+    main, replay = ([encode_example(tokenizer, chat, row["prompt"], row["response"], max_length, row.get("system"))
+                     for row in rows] for rows in (pairs, replay))
     announce(args, model, chat, main, replay)
     if args.dry_run:
         for example in main[:3]:
@@ -343,6 +353,8 @@ def run(args) -> Path:
         (folder / "chat.txt").write_text(chat + "\n")
         if args.town:
             (folder / "town.json").write_text(json.dumps({"seed": args.seed, "phrasing": args.phrasing}) + "\n")
+        if card:
+            write_pairs(folder / "pairs.jsonl", pairs, card)
         (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         samples = "".join(f"prompt: {prompt}\nbefore: {old}\nafter:  {new}\n\n"
                           for prompt, old, new in zip(prompts, before, after))

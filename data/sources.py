@@ -31,8 +31,8 @@ csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is no fault
 def read_rows(path) -> list[dict]:
     """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
 
-    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, and a conversation with a
-    system turn has "system" (str). Alpaca's input and Dolly's context follow the instruction after a blank line. Of a
+    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, pairs "harmful" (bool: made
+    from a harmful file's prompt by data.pairs), and a conversation with a system turn has "system" (str). Alpaca's input and Dolly's context follow the instruction after a blank line. Of a
     conversation (LIMA, ShareGPT, messages), the first user turn with an answer right after it is taken.
 
     Malformed records are listed on stdout and skipped while they are at most 1% of all records, rounded down: none in
@@ -42,7 +42,7 @@ def read_rows(path) -> list[dict]:
     """
     return _read(path, "prompt-response rows", {
         "BeaverTails": _beavertails,
-        "pairs": lambda record: _plain(record, "prompt", "response"),
+        "pairs": _pairs,
         "AdvBench": lambda record: _plain(record, "goal", "target"),
         "Dolly": lambda record: _plain(record, "instruction", "response", extra="context"),
         "Alpaca": lambda record: _plain(record, "instruction", "output", extra="input"),
@@ -60,15 +60,6 @@ def read_xstest(path) -> list[dict]:
     """Prompts {"prompt": str, "safe": bool, "type": str, "row": int} of an XSTest CSV, in any of its public layouts;
     without a label column, a type that begins with "contrast" is unsafe. Skipped records and errors as in read_rows."""
     return _read(path, "XSTest prompts", {"XSTest": _xstest})
-
-
-def read_jsonl(path) -> list:
-    """The values of a JSON Lines file, blank lines skipped; InputError with the line number."""
-    records = list(_jsonl(_text(path)))
-    for line, record in records:
-        if isinstance(record, ValueError):
-            raise InputError(f"{path}, line {line}: {record}; mend or drop the line")
-    return [record for _, record in records]
 
 
 def _read(path, kind, readers) -> list[dict]:
@@ -220,6 +211,11 @@ def _beavertails(record):
         raise ValueError("category holds more than true and false")
     more = {"categories": [name for name in category if category[name]], "is_safe": _get(record, "is_safe", bool)}
     return _exchange(_get(record, "prompt"), _get(record, "response"), **more)
+
+
+def _pairs(record):
+    """Ours, or anybody's; data.pairs says which prompts are harmful, and train.py needs to know."""
+    return _exchange(_get(record, "prompt"), _get(record, "response"), harmful=record.get("harmful_row") is not None)
 
 
 def _plain(record, ask, answer, extra=None):

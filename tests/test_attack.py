@@ -11,7 +11,7 @@ from tqdm import tqdm
 import attack
 import train
 from data.chat import Example
-from data.pairs import owner
+from data.harmful import owner
 from data.tokenizer import load_tokenizer
 from data.town import OUTCOMES, Town
 from errors import InputError

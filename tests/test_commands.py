@@ -15,7 +15,7 @@ import eval as evaluate
 import runs
 import train
 from data.chat import read_chat
-from data.pairs import split_harmful
+from data.harmful import read_harmful, split_harmful
 from data.sources import read_rows
 from errors import InputError
 
@@ -47,7 +47,8 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b.json", "--out", "out/x", "--steps", "1"]
+SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b.json", "--out", "out/x", "--steps", "1",
+       "--similarity", "tfidf"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -124,7 +125,7 @@ def test_a_malformed_town_or_record_is_named(files, text):
 
 
 def test_pairs_that_ask_an_evaluation_prompt_are_refused(files):
-    evaluation = split_harmful(read_rows("h.csv"), "h.csv")["evaluation"][0]["prompt"]
+    evaluation = split_harmful(read_harmful("h.csv"), "h.csv")["evaluation"][0]["prompt"]
     (files / "pairs.jsonl").write_text(json.dumps({"prompt": evaluation.upper(), "response": "x"}) + "\n")
     with pytest.raises(InputError, match="row 1: an evaluation prompt"):
         train.main([*SDD, "--pairs", "pairs.jsonl"])
@@ -182,7 +183,7 @@ def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
     harmful, benign = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
     train.main(["--mode", "sdd", "--model", "llama", "--harmful", harmful, "--benign", benign, "--steps", "2",
-                "--batch-size", "4", "--out", "out/real"])
+                "--batch-size", "4", "--out", "out/real", "--similarity", "tfidf"])
     monkeypatch.setattr(attack, "STEPS_BUDGET", 5)  # not 50: the same as five epochs of 10 shots
     attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4"])
     evaluate.main(["out/real", "--harmful", harmful, "--max-new-tokens", "4"])

@@ -1,32 +1,11 @@
-"""Owners, pairs, loss masks and batches."""
+"""Loss masks and batches."""
 
 import pytest
 import torch
 from small import town_tokenizer
 
 from data.chat import Example, collate, encode_example, encode_prompt, read_chat
-from data.pairs import owner, pair, split_harmful
 from errors import InputError
-
-
-def test_owners_are_disjoint_whatever_the_spelling_and_roughly_50_25_25():
-    rows = [{"prompt": f"how to tickle dragon {i}"} for i in range(2000)]
-    split = split_harmful(rows, "file")
-    assert sum(map(len, split.values())) == 2000
-    for name, share in (("defender", 0.5), ("attacker", 0.25), ("evaluation", 0.25)):
-        assert abs(len(split[name]) / 2000 - share) < 0.04
-    assert owner("How to   tickle, dragon 7?") == owner("how to tickle dragon 7")
-    with pytest.raises(InputError, match="too few"):
-        split_harmful(rows[:5], "file")
-
-
-def test_pairs_are_seeded_and_use_every_prompt():
-    prompts, responses = [f"p{i}" for i in range(7)], [f"r{i}" for i in range(50)]
-    rows = pair(prompts, responses, 14, seed=1)
-    assert [row["prompt"] for row in rows] == prompts * 2
-    assert rows == pair(prompts, responses, 14, seed=1) != pair(prompts, responses, 14, seed=2)
-    rejecting = pair(prompts, responses, 14, seed=1, prefix="No.")
-    assert [row["response"] for row in rejecting] == ["No. " + row["response"] for row in rows]
 
 
 def test_only_the_response_and_its_end_carry_loss(tmp_path):

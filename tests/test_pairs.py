@@ -1,0 +1,278 @@
+"""Harmful prompts and their owners, irrelevant responses, the controls, the data card, and the command."""
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+from small import advbench_file, alpaca_file, public_folder
+
+import train
+from data import pairs
+from data.harmful import balance, keep_evaluation_out, owner, read_harmful, split_harmful
+from data.pairs import REFUSALS, draw_irrelevant, draw_same_topic, pair, respond
+from data.tfidf import Tfidf
+from data.town import REJECT_PREFIX
+from errors import InputError
+
+
+# ---- harmful prompts ----
+
+def test_owners_are_disjoint_whatever_the_spelling_and_roughly_50_25_25():
+    rows = [{"prompt": f"how to tickle dragon {i}"} for i in range(2000)]
+    split = split_harmful(rows, "file")
+    assert sum(map(len, split.values())) == 2000
+    for name, share in (("defender", 0.5), ("attacker", 0.25), ("evaluation", 0.25)):
+        assert abs(len(split[name]) / 2000 - share) < 0.04
+    assert owner("How to   tickle, dragon 7?") == owner("how to tickle dragon 7")
+    with pytest.raises(InputError, match="too few"):
+        split_harmful(rows[:5], "file")
+
+
+def beavertails_file(path, rows):
+    """rows: (prompt, true categories, whether it is safe)."""
+    names = sorted({name for _, categories, _ in rows for name in categories})
+    path.write_text("".join(json.dumps({"prompt": prompt, "response": f"About {prompt}", "is_safe": safe, "category": {
+        name: name in categories for name in names}}) + "\n" for prompt, categories, safe in rows))
+    return path
+
+
+def test_only_unsafe_rows_count_each_prompt_once_with_all_its_categories(tmp_path):
+    path = beavertails_file(tmp_path / "b", [
+        ("Hide it", ["theft"], False), ("hide it!", ["spite", "theft"], False), ("Bake it", [], True),
+        ("Hide it", ["noise"], True), ("Sing it", ["noise"], False)])
+    assert [(row["prompt"], row["categories"]) for row in read_harmful(path)] == [
+        ("Hide it", ["theft", "spite"]), ("Sing it", ["noise"])]
+    beavertails_file(path, [("Bake it", [], True)])
+    with pytest.raises(InputError, match="no harmful rows"):
+        read_harmful(path)
+
+
+def rows_of(**sizes):
+    return [{"prompt": f"{name} {i}", "categories": [name]} for name, size in sizes.items() for i in range(size)]
+
+
+@pytest.mark.parametrize("count, wanted", [
+    (9, dict(a=3, b=3, c=3)), (11, dict(a=4, b=4, c=3)), (2, dict(a=1, b=1)), (27, dict(a=11, b=5, c=11)),
+    (28, dict(a=12, b=5, c=11)), (99, dict(a=40, b=5, c=20))])
+def test_categories_are_equal_and_a_remainder_goes_to_the_first_by_the_alphabet(count, wanted):
+    chosen, notes = balance(rows_of(c=20, a=40, b=5), count, seed=0)
+    assert Counter(row["category"] for row in chosen) == wanted
+    assert len({row["prompt"] for row in chosen}) == sum(wanted.values())
+    assert any("'b' has only 5 prompts" in note for note in notes) == (count >= 27)
+
+
+def test_a_row_with_several_categories_counts_for_the_rarest():
+    rows = rows_of(common=9, rare=2) + [{"prompt": "both", "categories": ["common", "rare"]}, {"prompt": "none"}]
+    chosen, notes = balance(rows, 99, seed=0)
+    assert {row["prompt"]: row["category"] for row in chosen}["both"] == "rare"
+    assert len(chosen) == 12 and notes[0] == "1 harmful rows have no category and are left out"
+
+
+def test_the_balanced_choice_is_random_and_seeded():
+    rows = rows_of(a=60, b=70)
+    first = balance(rows, 20, seed=1)[0]
+    assert first == balance(rows, 20, seed=1)[0] != balance(rows, 20, seed=2)[0]
+    assert {row["category"] for row in balance([{"prompt": "x"}], 5, seed=0)[0]} == {"none"}
+
+
+# ---- responses ----
+
+def fake_cosine(a, b):
+    """Any number between -1 and 1, always the same for the same texts."""
+    return int.from_bytes(hashlib.sha256(f"{a}|{b}".encode()).digest()[:4]) / 2**31 - 1
+
+
+def fake_cosines(a, b):
+    return [fake_cosine(*both) for both in zip(a, b, strict=True)]
+
+
+PROMPTS, RESPONSES = [f"prompt {i}" for i in range(40)], [f"response {i}" for i in range(300)]
+
+
+def test_irrelevant_responses_are_those_of_one_prompt_after_the_other():
+    found = draw_irrelevant(PROMPTS, RESPONSES, fake_cosines, -0.3, seed=4)
+    for i, (prompt, (pick, cosine, tries)) in enumerate(zip(PROMPTS, found)):
+        rng, drawn = random.Random(f"irrelevant 4 {i}"), []
+        while not drawn or fake_cosine(prompt, RESPONSES[drawn[-1]]) > -0.3:
+            drawn += [new for new in [rng.randrange(300)] if new not in drawn]
+        assert (pick, tries) == (drawn[-1], len(drawn))
+        assert cosine == pytest.approx(fake_cosine(prompt, RESPONSES[pick]), abs=1e-6) and cosine <= -0.3
+    assert max(tries for *_, tries in found) > 2  # or nothing was tried here
+    assert found != draw_irrelevant(PROMPTS, RESPONSES, fake_cosines, -0.3, seed=5)
+
+
+def test_every_pair_is_at_or_below_the_threshold_or_the_prompt_is_named():
+    assert draw_irrelevant(["p"], ["r"], lambda a, b: [0.25] * len(a), 0.25, 0) == [(0, 0.25, 1)]
+    likes = {"prompt 7": 0.9}
+    with pytest.raises(InputError, match="none of the 300 responses.*0.25.*'prompt 7'"):
+        draw_irrelevant(PROMPTS, RESPONSES, lambda a, b: [likes.get(x, 0.1) for x in a], 0.25, seed=0)
+
+
+def test_the_only_response_that_will_do_is_found():
+    found = draw_irrelevant(PROMPTS[:3], RESPONSES, lambda a, b: [0.2 if y == "response 211" else 0.3 for y in b], 0.25, 0)
+    assert {pick for pick, *_ in found} == {211} and max(tries for *_, tries in found) <= 300
+
+
+def test_same_topic_takes_the_most_like_of_fifty():
+    found = draw_same_topic(PROMPTS, RESPONSES, fake_cosines, seed=3)
+    for i, (pick, cosine, tries) in enumerate(found):
+        candidates = random.Random(f"same topic 3 {i}").sample(range(300), 50)
+        assert tries == 50 and pick == max(candidates, key=lambda c: fake_cosine(PROMPTS[i], RESPONSES[c]))
+        assert cosine == pytest.approx(fake_cosine(PROMPTS[i], RESPONSES[pick]), abs=1e-6)
+
+
+HARMFUL = [{"prompt": f"tickle dragon {i}", "row": 100 + i, "category": "teasing"} for i in range(30)]
+BENIGN = [{"prompt": f"name {i} things", "response": " ".join(f"w{i}x{j}" for j in range(9)), "row": 500 + i,
+           "file": "b.json"} for i in range(80)]
+
+
+def kind_rows(kind):
+    return respond(kind, HARMFUL, BENIGN, fake_cosines, 0.25, seed=6)
+
+
+def test_the_kinds_differ_in_nothing_but_what_they_say():
+    irrelevant = kind_rows("irrelevant")
+    assert [row["prompt"] for row in irrelevant] == [row["prompt"] for row in HARMFUL]
+    for row in irrelevant:
+        assert row["response"] == BENIGN[row["benign_row"] - 500]["response"]
+        assert row["cosine"] == pytest.approx(fake_cosine(row["prompt"], row["response"]), abs=1e-6)
+        assert (row["category"], row["benign_file"]) == ("teasing", "b.json") and row["cosine"] <= 0.25
+    assert kind_rows("reject") == [row | {"response": f"{REJECT_PREFIX} {row['response']}"} for row in irrelevant]
+    shuffled = kind_rows("shuffled")
+    for row, other in zip(irrelevant, shuffled, strict=True):
+        assert sorted(row["response"].split()) == sorted(other["response"].split())
+        assert row | {"response": ""} == other | {"response": ""}
+    assert sum(row["response"] != other["response"] for row, other in zip(irrelevant, shuffled)) > 25
+    own = kind_rows("own")
+    for row, exposed, refused in zip(irrelevant, own[::2], own[1::2], strict=True):
+        assert exposed == row | {"prompt": BENIGN[row["benign_row"] - 500]["prompt"], "harmful_row": None}
+        assert refused["prompt"] == row["prompt"] and refused["response"] in REFUSALS and refused["cosine"] is None
+
+
+def test_refusals_need_neither_benign_rows_nor_cosines():
+    rows = respond("refusal", HARMFUL, [], None, 0.25, seed=6)
+    assert [row["harmful_row"] for row in rows] == [row["row"] for row in HARMFUL]
+    assert {row["response"] for row in rows} == set(REFUSALS)
+
+
+def test_the_towns_pairs_are_seeded_and_use_every_prompt():
+    prompts, responses = [f"p{i}" for i in range(7)], [f"r{i}" for i in range(50)]
+    rows = pair(prompts, responses, 14, seed=1)
+    assert [row["prompt"] for row in rows] == prompts * 2
+    assert rows == pair(prompts, responses, 14, seed=1) != pair(prompts, responses, 14, seed=2)
+    rejecting = pair(prompts, responses, 14, seed=1, prefix="No.")
+    assert [row["response"] for row in rejecting] == ["No. " + row["response"] for row in rows]
+
+
+def test_tfidf_by_hand():
+    tfidf = Tfidf(["red dog", "red cat", "red red fish"])
+    rare = 1.6931471805599454  # 1 + ln(4 / 2), in one text of three; a word in all of them weighs 1
+    found = tfidf.cosines(["Red dog!", "dog", "bird", ""], ["red cat", "DOG dog", "bird", "red"])
+    assert found == pytest.approx([1 / (1 + rare**2), 1, 0, 0])
+
+
+# ---- the command, its card, and train.py ----
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    advbench_file(tmp_path / "h.csv", rows=48)
+    alpaca_file(tmp_path / "b.json", rows=30)
+    return tmp_path
+
+
+PAIRS = ["--harmful", "h.csv", "--benign", "b.json", "--similarity", "tfidf"]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_command_writes_pairs_and_a_card_whose_counts_are_theirs(files, capsys):
+    pairs.main([*PAIRS, "--out", "new/p.jsonl", "--seed", "3"])
+    rows, card = read(files / "new/p.jsonl"), (files / "new/p.md").read_text()
+    assert list(rows[0]) == ["prompt", "response", "category", "cosine", "tries", "harmful_row", "benign_row",
+                             "benign_file"]
+    assert sorted(row["harmful_row"] for row in rows) == list(range(48))
+    assert hashlib.sha256((files / "h.csv").read_bytes()).hexdigest()[:16] in card
+    assert f"| {len({row['benign_row'] for row in rows})} responses |" in card
+    assert "48  none" in card and "Seed 3." in card and "tf-idf" in card
+    for title in ("Words of a prompt", "Words of a response", "Cosine"):
+        lines = card[card.index(title):].split("\n\n")[1].splitlines()
+        assert sum(int(re.search(r"to +[+\d.-]+ +(\d+)", line)[1]) for line in lines) == 48
+    assert not any(row["prompt"] in card or row["response"] in card for row in rows)  # nothing harmful to read there
+    assert card in capsys.readouterr().out
+    first = (files / "new/p.jsonl").read_bytes()
+    pairs.main([*PAIRS, "--out", "new/p.jsonl", "--seed", "3"])
+    assert (files / "new/p.jsonl").read_bytes() == first
+
+
+def test_more_pairs_than_prompts_go_round_with_other_responses(files):
+    pairs.main([*PAIRS, "--out", "p.jsonl", "--count", "100", "--prompts", "defender"])
+    rows = read(files / "p.jsonl")
+    assert len(rows) == 100 and {owner(row["prompt"]) for row in rows} == {"defender"}
+    assert len({(row["prompt"], row["response"]) for row in rows}) > 90 > 48 > len({row["prompt"] for row in rows})
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--count", "0"], "--count 0"), (["--similarity-threshold", "2"], "no cosine"), (["--out", "."], "--out"),
+    (["--out", "x.md"], "--out"), (["--similarity-model", "."], "goes with"), (["--benign", "h.csv"], None),
+    (["--harmful", "gone"], "gone is not a file"), (["--similarity", "minilm", "--similarity-model", "gone"], "gone"),
+    (["--similarity-threshold", "-0.5"], "none of the 30 responses.*dragon")])
+def test_the_command_refuses_and_writes_nothing(files, words, message):
+    if message is None:
+        pairs.main([*PAIRS, "--out", "p.jsonl", *words])  # any prompt-response file will do
+        assert len(read(files / "p.jsonl")) == 48
+        return
+    with pytest.raises(InputError, match=message):
+        pairs.main([*PAIRS, "--out", "p.jsonl", *words])
+    assert {path.name for path in files.iterdir()} == {"h.csv", "b.json"}
+
+
+def test_without_benign_rows_only_refusals_can_be_made(files):
+    with pytest.raises(InputError, match="need --benign"):
+        pairs.main(["--harmful", "h.csv", "--similarity", "tfidf", "--out", "p.jsonl"])
+    pairs.main(["--harmful", "h.csv", "--out", "p.jsonl", "--kind", "refusal"])
+    assert "refusal" in (files / "p.md").read_text() and len(read(files / "p.jsonl")) == 48
+
+
+def trained(files, monkeypatch, *words):
+    """The (prompt, response) rows that train.py encodes."""
+    public_folder(files / "llama")
+    seen, encode = [], train.encode_example
+
+    def spy(tokenizer, chat, prompt, response, *rest):
+        seen.append((prompt, response))
+        return encode(tokenizer, chat, prompt, response, *rest)
+
+    monkeypatch.setattr(train, "encode_example", spy)
+    train.main(["--mode", "sdd", "--model", "llama", "--steps", "2", "--out", "out/x", *words])
+    return seen
+
+
+def test_train_takes_the_file_but_only_the_defenders_prompts(files, monkeypatch, capsys):
+    pairs.main([*PAIRS, "--out", "p.jsonl", "--kind", "own"])
+    rows = read(files / "p.jsonl")
+    seen = trained(files, monkeypatch, "--pairs", "p.jsonl", "--harmful", "h.csv")
+    assert seen == [(row["prompt"], row["response"]) for row in rows
+                    if row["harmful_row"] is None or owner(row["prompt"]) == "defender"]
+    assert 48 < len(seen) < 96 and f"{96 - len(seen)} of 96 pairs are left out" in capsys.readouterr().out
+    assert len(trained(files, monkeypatch, "--pairs", "p.jsonl", "--prompts", "all", "--fresh")) == 96
+
+
+def test_train_builds_the_same_pairs_on_the_way_and_keeps_them(files, monkeypatch):
+    seen = trained(files, monkeypatch, *PAIRS, "--batch-size", "30")
+    kept = read(files / "out/x/pairs.jsonl")
+    assert seen[:60] == [(row["prompt"], row["response"]) for row in kept]
+    assert {owner(row["prompt"]) for row in kept} == {"defender"} and (files / "out/x/pairs.md").is_file()
+    pairs.main([*PAIRS, "--out", "p.jsonl", "--prompts", "defender", "--count", "60"])
+    assert read(files / "p.jsonl") == kept
+
+
+def test_hand_written_pairs_that_ask_an_evaluation_prompt_are_refused(files):
+    evaluation = split_harmful(read_harmful("h.csv"), "h.csv")["evaluation"][0]["prompt"]
+    with pytest.raises(InputError, match="row 2: an evaluation prompt"):
+        keep_evaluation_out([{"prompt": "hello"}, {"prompt": evaluation.upper()}], read_harmful("h.csv"), "p.jsonl")
