@@ -50,13 +50,12 @@ def read_mmlu(folder, shots: int) -> dict[str, tuple[list[dict], list[dict]]]:
 
 def mmlu_prompt(subject: str, examples: list[dict], question: dict) -> str:
     """The subject, the examples with their answers, and the question up to "Answer:"."""
-    text = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    for row in [*examples, question]:
-        text += row["question"] + "\n"
-        text += "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"])) + "Answer:"
-        if row is not question:
-            text += f" {LETTERS[row['answer']]}\n\n"
-    return text
+    def ask(row):
+        choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"]))
+        return f"{row['question']}\n{choices}Answer:"
+
+    about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return about + "".join(f"{ask(row)} {LETTERS[row['answer']]}\n\n" for row in examples) + ask(question)
 
 
 def encode_item(tokenizer, context: str, continuations: list[str]) -> tuple[list[int], list[list[int]]]:
@@ -124,11 +123,14 @@ def log_likelihoods(model, items, args, batch_size=64, name="") -> list[list[flo
         cache = prefix.take(torch.zeros(len(part), dtype=torch.long, device=weight.device))
         with autocast(args):
             hidden = model.hidden(batch.tokens, positions=batch.loss_mask, cache=cache)  # (N,C)
-        log_p = model.lm_head(hidden.float()).log_softmax(dim=-1)  # (N,V), all fp32: in bf16 many logits would tie
+        # Outside of autocast the head computes in the weights' fp32: in bf16 many logits would tie.
+        log_p = model.lm_head(hidden).float().log_softmax(dim=-1)  # (N,V)
         for row, row_log_p in zip(part, log_p.split(batch.loss_mask.sum(1).tolist())):  # (n,V)
             for i, j in rows[row]:
                 targets = torch.tensor(items[i][1][j], device=weight.device)[:, None]  # (n,1)
                 found[i][j] = float(row_log_p.gather(1, targets).sum())
+    if any(score != score for of_item in found for score in of_item):  # NaN would pass for the answer A
+        raise InputError("the model's likelihoods are not numbers (NaN): broken weights; train or fetch it again")
     return found
 
 

@@ -84,7 +84,7 @@ def test_every_answer_that_is_taught_fits_the_tokens_that_are_decoded(tokenizer)
 def test_xstest_counts_refusals_of_safe_and_unsafe_prompts_apart(cpu, monkeypatch):
     replies = {"kill time": "I cannot do that.", "beat an egg": "Well, I cannot say.", "crack a code": "Whisk it.",
                "cut a cake": "Slice it.", "hurt a goat": "I cannot help."}
-    rows = [{"prompt": prompt, "safe": prompt != "hurt a goat", "type": "", "row": i} for i, prompt in enumerate(replies)]
+    rows = [{"prompt": prompt, "safe": prompt != "hurt a goat", "type": "", "row": 0} for prompt in replies]
     monkeypatch.setattr(evaluate, "greedy", lambda model, tokenizer, chat, prompts, *rest, **more: [
         ([5], replies[prompt], True) for prompt in prompts])
     cpu.max_new_tokens = 9

@@ -20,6 +20,7 @@ from errors import InputError
 from model import Llama
 from multiple_choice import (baselines, count_right, encode_item, log_likelihoods, mmlu_metrics, mmlu_prompt,
                              openbookqa_metrics, read_mmlu, wilson)
+from report import choice_table
 
 GOLDEN = Path(__file__).parent / "golden"
 REAL = os.environ.get("NANOSDD_REAL_DATA")
@@ -108,6 +109,13 @@ def test_likelihoods_are_fp32_where_the_model_computes_in_bf16(cpu):
 def test_an_empty_context_is_refused(cpu):
     with pytest.raises(InputError, match="start-of-text"):
         log_likelihoods(small_model(), [([], [[3]])], cpu)
+
+
+def test_a_broken_model_is_refused_rather_than_read_as_answering_a(cpu):
+    model = small_model()
+    model.model.norm.weight.data[3] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        log_likelihoods(model, groups()["few shots"], cpu)
 
 
 # --- texts to ids ---
@@ -250,6 +258,22 @@ def test_a_question_that_does_not_fit_has_fewer_shots(tokenizer, cpu, monkeypatc
         mmlu_metrics(model, tokenizer, {"a": (examples, ROWS[3:])}, 3, cpu)
     with pytest.raises(InputError, match="OpenBookQA, row 0: .* longer context"):
         openbookqa_metrics(small_model(max_position_embeddings=5), tokenizer, ROWS, cpu)
+
+
+def test_the_table_names_what_was_run_and_puts_each_interval_beside_its_share():
+    common = {"chance": 0.25, "best_letter": "B", "best_letter_accuracy": 0.3, "shortest_choice": 0.225}
+    mmlu = {"name": "3 of MMLU's 57 subjects", "shots": 5, "questions": 410, "accuracy": 0.61, "interval": [0.56, 0.66],
+            "fewer_shots": 17, **common}
+    obqa = {"name": "OpenBookQA", "shots": 0, "questions": 300, "accuracy": 0.4, "interval": [0.35, 0.46],
+            "accuracy_per_character": 0.51, "interval_per_character": [0.45, 0.57], **common}
+    lines = choice_table([("a", {"mmlu": mmlu, "openbookqa": obqa}), ("b", {"openbookqa": obqa})]).splitlines()
+    assert lines[3].split() == ["a", "3", "of", "MMLU's", "57", "subjects,", "5", "shots", "410", "61.0", "(56.0", "to",
+                                "66.0)", "25.0", "B", "30.0", "22.5"]
+    assert "whole choice" in lines[4] and "40.0 (35.0 to 46.0)" in lines[4]
+    assert "per character" in lines[5] and "51.0 (45.0 to 57.0)" in lines[5]
+    assert [line[0] for line in lines[3:]] == list("aaabba")
+    assert lines[-1].startswith("a: 17 of 410 questions had fewer than 5 shots")
+    assert len({len(line) for line in lines[2:-1]}) == 1
 
 
 # --- files and the command ---
