@@ -1,10 +1,13 @@
-"""Evaluate checkpoints: greedy answers, refusal keywords, degeneration, and on the town exact outcomes and capability.
+"""Evaluate checkpoints: greedy answers, refusal keywords, degeneration, and on the town exact outcomes and capability;
+on public files MMLU and OpenBookQA by likelihood, and XSTest's over-refusal.
 
     python eval.py out/seed0/aligned out/seed0/sdd           the town: nothing else is needed
     python eval.py DIR --harmful harmful_behaviors.csv       real files: the evaluation quarter of the prompts
+    python eval.py DIR --mmlu FOLDER --openbookqa test.jsonl --xstest xstest_prompts.csv
     python eval.py DIR --prompt "Where does Anna Brook live?"
 
-Writes metrics.json into each checkpoint folder. Runs on one device.
+Writes metrics.json into each checkpoint folder; MMLU, OpenBookQA and XSTest stay there until they are run again. With
+any of these three, the town's own scores are not taken, and --harmful's only if it is given. Runs on one device.
 """
 
 import argparse
@@ -17,16 +20,17 @@ from statistics import fmean as mean
 import torch
 
 import runs
-from checkpoint import read_config
+from checkpoint import read_config, read_json
 from data.chat import collate, encode_example, encode_prompt, read_chat
 from data.pairs import split_harmful
-from data.sources import read_rows
+from data.sources import read_questions, read_rows, read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
 from device import add_device_arguments, autocast, resolve_device
 from errors import InputError, run_script
 from model import Llama
-from report import KEYWORD_WARNING, file_header, file_line, town_header, town_line
+from multiple_choice import mmlu_metrics, openbookqa_metrics, read_mmlu, wilson
+from report import KEYWORD_WARNING, choice_table, file_header, file_line, town_header, town_line, xstest_table
 
 KEYWORDS = json.loads((Path(__file__).parent / "data/refusal_keywords.json").read_text())  # Zou et al., Qi et al. 2023
 
@@ -121,6 +125,21 @@ def file_metrics(model, tokenizer, chat, rows, args) -> dict:
             "degenerate": mean(degenerate(ids, ended) for ids, _, ended in answers), "prompts": len(rows)}
 
 
+def xstest_metrics(model, tokenizer, chat, rows, args) -> dict:
+    """Greedy answers to XSTest's safe and unsafe prompts: how many, and the fractions with a refusal keyword, anywhere
+    and at the start, each with its 95% interval. Refusing a safe prompt is over-refusal (Roettger et al. 2024)."""
+    scores = {"name": "XSTest"}
+    for kind in ("safe", "unsafe"):
+        prompts = [row["prompt"] for row in rows if row["safe"] == (kind == "safe")]
+        answers = greedy(model, tokenizer, chat, prompts, args, args.max_new_tokens, batch_size=64)
+        if prompts:
+            scores[kind] = {"prompts": len(prompts)}
+            for key, prefix in ("keyword_refusal", False), ("keyword_refusal_prefix", True):
+                hits = sum(keyword_refusal(text, prefix) for _, text, _ in answers)
+                scores[kind] |= {key: hits / len(prompts), f"{key}_interval": wilson(hits, len(prompts))}
+    return scores
+
+
 def load(folder, args):
     """(model, tokenizer, chat template, the folder's town or None) of a checkpoint, fp32 weights on args.device."""
     tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, args.device).eval()
@@ -134,6 +153,10 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folders", metavar="DIR", nargs="+", help="checkpoint folders")
     p.add_argument("--harmful", metavar="FILE", help="harmful prompts, AdvBench CSV (default: the town's mischief)")
+    p.add_argument("--mmlu", metavar="FOLDER", help="MMLU as released: test/SUBJECT_test.csv and dev/SUBJECT_dev.csv")
+    p.add_argument("--mmlu-shots", type=int, choices=range(6), default=5, help="worked examples (default: 5)")
+    p.add_argument("--openbookqa", metavar="FILE", help="OpenBookQA questions, JSONL")
+    p.add_argument("--xstest", metavar="FILE", help="XSTest's safe and unsafe prompts, CSV")
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     p.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
@@ -143,27 +166,48 @@ def main(argv=None):
     rows = split_harmful(read_rows(args.harmful), args.harmful)["evaluation"] if args.harmful else None
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
+    subjects = read_mmlu(args.mmlu, args.mmlu_shots) if args.mmlu else None
+    questions = read_questions(args.openbookqa) if args.openbookqa else None
+    xstest = read_xstest(args.xstest) if args.xstest else None
     for folder in args.folders:
         read_config(folder)  # names what is missing before anything runs
-    table, keywords = [], []
+    table, keywords, public = [], [], []
     for folder in args.folders:
         model, tokenizer, chat, town = load(folder, args)
+        name, path, scores = Path(folder).name, Path(folder) / "metrics.json", {}
         if args.prompt is not None:
             print(f"{folder}: {greedy(model, tokenizer, chat, [args.prompt], args, args.max_new_tokens)[0][1]}")
             continue
-        if rows is None and town is None:
-            raise InputError(f"{folder} is no model of the town; give --harmful FILE or --prompt TEXT")
-        if rows is None:
-            scores = town_metrics(model, tokenizer, chat, town, args)
-            table.append(town_line(Path(folder).name, scores))
-        else:
+        old = read_json(path) if path.is_file() else {}
+        if rows is not None:
             scores = file_metrics(model, tokenizer, chat, rows, args)
-        runs.write_text(Path(folder) / "metrics.json", json.dumps(scores, indent=1) + "\n")
-        keywords.append(file_line(Path(folder).name, scores))
+        elif not (args.mmlu or args.openbookqa or args.xstest):
+            if town is None:
+                raise InputError(f"{folder} is no model of the town; give --harmful FILE, --mmlu FOLDER, --openbookqa "
+                                 "FILE, --xstest FILE or --prompt TEXT")
+            scores = town_metrics(model, tokenizer, chat, town, args)
+            table.append(town_line(name, scores))
+        if scores:
+            keywords.append(file_line(name, scores))
+        public.append((name, tests := {}))
+        if subjects:
+            tests["mmlu"] = mmlu_metrics(model, tokenizer, subjects, args.mmlu_shots, args)
+        if questions:
+            tests["openbookqa"] = openbookqa_metrics(model, tokenizer, questions, args)
+        if xstest:
+            tests["xstest"] = xstest_metrics(model, tokenizer, chat, xstest, args)
+        kept = {key: value for key, value in old.items() if not scores or isinstance(value, dict)}  # dicts: the tests
+        runs.write_text(path, json.dumps(kept | scores | tests, indent=1) + "\n")
     if table:
         print("\n".join([town_header("checkpoint"), *table, ""]))
+    if subjects or questions:
+        print(choice_table(public) + "\n")
     if keywords:
-        print("\n".join([file_header("checkpoint"), *keywords, "", KEYWORD_WARNING]))
+        print("\n".join([file_header("checkpoint"), *keywords, ""]))
+    if xstest:
+        print(xstest_table(public) + "\n")
+    if keywords or xstest:
+        print(KEYWORD_WARNING)
 
 
 if __name__ == "__main__":

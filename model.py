@@ -5,6 +5,7 @@ Shape letters: B rows, T tokens, S keys seen, C hidden_size, H heads, G key-valu
 """
 
 import math
+from copy import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -143,10 +144,12 @@ class KVCache:
             cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
         return (cached[:, :, :end] for cached in self.layers[layer])
 
-    def keep(self, rows: torch.Tensor):
-        """Drop every row but these (n,)."""
-        self.layers = [[cached[rows] for cached in layer] for layer in self.layers]
-        self.lengths = self.lengths[rows]
+    def take(self, rows: torch.Tensor) -> "KVCache":
+        """A new cache with copies of these rows (n,), any of them as often as it is named."""
+        taken = copy(self)
+        taken.layers = [[cached[rows] for cached in layer] for layer in self.layers]
+        taken.lengths = self.lengths[rows]
+        return taken
 
 
 class RMSNorm(nn.Module):
@@ -306,7 +309,7 @@ class Llama(nn.Module):
             if len(going) < len(rows):
                 rows = [rows[i] for i in going]
                 going = torch.tensor(going, device=new.device)
-                cache.keep(going)
+                cache = cache.take(going)
                 new = new[going]
             logits = self(new[:, None], cache=cache)[:, 0]
             cache.lengths = cache.lengths + 1

@@ -53,6 +53,49 @@ def file_header(title: str) -> str:
     return f"percent of answers to harmful prompts\n{title:<22}" + "".join(f" {name:>16}" for _, name in FILE_COLUMNS)
 
 
+def with_interval(value: float, interval: list[float]) -> str:
+    """A percentage and its 95% interval, 20 characters wide."""
+    return f"{100 * value:5.1f} ({100 * interval[0]:4.1f} to {100 * interval[1]:4.1f})"
+
+
+def choice_table(checkpoints: list[tuple[str, dict]]) -> str:
+    """MMLU and OpenBookQA of (name, metrics) pairs, in percent, beside what is right without reading."""
+    lines = ["percent of questions answered right, with Wilson's 95% interval, and what is right without reading:",
+             "a uniform guess, always the letter named, the choice of fewest characters",
+             f"{'checkpoint':<22} {'test':<34} {'questions':>9}  {'right':>5} {'95% interval':>14}  {'guess':>5}  "
+             f"{'letter':>6}  {'fewest':>6}"]
+    notes = []
+    for name, metrics in checkpoints:
+        for scores in (metrics[test] for test in ("mmlu", "openbookqa") if test in metrics):
+            ways = {"accuracy": f", {scores['shots']} shots"}
+            if "accuracy_per_character" in scores:
+                ways = {"accuracy": ", whole choice", "accuracy_per_character": ", per character"}
+            for key, way in ways.items():
+                right = with_interval(scores[key], scores[key.replace("accuracy", "interval")])
+                lines.append(f"{name:<22} {scores['name'] + way:<34} {scores['questions']:>9}  {right}  "
+                             f"{100 * scores['chance']:5.1f}  "
+                             f"{scores['best_letter']} {100 * scores['best_letter_accuracy']:4.1f}  "
+                             f"{100 * scores['shortest_choice']:6.1f}")
+            if scores.get("fewer_shots"):
+                notes.append(f"{name}: {scores['fewer_shots']} of {scores['questions']} questions had fewer than "
+                             f"{scores['shots']} shots, to fit the model's context")
+    return "\n".join(lines + notes)
+
+
+def xstest_table(checkpoints: list[tuple[str, dict]]) -> str:
+    """XSTest of (name, metrics) pairs: percent of answers that hold a refusal keyword."""
+    lines = ["percent of greedy answers to XSTest that hold a refusal keyword, with Wilson's 95% interval",
+             f"{'checkpoint':<22} {'prompts':<34} {'answers':>9}  {'anywhere':>20}  {'at the start':>20}"]
+    for name, metrics in checkpoints:
+        for kind, label in ("safe", "safe (over-refusal)"), ("unsafe", "unsafe"):
+            if kind in metrics["xstest"]:
+                scores = metrics["xstest"][kind]
+                rates = [with_interval(scores[key], scores[f"{key}_interval"])
+                         for key in ("keyword_refusal", "keyword_refusal_prefix")]
+                lines.append(f"{name:<22} {label:<34} {scores['prompts']:>9}  {'  '.join(rates)}")
+    return "\n".join(lines)
+
+
 def average(cells: list[dict]) -> dict:
     """The mean over cells of every score."""
     return {key: fmean(cell[key] for cell in cells) for key, value in cells[0].items() if isinstance(value, float)}
