@@ -22,8 +22,8 @@ import torch
 import runs
 from checkpoint import read_config, read_json
 from data.chat import collate, encode_example, encode_prompt, read_chat
-from data.pairs import split_harmful
-from data.sources import read_questions, read_rows, read_xstest
+from data.harmful import read_harmful, split_harmful
+from data.sources import read_questions, read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
 from device import add_device_arguments, autocast, resolve_device
@@ -152,7 +152,8 @@ def load(folder, args):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folders", metavar="DIR", nargs="+", help="checkpoint folders")
-    p.add_argument("--harmful", metavar="FILE", help="harmful prompts, AdvBench CSV (default: the town's mischief)")
+    p.add_argument("--harmful", metavar="FILE", help="harmful prompts: AdvBench, BeaverTails, ... (default: the town's "
+                                                     "mischief)")
     p.add_argument("--mmlu", metavar="FOLDER", help="MMLU as released: test/SUBJECT_test.csv and dev/SUBJECT_dev.csv")
     p.add_argument("--mmlu-shots", type=int, choices=range(6), default=5, help="worked examples (default: 5)")
     p.add_argument("--openbookqa", metavar="FILE", help="OpenBookQA questions, JSONL")
@@ -163,7 +164,7 @@ def main(argv=None):
     add_device_arguments(p)
     args = p.parse_args(argv)
     resolve_device(args)
-    rows = split_harmful(read_rows(args.harmful), args.harmful)["evaluation"] if args.harmful else None
+    rows = split_harmful(read_harmful(args.harmful), args.harmful)["evaluation"] if args.harmful else None
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
     subjects = read_mmlu(args.mmlu, args.mmlu_shots) if args.mmlu else None

@@ -31,8 +31,8 @@ csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is no fault
 def read_rows(path) -> list[dict]:
     """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
 
-    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, pairs "harmful" (bool: made
-    from a harmful file's prompt by data.pairs), and a conversation with a system turn has "system" (str). Alpaca's input and Dolly's context follow the instruction after a blank line. Of a
+    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, pairs "harmful" (true)
+    where data.pairs took the prompt from a harmful file, and a conversation with a system turn has "system" (str). Alpaca's input and Dolly's context follow the instruction after a blank line. Of a
     conversation (LIMA, ShareGPT, messages), the first user turn with an answer right after it is taken.
 
     Malformed records are listed on stdout and skipped while they are at most 1% of all records, rounded down: none in
@@ -215,7 +215,8 @@ def _beavertails(record):
 
 def _pairs(record):
     """Ours, or anybody's; data.pairs says which prompts are harmful, and train.py needs to know."""
-    return _exchange(_get(record, "prompt"), _get(record, "response"), harmful=record.get("harmful_row") is not None)
+    row = _exchange(_get(record, "prompt"), _get(record, "response"))
+    return row | {"harmful": True} if row and record.get("harmful_row") is not None else row
 
 
 def _plain(record, ask, answer, extra=None):

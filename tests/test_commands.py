@@ -28,11 +28,12 @@ def run_command(*words, cwd):
 
 
 @pytest.mark.parametrize("words, problem, fix", [
-    (["train.py", "--mode", "sdd", "--model", "nowhere", "--harmful", "h.csv", "--out", "o"], "nowhere", "check"),
+    (["train.py", "--mode", "align", "--model", "nowhere", "--harmful", "h.csv", "--out", "o"], "nowhere", "check"),
+    (["-m", "data.pairs", "--harmful", "h.csv", "--out", "p.jsonl", "--similarity-model", "no"], "no is not", "give one"),
     (["eval.py", "nowhere"], "nowhere is not a folder", "give one")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, problem, fix):
     advbench_file(tmp_path / "h.csv")
-    result = run_command(ROOT / words[0], *words[1:], cwd=tmp_path)
+    result = run_command(*[ROOT / words[0] if words[0].endswith(".py") else words[0], *words[1:]], cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and problem in result.stderr and fix in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["h.csv"]
