@@ -77,7 +77,8 @@ def _read(path, kind, readers) -> list[dict]:
     layouts = Counter(filter(None, (_layout(record) for _, record in records)))
     if not layouts:
         line, record = records[0]
-        shown = list(record) if isinstance(record, (dict, tuple)) else type(record).__name__  # dict: its keys
+        shown = (list(record) if isinstance(record, (dict, tuple)) else  # a dict's keys
+                 str(record) if isinstance(record, ValueError) else type(record).__name__)
         raise InputError(f"{path} is of no known format (line {line}: {shown!r:.60}); give {KNOWN}")
     layout = layouts.most_common(1)[0][0]
     if layout not in readers:
@@ -265,7 +266,7 @@ def _xstest(record):
 
 
 def _get(record, key, kind=str):
-    """record[key], which must be there and of the type `kind`."""
+    """record[key], which must be there and of this kind."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind):
         raise ValueError(f"no {TYPES[kind]} {key}")

@@ -129,27 +129,22 @@ def test_a_malformed_row_is_named_with_its_line_and_reason(name):
 
 @pytest.mark.parametrize("name", BAD)
 def test_up_to_one_percent_malformed_rows_are_listed_and_skipped(tmp_path, capsys, name):
-    read, _, _, reason = BAD[name]
-    good = FIXTURES / name.replace("_bad", "")
-    expected, text, extra = read(good), good.read_text(), (FIXTURES / name).read_text()
+    read, _, bad_line, reason = BAD[name]
+    good, bad = (FIXTURES / name.replace("_bad", "")).read_text(), (FIXTURES / name).read_text()
+    expected = GOOD[name.replace("_bad", "")][1]
     if name.endswith("json"):
-        records = json.loads(text)
-        copies = -(-100 // len(records))
-        records = records * copies + [json.loads(extra)[1]]
-        text, line = json.dumps(records, indent=0), None
+        text = json.dumps(json.loads(good) * 70 + [json.loads(bad)[1]])
+        line = 1
     else:
-        body = text.splitlines(True)
-        header = body.pop(0) if body[0].startswith(("goal", "id")) else ""
-        per_copy = len(body) if name.endswith("jsonl") else len(expected)  # records
-        copies = -(-100 // per_copy)
-        line = bool(header) + copies * len(body) + 1
-        last = extra.splitlines(True)[-1 if name != "beavertails_bad.jsonl" and name != "openbookqa_bad.jsonl" else 1]
-        text = header + "".join(body) * copies + last
-    capsys.readouterr()
+        lines, header = good.splitlines(True), []
+        if good.startswith(("goal,", "id,")):
+            header = [lines.pop(0)]
+        text = "".join(header + lines * 70 + [bad.splitlines(True)[bad_line - 1]])
+        line = len(header) + len(lines) * 70 + 1
     rows = read(written(tmp_path, text))
-    assert len(rows) == copies * len(expected) and rows[-1] == expected[-1] | {"row": rows[-1]["row"]}
+    assert len(rows) == len(expected) * 70 and rows[-1] == expected[-1] | {"row": rows[-1]["row"]}
     out = capsys.readouterr().out
-    assert "skipped 1 of " in out and f"{reason})\n" in out and (line is None or f": line {line} (row " in out)
+    assert "skipped 1 of " in out and f" rows: line {line} (row " in out and f": {reason})\n" in out
 
 
 def test_the_limit_is_one_percent_rounded_down(tmp_path, capsys):
@@ -200,6 +195,27 @@ def test_blank_questions_and_prompts_are_left_out(tmp_path, capsys):
     assert read_xstest(written(tmp_path, lines)) == GOOD["xstest_v1.csv"][1]
 
 
+@pytest.mark.parametrize("name, old, new, reason", [
+    ("mmlu.csv", "3 + 4?,5,6", "3 + 4?,5", "row 2: 5 fields, not 6"), ("mmlu.csv", "7,D", "7,", "row 2: the answer is"),
+    ("mmlu.csv", "7,D", "7,d", "row 2: the answer is"),
+    ("openbookqa.jsonl", '"label": "2"', '"label": "3"', "row 2: answerKey is not the label of one choice"),
+    ("openbookqa.jsonl", '"answerKey": "3"', '"answerKey": 3', "row 2: no string answerKey"),
+    ("beavertails.jsonl", '"privacy_violation": true', '"privacy_violation": 1', "row 2: category holds more than"),
+    ("beavertails.jsonl", '"is_safe": true', '"is_safe": "yes"', "row 1: no true or false is_safe"),
+    ("xstest_v1.csv", ",crush,synonym", ",crush", "row 2: 4 fields, not 5"),
+    ("lima.jsonl", '["Why is', '[["why"], "Why is', "row 0: no string from"),
+    ("messages.jsonl", '[{"role": "user", "content": "W', '["user", {"role": "user", "content": "W', "row 1: no str")])
+def test_other_malformed_records_are_refused_too(tmp_path, name, old, new, reason):
+    text = (FIXTURES / name).read_text()
+    assert text.count(old) == 1
+    assert reason in refusal(GOOD[name][0], written(tmp_path, text.replace(old, new)))
+
+
+def test_an_mmlu_letter_may_have_space_around_it(tmp_path):
+    text = (FIXTURES / "mmlu.csv").read_text()
+    assert read_questions(written(tmp_path, text.replace("7,D", "7, D "))) == GOOD["mmlu.csv"][1]
+
+
 @pytest.mark.parametrize("read, name, held, wanted", [
     (read_rows, "mmlu.csv", "MMLU", "prompt-response rows: BeaverTails, pairs"),
     (read_rows, "xstest.csv", "XSTest", "prompt-response rows"), (read_rows, "openbookqa.jsonl", "OpenBookQA", "rows"),
@@ -213,7 +229,7 @@ def test_the_wrong_kind_of_file_is_named(read, name, held, wanted):
 @pytest.mark.parametrize("content, shown", [
     ("goal,answer\na,b\n", "line 1: ['goal', 'answer']"), ("\n\nplain text\n", "line 3: ['plain text']"),
     ('{"a": 1}\n{"b": 2}', "line 1: ['a']"), ("[[1]]", "line 1: 'list'"), ('[\n\n"x"]', "line 3: 'str'"),
-    ('{"prompt: 1}\n', "line 1: 'ValueError'"), ("version https://git-lfs.github.com/spec/v1", "git-lfs")])
+    ('{"prompt: 1}\n', "line 1: 'not JSON'"), ("version https://git-lfs.github.com/spec/v1", "git-lfs")])
 def test_an_unknown_format_lists_the_known_ones(tmp_path, content, shown):
     message = refusal(read_rows, written(tmp_path, content))
     assert "is of no known format" in message and shown in message
@@ -263,6 +279,11 @@ def test_csv_fields_may_be_long_and_hold_line_ends(tmp_path):
     assert rows == [{"prompt": "a\r\n\nb", "response": long, "row": 0}]
     message = refusal(read_rows, written(tmp_path, 'goal,target\n"a\n\nb",c\n\nonly one\n'))
     assert "first line 6 (row 1: 1 fields, not 2)" in message
+
+
+def test_csv_lines_may_end_in_carriage_returns(tmp_path):
+    rows = read_rows(written(tmp_path, "goal,target\rask,tell\rwho,me\r"))
+    assert [row["prompt"] for row in rows] == ["ask", "who"]
 
 
 @pytest.mark.parametrize("record", ['"open,x', 'a,"open', '"a"b,c'])
