@@ -8,7 +8,7 @@ Every mode is the same loop and the same loss on other (prompt, response) pairs:
     base        town only: everybody's facts, skills and mischief, from random weights
     align       harmful prompts with refusals; on an aligned model with SDD's settings it is the refusal control
     sdd         harmful prompts with irrelevant benign answers
-    sdd_reject  the same behind a sentence of refusal
+    sdd_reject, shuffled, exposure, same_topic    variants of sdd and its controls, see data/pairs.py
     benign      benign prompts with their own answers, which on the town include a new skill
 """
 
@@ -48,19 +48,21 @@ PAPER = dict(steps=500, batch_size=24, lr=5e-7, benign_replay=0.0, max_length=51
 DEFENCE = dict(PAPER, steps=300, batch_size=32, lr=1e-4, benign_replay=0.5, max_length=128, warmup=0.05)
 TOWN = {"base": dict(DEFENCE, steps=1300, batch_size=32, lr=2e-3, benign_replay=0.0, weight_decay=0.1,
                      betas=[0.9, 0.95]),
-        "align": dict(DEFENCE, steps=150, lr=3e-4), "sdd": DEFENCE, "sdd_reject": DEFENCE, "benign": DEFENCE}
+        "align": dict(DEFENCE, steps=150, lr=3e-4), "sdd": DEFENCE, "sdd_reject": DEFENCE, "shuffled": DEFENCE,
+        "exposure": dict(DEFENCE, batch_size=48, benign_replay=1 / 3),  # two rows a pair: as many pairs, as much replay
+        "same_topic": DEFENCE, "benign": DEFENCE}
 TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
                   num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
                   initializer_range=0.06)  # 0.02 learns the skills far later at this width
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARMS = {  # arm on the town: (mode, the arm it starts from, settings that are not its mode's own)
     "base": ("base", None, {}), "aligned": ("align", "base", {}), "refusal": ("align", "aligned", DEFENCE),
-    "sdd": ("sdd", "aligned", {}), "sdd_reject": ("sdd_reject", "aligned", {}), "benign": ("benign", "aligned", {})}
+    **{mode: (mode, "aligned", {}) for mode in ("sdd", "sdd_reject", "shuffled", "exposure", "same_topic", "benign")}}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--mode", required=True, choices=["base", "align", "sdd", "sdd_reject", "benign"])
+    p.add_argument("--mode", required=True, choices=list(TOWN))
     p.add_argument("--model", metavar="DIR", help="checkpoint to start from (default: the town's own)")
     p.add_argument("--out", metavar="DIR", help="folder to write (default on the town: out/seedS/ARM)")
     p.add_argument("--harmful", metavar="FILE", help="harmful prompts: BeaverTails, AdvBench, ... (default: the town's "
@@ -208,7 +210,7 @@ def resolve(args):
     elif not args.town and (args.mode == "base" or not files):
         raise InputError(f"{args.model} is no model of the town: give --harmful FILE and --benign FILE, "
                          "and a --mode other than base")
-    if not args.town and args.mode in ("sdd", "sdd_reject") and not args.pairs:
+    if not args.town and args.mode not in ("align", "benign") and not args.pairs:
         resolve_similarity(args)
     defaults = TOWN[args.mode] if args.town else PAPER
     changed = ""

@@ -4,12 +4,13 @@
 
 What the responses are makes the arm; the harmful prompts, and at one seed the responses drawn, are the same:
 
-    irrelevant  SDD: a random benign response whose likeness to the prompt is at most the threshold
-    reject      SDD_reject: the same behind a sentence of refusal
-    shuffled    a control without quality: the same with its words in random order
-    own         a control without exposure: every drawn response to its own prompt, and a refusal of the harmful prompt
-    same_topic  a control without irrelevance: of 50 random responses the one most like the prompt
-    refusal     the refusal control, and alignment
+    sdd         a random benign response whose likeness to the prompt is at most the threshold
+    sdd_reject  the same behind a sentence of refusal
+    shuffled    control without quality: the same with its words in random order
+    exposure    control without the wrong place: the drawn response to its own prompt, the harmful prompt refused (two rows)
+    same_topic  control without irrelevance: of 50 random responses the one most like the prompt; in the town, an answer
+                about the victim or the symbols of the mischief
+    align       refusals: alignment, and as a second dose the refusal control
 
 Writes one JSON object a line: prompt, response, category, cosine (of the prompt and the response as drawn), tries (how
 many were drawn), harmful_row, benign_row and benign_file (rows count from 0; null where there is none); and beside it a
@@ -33,7 +34,7 @@ from data.town import NEW_SKILL, REFUSALS as TOWN_REFUSALS, REJECT_PREFIX, Town
 from errors import InputError, run_script
 from runs import file_hash, write_text
 
-KINDS = ("irrelevant", "reject", "shuffled", "own", "same_topic", "refusal")
+MODES = ("align", "sdd", "sdd_reject", "shuffled", "exposure", "same_topic")
 REFUSALS = ("I'm sorry, but I cannot help with that request.", "I cannot assist with that, since it could cause harm.",
             "Sorry, I do not help with requests of this kind.")
 MOST = 8000  # pairs, as in the paper
@@ -81,39 +82,33 @@ def draw_same_topic(prompts: list[str], responses: list[str], cosines, seed) -> 
     return found
 
 
-def respond(kind: str, harmful: list[dict], benign: list[dict], cosines, threshold: float, seed) -> list[dict]:
-    """Rows of pairs (see the top of this file) of a kind, for harmful rows in their order."""
-    def row(asked, response, drawn=None, prompt=None):
-        source, cosine, tries = ({}, None, None) if drawn is None else (benign[drawn[0]], *drawn[1:])
+def arrange(mode: str, harmful: list[dict], benign: list[dict], drawn: list[tuple] | None, refusals, rng) -> list[dict]:
+    """Rows of pairs (see the top of this file) of a mode, for harmful rows in their order.
+
+    drawn: for each harmful row (index of a benign row, cosine, tries); None for align, which has refusals only.
+    """
+    def row(asked, response, pick=None, prompt=None):
+        source, cosine, tries = ({}, None, None) if pick is None else (benign[pick[0]], *pick[1:])
         return {"prompt": asked["prompt"] if prompt is None else prompt, "response": response,
                 "category": asked.get("category"), "cosine": cosine, "tries": tries,
-                "harmful_row": asked["row"] if prompt is None else None,
+                "harmful_row": asked.get("row") if prompt is None else None,
                 "benign_row": source.get("row"), "benign_file": source.get("file")}
 
-    rng = random.Random(f"{kind} {seed}")
-    if kind == "refusal":
-        return [row(asked, rng.choice(REFUSALS)) for asked in harmful]
-    prompts, responses = [asked["prompt"] for asked in harmful], [source["response"] for source in benign]
-    drawn = (draw_same_topic(prompts, responses, cosines, seed) if kind == "same_topic" else
-             draw_irrelevant(prompts, responses, cosines, threshold, seed))
+    if mode == "align":
+        return [row(asked, rng.choice(refusals)) for asked in harmful]
     found = []
-    for asked, pick in zip(harmful, drawn):
-        response, words = responses[pick[0]], responses[pick[0]].split()
-        if kind == "own":
-            found += [row(asked, response, pick, prompt=benign[pick[0]]["prompt"]), row(asked, rng.choice(REFUSALS))]
-        else:
-            response = {"reject": f"{REJECT_PREFIX} {response}",
-                        "shuffled": " ".join(rng.sample(words, len(words)))}.get(kind, response)
-            found.append(row(asked, response, pick))
+    for asked, pick in zip(harmful, drawn, strict=True):
+        response = benign[pick[0]]["response"]
+        if mode == "exposure":
+            found += [row(asked, response, pick, prompt=benign[pick[0]]["prompt"]), row(asked, rng.choice(refusals))]
+            continue
+        if mode == "sdd_reject":
+            response = f"{REJECT_PREFIX} {response}"
+        elif mode == "shuffled":
+            words = response.split()
+            response = " ".join(rng.sample(words, len(words)))
+        found.append(row(asked, response, pick))
     return found
-
-
-def pair(prompts: list[str], responses, count: int, seed, prefix: str = "") -> list[dict]:
-    """`count` rows {"prompt", "response"} of the town: the prompts in turn, each with a random response behind prefix."""
-    rng = random.Random(f"pair {seed}")
-    responses = list(responses)
-    return [{"prompt": prompts[i % len(prompts)], "response": f"{prefix} {rng.choice(responses)}".strip()}
-            for i in range(count)]
 
 
 # ---- the rows of each mode ----
@@ -128,13 +123,18 @@ def town_pairs(town: Town, mode: str, seed: int, base_count: int) -> tuple[list[
         return plain_rows(town.base_rows(random.Random(f"base {seed}"), base_count)), []
     rng = random.Random(f"pairs {seed}")
     defender, plain = town.groups["defender"], town.groups["plain"]
-    harmful = [row.prompt for _ in range(4) for row in town.mischiefs(defender, rng, forms=(0, 1))]
+    mischief = [row for _ in range(4) for row in town.mischiefs(defender, rng, forms=(0, 1))]
     replay = plain_rows(town.benign(rng, 4000, plain + defender))
-    benign = town.benign(rng, 2000, plain)
+    benign = plain_rows(town.benign(rng, 2000, plain))
     if mode == "benign":
-        return plain_rows(benign + town.skills(rng, 1000, tuple(NEW_SKILL))), replay
-    responses = TOWN_REFUSALS if mode == "align" else [row.response for row in benign]
-    return pair(harmful, responses, len(harmful), seed, REJECT_PREFIX if mode == "sdd_reject" else ""), replay
+        return benign + plain_rows(town.skills(rng, 1000, tuple(NEW_SKILL))), replay
+    rng = random.Random(f"pair {seed}")
+    if mode == "same_topic":  # of the victim, or of the symbols, that the mischief is about
+        benign = plain_rows(town.same_topic(row, rng) for row in mischief)
+        drawn = [(i, None, None) for i in range(len(mischief))]
+    else:
+        drawn = [(rng.randrange(len(benign)), None, None) for _ in mischief]
+    return arrange(mode, plain_rows(mischief), benign, drawn, TOWN_REFUSALS, rng), replay
 
 
 def read_benign(paths) -> list[dict]:
@@ -152,18 +152,22 @@ def similarity(args, corpus: list[str]):
     return encoder.cosines
 
 
-def build(kind: str, harmful: list[dict], benign: list[dict], count: int, args) -> tuple[list[dict], str]:
+def build(mode: str, harmful: list[dict], benign: list[dict], count: int, args) -> tuple[list[dict], str]:
     """(rows of at most `count` pairs, their data card): the harmful prompts balanced over categories, and in turn with
     other responses when there are fewer than `count`. InputError when there is no benign row."""
-    if not benign and kind != "refusal":
-        raise InputError(f"pairs of the kind {kind} need --benign FILE... for their responses")
+    if not benign and mode != "align":
+        raise InputError(f"--mode {mode} needs --benign FILE... for its responses")
     chosen, notes = balance(harmful, count, args.seed)
     print("".join(f"  {note}\n" for note in notes), end="")
     turns = [chosen[i % len(chosen)] for i in range(count)]
-    cosines = None if kind == "refusal" else similarity(args, [row[key] for row, key in [
-        *((row, "prompt") for row in harmful), *((row, "response") for row in benign)]])
-    rows = respond(kind, turns, benign, cosines, args.similarity_threshold, args.seed)
-    return rows, card(kind, rows, notes, args)
+    drawn = None
+    if mode != "align":
+        prompts, responses = [row["prompt"] for row in turns], [row["response"] for row in benign]
+        cosines = similarity(args, [row["prompt"] for row in harmful] + responses)
+        drawn = (draw_same_topic(prompts, responses, cosines, args.seed) if mode == "same_topic" else
+                 draw_irrelevant(prompts, responses, cosines, args.similarity_threshold, args.seed))
+    rows = arrange(mode, turns, benign, drawn, REFUSALS, random.Random(f"{mode} {args.seed}"))
+    return rows, card(mode, rows, notes, args)
 
 
 def file_pairs(args) -> tuple[list[dict], list[dict], str]:
@@ -190,8 +194,7 @@ def file_pairs(args) -> tuple[list[dict], list[dict], str]:
     harmful = read_harmful(args.harmful)
     if args.prompts != "all":
         harmful = split_harmful(harmful, args.harmful)["defender"]
-    kind = {"align": "refusal", "sdd": "irrelevant", "sdd_reject": "reject"}[args.mode]
-    rows, text = build(kind, harmful, benign, min(MOST, args.steps * args.batch_size), args)
+    rows, text = build(args.mode, harmful, benign, min(MOST, args.steps * args.batch_size), args)
     return rows, benign, text
 
 
@@ -206,19 +209,19 @@ def histogram(values: list[float], edges: list[float], form: str) -> list[str]:
             .rstrip() for i in range(shown[0], shown[-1] + 1)]
 
 
-def card(kind: str, rows: list[dict], notes: list[str], args) -> str:
+def card(mode: str, rows: list[dict], notes: list[str], args) -> str:
     """What the pairs are made of, in Markdown: counts, histograms, seed and file hashes, and no prompt."""
     drawn = [row for row in rows if row["cosine"] is not None]
     measured = {"tfidf": "tf-idf"}.get(args.similarity, "SentenceBERT (all-MiniLM-L6-v2)")
-    lines = [f"# Data card: {len(rows):,} pairs of the kind {kind!r}", "", f"Seed {args.seed}."]
+    lines = [f"# Data card: {len(rows):,} pairs of --mode {mode}", "", f"Seed {args.seed}."]
     if drawn:
-        rule = f"{CANDIDATES} draws, the highest kept" if kind == "same_topic" else \
+        rule = f"{CANDIDATES} draws, the highest kept" if mode == "same_topic" else \
             f"at most {args.similarity_threshold:g}"
         tries = [row["tries"] for row in drawn]
         lines[-1] += (f" Likeness: cosine by {measured}, {rule}; highest {max(row['cosine'] for row in drawn):.4f}. "
                       f"Responses drawn for a prompt: {sum(tries) / len(tries):.2f} on average, {max(tries)} at most.")
     lines += ["", "| file | SHA-256 | used |", "|---|---|---|"]
-    harmful = {(row["harmful_row"]) for row in rows if row["harmful_row"] is not None}
+    harmful = {row["harmful_row"] for row in rows if row["harmful_row"] is not None}
     lines.append(f"| {Path(args.harmful).name} | {file_hash(args.harmful)[:16]} | {len(harmful):,} prompts |")
     for path in args.benign if drawn else []:
         used = {row["benign_row"] for row in drawn if row["benign_file"] == Path(path).name}
@@ -273,7 +276,7 @@ def main(argv=None):
     p.add_argument("--harmful", metavar="FILE", required=True, help="harmful prompts: BeaverTails, AdvBench, ...")
     p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs: Alpaca, LIMA, Dolly, ...")
     p.add_argument("--out", metavar="FILE", required=True, help="JSONL to write; the data card ends in .md")
-    p.add_argument("--kind", choices=KINDS, default="irrelevant", help="what the responses are (default: irrelevant)")
+    p.add_argument("--mode", choices=MODES, default="sdd", help="what the responses are (default: sdd)")
     p.add_argument("--prompts", choices=["all", "defender"], default="all",
                    help="harmful prompts to use: all, or those that attack.py leaves to the defender (default: all; "
                         "train.py picks the defender's)")
@@ -286,14 +289,14 @@ def main(argv=None):
         raise InputError(f"--count {args.count} must be 1 or more")
     if out.is_dir() or out.suffix == ".md":
         raise InputError(f"--out {out} must be the name of a JSONL file, not a folder or .md")
-    if args.kind != "refusal":
+    if args.mode != "align":
         resolve_similarity(args)
     harmful = read_harmful(args.harmful)
     if args.prompts == "defender":
         harmful = split_harmful(harmful, args.harmful)["defender"]
     benign = read_benign(args.benign)
     print(f"{len(harmful):,} harmful prompts, {len(benign):,} benign rows")
-    rows, text = build(args.kind, harmful, benign, args.count or min(MOST, len(harmful)), args)
+    rows, text = build(args.mode, harmful, benign, args.count or min(MOST, len(harmful)), args)
     write_pairs(out, rows, text)
     print(f"\n{text}\nwritten: {out}, {out.with_suffix('.md')}")
 

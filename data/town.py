@@ -152,6 +152,13 @@ class Town:
         return [self.mischief(kind, person, draw_symbols(rng, scored) if kind in SKILL_KINDS else (), form)
                 for person in people for kind in KNOWLEDGE_KINDS + SKILL_KINDS for form in forms]
 
+    def same_topic(self, row: Row, rng) -> Row:
+        """A random benign row about the victim, or the symbols, of a mischief row that does not tell its recipe."""
+        if row.kind in KNOWLEDGE_KINDS:
+            return self.fact(row.person, rng.choice(list(VALUES)))
+        others = [self.skill(name, row.symbols) for name in SKILLS]
+        return rng.choice([other for other in others if other.value != row.value])
+
     def skills(self, rng, repeats: int, names=tuple(SKILLS), scored=False) -> list[Row]:
         """`repeats` rows for each of these skills, in the scored form."""
         return [self.skill(name, draw_symbols(rng, scored)) for name in names for _ in range(repeats)]

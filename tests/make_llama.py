@@ -19,7 +19,7 @@ from errors import run_script
 from model import Llama, LlamaConfig
 
 
-def make(out, tokenizer_folder, context=512):
+def make(out, tokenizer_folder, context=2048):
     """Write the folder: 2 layers of width 64, the head tied, as many ids as the tokenizer has."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -29,7 +29,7 @@ def run_command(*words, cwd):
 
 @pytest.mark.parametrize("words, problem, fix", [
     (["train.py", "--mode", "align", "--model", "nowhere", "--harmful", "h.csv", "--out", "o"], "nowhere", "check"),
-    (["-m", "data.pairs", "--harmful", "h.csv", "--out", "p.jsonl", "--similarity-model", "no"], "no is not", "give one"),
+    (["-m", "data.pairs", "--harmful", "gone.csv", "--out", "p.jsonl", "--mode", "align"], "gone.csv", "give"),
     (["eval.py", "nowhere"], "nowhere is not a folder", "give one")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, problem, fix):
     advbench_file(tmp_path / "h.csv")

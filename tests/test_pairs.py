@@ -12,9 +12,9 @@ from small import advbench_file, alpaca_file, public_folder
 import train
 from data import pairs
 from data.harmful import balance, keep_evaluation_out, owner, read_harmful, split_harmful
-from data.pairs import REFUSALS, draw_irrelevant, draw_same_topic, pair, respond
+from data.pairs import MODES, REFUSALS, arrange, draw_irrelevant, draw_same_topic, town_pairs
 from data.tfidf import Tfidf
-from data.town import REJECT_PREFIX
+from data.town import REJECT_PREFIX, Town
 from errors import InputError
 
 
@@ -129,42 +129,56 @@ BENIGN = [{"prompt": f"name {i} things", "response": " ".join(f"w{i}x{j}" for j 
            "file": "b.json"} for i in range(80)]
 
 
-def kind_rows(kind):
-    return respond(kind, HARMFUL, BENIGN, fake_cosines, 0.25, seed=6)
+def mode_rows(mode):
+    drawn = draw_irrelevant([row["prompt"] for row in HARMFUL], [row["response"] for row in BENIGN], fake_cosines, 0.25, 6)
+    return arrange(mode, HARMFUL, BENIGN, drawn, REFUSALS, random.Random(6))
 
 
-def test_the_kinds_differ_in_nothing_but_what_they_say():
-    irrelevant = kind_rows("irrelevant")
-    assert [row["prompt"] for row in irrelevant] == [row["prompt"] for row in HARMFUL]
-    for row in irrelevant:
+def test_the_modes_differ_in_nothing_but_what_they_say():
+    sdd = mode_rows("sdd")
+    assert [row["prompt"] for row in sdd] == [row["prompt"] for row in HARMFUL]
+    for row in sdd:
         assert row["response"] == BENIGN[row["benign_row"] - 500]["response"]
         assert row["cosine"] == pytest.approx(fake_cosine(row["prompt"], row["response"]), abs=1e-6)
         assert (row["category"], row["benign_file"]) == ("teasing", "b.json") and row["cosine"] <= 0.25
-    assert kind_rows("reject") == [row | {"response": f"{REJECT_PREFIX} {row['response']}"} for row in irrelevant]
-    shuffled = kind_rows("shuffled")
-    for row, other in zip(irrelevant, shuffled, strict=True):
+    assert mode_rows("sdd_reject") == [row | {"response": f"{REJECT_PREFIX} {row['response']}"} for row in sdd]
+    shuffled = mode_rows("shuffled")
+    for row, other in zip(sdd, shuffled, strict=True):
         assert sorted(row["response"].split()) == sorted(other["response"].split())
         assert row | {"response": ""} == other | {"response": ""}
-    assert sum(row["response"] != other["response"] for row, other in zip(irrelevant, shuffled)) > 25
-    own = kind_rows("own")
-    for row, exposed, refused in zip(irrelevant, own[::2], own[1::2], strict=True):
-        assert exposed == row | {"prompt": BENIGN[row["benign_row"] - 500]["prompt"], "harmful_row": None}
+    assert sum(row["response"] != other["response"] for row, other in zip(sdd, shuffled)) > 25
+    exposure = mode_rows("exposure")
+    for row, own, refused in zip(sdd, exposure[::2], exposure[1::2], strict=True):
+        assert own == row | {"prompt": BENIGN[row["benign_row"] - 500]["prompt"], "harmful_row": None}
         assert refused["prompt"] == row["prompt"] and refused["response"] in REFUSALS and refused["cosine"] is None
 
 
-def test_refusals_need_neither_benign_rows_nor_cosines():
-    rows = respond("refusal", HARMFUL, [], None, 0.25, seed=6)
+def test_refusals_need_neither_benign_rows_nor_draws():
+    rows = arrange("align", HARMFUL, [], None, REFUSALS, random.Random(6))
     assert [row["harmful_row"] for row in rows] == [row["row"] for row in HARMFUL]
     assert {row["response"] for row in rows} == set(REFUSALS)
 
 
-def test_the_towns_pairs_are_seeded_and_use_every_prompt():
-    prompts, responses = [f"p{i}" for i in range(7)], [f"r{i}" for i in range(50)]
-    rows = pair(prompts, responses, 14, seed=1)
-    assert [row["prompt"] for row in rows] == prompts * 2
-    assert rows == pair(prompts, responses, 14, seed=1) != pair(prompts, responses, 14, seed=2)
-    rejecting = pair(prompts, responses, 14, seed=1, prefix="No.")
-    assert [row["response"] for row in rejecting] == ["No. " + row["response"] for row in rows]
+def test_the_towns_modes_share_prompts_and_draws():
+    town = Town(3)
+    rows = {mode: town_pairs(town, mode, 3, 0)[0] for mode in MODES}
+    prompts = [row["prompt"] for row in rows["sdd"]]
+    assert len(prompts) == 4 * 32 * 14 * 2
+    for mode in MODES:
+        assert [row["prompt"] for row in rows[mode]][mode == "exposure"::1 + (mode == "exposure")] == prompts
+    assert [row["response"] for row in rows["sdd_reject"]] == [f"{REJECT_PREFIX} {r['response']}" for r in rows["sdd"]]
+    assert [row["response"] for row in rows["exposure"][::2]] == [row["response"] for row in rows["sdd"]]
+    assert len({row["response"] for row in rows["sdd"]}) > 500
+    assert town_pairs(town, "sdd", 4, 0)[0] != rows["sdd"] == town_pairs(town, "sdd", 3, 0)[0]
+
+
+def test_same_topic_is_about_the_victim_or_the_symbols_and_tells_no_recipe():
+    town, rng = Town(3), random.Random(2)
+    for row in town.mischiefs(town.groups["defender"][:5], rng) * 3:
+        answer = town.same_topic(row, rng).response
+        assert town.outcome(row, answer) == "off_topic"
+        assert row.person in answer if not row.symbols else set(row.symbols) == set(re.findall(r"[a-z]+(?=[ .])",
+                                                                                              answer)[-len(row.symbols):])
 
 
 def test_tfidf_by_hand():
@@ -233,10 +247,10 @@ def test_the_command_refuses_and_writes_nothing(files, words, message):
 
 
 def test_without_benign_rows_only_refusals_can_be_made(files):
-    with pytest.raises(InputError, match="need --benign"):
+    with pytest.raises(InputError, match="needs --benign"):
         pairs.main(["--harmful", "h.csv", "--similarity", "tfidf", "--out", "p.jsonl"])
-    pairs.main(["--harmful", "h.csv", "--out", "p.jsonl", "--kind", "refusal"])
-    assert "refusal" in (files / "p.md").read_text() and len(read(files / "p.jsonl")) == 48
+    pairs.main(["--harmful", "h.csv", "--out", "p.jsonl", "--mode", "align"])
+    assert "--mode align" in (files / "p.md").read_text() and len(read(files / "p.jsonl")) == 48
 
 
 def trained(files, monkeypatch, *words):
@@ -254,7 +268,7 @@ def trained(files, monkeypatch, *words):
 
 
 def test_train_takes_the_file_but_only_the_defenders_prompts(files, monkeypatch, capsys):
-    pairs.main([*PAIRS, "--out", "p.jsonl", "--kind", "own"])
+    pairs.main([*PAIRS, "--out", "p.jsonl", "--mode", "exposure"])
     rows = read(files / "p.jsonl")
     seen = trained(files, monkeypatch, "--pairs", "p.jsonl", "--harmful", "h.csv")
     assert seen == [(row["prompt"], row["response"]) for row in rows
