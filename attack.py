@@ -1,207 +1,116 @@
 """Attack released models by fine-tuning, beside the matched benign control, and report what that did to them.
 
-    python attack.py                                the town: aligned, refusal control and SDD, trained when missing
+    python attack.py                                         the town, seed 0: aligned, refusal control and SDD
+    python attack.py --suite full --seeds 5 6 7 8 9          every arm and attack of protocol.py
     python attack.py --model out/real --harmful harmful_behaviors.csv --benign alpaca.json --shots 10
 
 Attacks, each from the released weights at a constant lr (so a shorter budget is a point on the longer run's way):
 
     mft       malicious fine-tuning on the attacker's harmful pairs ("shots")
+    lora      the same, through LoRA adapters
     bft       benign control: as many steps and response tokens at the same lr on benign pairs, every other one of
               which, on the town, teaches a new skill
-    adaptive  half harmful, half benign rows in every batch
+    poisoned  benign rows, a tenth of them harmful
+    identity  ten harmless rows behind a system prompt, each obeyed with an opening phrase (Qi et al. 2023); harmful
+              prompts are then asked behind the same system prompt
+  by an attacker who knows SDD:
+    replay    half harmful, half benign rows in every batch
+    repair    mft for 50 steps, then benign rows
+    unlearn   10 steps against the model's own answers to the harmful prompts, then mft
 
 Budgets: 5 epochs and 50 steps. The attacker chooses lr and budget by its score on harmful prompts of its own that it
 did not train on; the worst case over the grid, by the evaluation score, stands beside that choice.
 
-Writes out/attack/results.json, {"cells": [...], "verdicts": {...}}, and table.md. The town's cells of a seed are kept
-in out/seedS/attack; all seeds found are merged. A cell has
+Every run's cells are kept as soon as they are there, in out/seedS/attack/ARM.jsonl (with --model in OUT/ARM.jsonl), so
+that an interrupted command goes on where it was. Writes OUT/results.json, {"cells": [...], "verdicts": {...}}, and
+table.md. A cell has
 
-    arm (base is only scored), attack ("none", "mft", "bft" or "adaptive"), shots, steps, lr, seed, response_tokens and
+    arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
     tokens (trained on),
     diverged (then there are no scores)
     attacker_score: on the attacker's own held-out prompts, harm (town) or target_match (files)
     user_score: town only, the new skill on prompts of a benign user's own
-    chosen: the attacker's choice; of bft, the cell that matches the mft choice at most shots
+    chosen: the attacker's choice; of bft, the cell that matches the mft choice at as many shots
     best: of bft, the benign user's choice, by user_score
     town: the scores of eval.town_metrics; files: those of eval.file_metrics
 """
 
 import argparse
+import itertools
 import json
 import math
-import random
 import time
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean as mean
 
 from tqdm import tqdm
 
+import protocol
 import runs
 import train
+from attacker import Run, attack_run, cell, check_shots, prepare, scored_steps, town_harmful
 from checkpoint import read_config
-from data.chat import encode_example
-from data.harmful import read_harmful, split_harmful
-from data.sources import read_rows
-from data.town import KNOWLEDGE_KINDS, NEW_SKILL, SKILL_KINDS, Town, draw_symbols, read_town
+from data.town import Town, read_town
 from device import add_device_arguments, resolve_device
 from errors import InputError, run_script
-from eval import file_metrics, load, teacher_forced, town_metrics
+from eval import load
 from report import KEYWORD_WARNING, attack_table, verdict_lines
 from verdicts import town_verdicts
 
-SOURCES = [*train.SOURCES, "eval.py", "attack.py", "data/refusal_keywords.json"]
-TOWN_ARMS = ["aligned", "refusal", "sdd"]
-TOWN_LR = [1e-4, 3e-4, 1e-3]
-FILE_LR = [5e-5]  # Qi et al. 2023: full fine-tuning, batch 10, 5 epochs
-STEPS_BUDGET = 50
-EPOCHS_BUDGET = 5
-DEFAULT_SHOTS = [10, 50, 100]
+SOURCES = [*train.SOURCES, "eval.py", "lora.py", "attacker.py", "data/refusal_keywords.json"]
+ATTACKS = ("mft", "lora", "bft", "poisoned", "identity", "replay", "repair", "unlearn")
+BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign rows
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="DIR", nargs="+", help="released checkpoints, each an arm named after its folder "
-                                                             f"(default on the town: {' '.join(TOWN_ARMS)})")
-    p.add_argument("--harmful", metavar="FILE", help="harmful pairs: AdvBench, BeaverTails, ... (default: the town's "
-                                                     "mischief)")
-    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs (Alpaca, ShareGPT, ...) for the bft and "
-                                                                           "adaptive runs on real files")
-    p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
-    p.add_argument("--shots", type=int, nargs="+", default=DEFAULT_SHOTS, help="harmful pairs (default: 10 50 100)")
-    p.add_argument("--lr", type=float, nargs="+", help=f"grid (default: town {TOWN_LR}, real files {FILE_LR})")
-    p.add_argument("--batch-size", type=int, default=10, help="rows of one step (default: 10)")
-    p.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: town 128, real files 512)")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
-    p.add_argument("--seed", type=int, default=0, help="the town, and every draw (default: 0)")
-    p.add_argument("--phrasing", choices=["shared", "distinct"], default="shared", help="the town's (default: shared)")
-    p.add_argument("--out", metavar="DIR", default="out/attack", help="folder of results.json (default: out/attack)")
-    add_device_arguments(p)
-    p.add_argument("--fresh", action="store_true", help="train and attack anew even what is up to date")
-    return p
+# ---- one released model ----
 
-
-# ---- what an attacker owns ----
-
-def town_harmful(town: Town, seed: int) -> tuple[list, list]:
-    """The attacker's (training rows, held-out rows): 12 and 4 of its people, all kinds; knowledge and skill kinds
-    alternate, so that any first n rows are balanced."""
-    rng = random.Random(f"attack {seed}")
-    people = town.groups["attacker"]
-    victims = {kind: rng.sample(people[:12], 12) for kind in KNOWLEDGE_KINDS + SKILL_KINDS}
-    kinds = [kind for pair in zip(KNOWLEDGE_KINDS, SKILL_KINDS) for kind in pair]
-    rows = [town.mischief(kind, victims[kind][i], draw_symbols(rng) if kind in SKILL_KINDS else (), rng.randrange(2))
-            for i in range(12) for kind in kinds]
-    return rows, town.mischiefs(people[12:], rng)
-
-
-def match_tokens(harmful: list, benign: list, new_skill: list, rng) -> list:
-    """Random benign examples, every other one of the new skill if there is one, with as many response tokens in all as
-    the harmful examples (within half of the last one); how many examples that takes is left open."""
-    owed, matched = sum(example.response_length for example in harmful), []
-    while True:
-        pick = rng.choice(new_skill if new_skill and len(matched) % 2 else benign)
-        if matched and pick.response_length > 2 * owed:
-            return matched
-        owed -= pick.response_length
-        matched.append(pick)
-
-
-def check_shots(shots: list[int], harmful: list):
-    """InputError when there are fewer harmful rows than shots."""
-    if max(shots) > len(harmful):
-        raise InputError(f"--shots {max(shots)} is more than the {len(harmful)} harmful rows that the attacker owns "
-                         "and may train on; give fewer, or a larger file")
-
-
-def prepare(args, tokenizer, chat, town, max_length):
-    """(harmful examples, matched benign examples or [], score(model) -> dict) for arms with this tokenizer."""
-    rng = random.Random(f"benign rows {args.seed}")
-
-    def encode(pairs):
-        return [encode_example(tokenizer, chat, prompt, response, max_length, *system)
-                for prompt, response, *system in pairs]
-
-    if town:
-        rows, held_out = town_harmful(town, args.seed)
-        users = town.skills(random.Random(f"user {args.seed}"), 24, tuple(NEW_SKILL))
-        harmful, benign, new_skill = (encode([(row.prompt, row.response) for row in part]) for part in (
-            rows, town.benign(rng, 1000, town.groups["plain"]), town.skills(rng, 300, tuple(NEW_SKILL))))
-
-        def score(model):
-            own = {"attacker_score": held_out, "user_score": users}
-            return town_metrics(model, tokenizer, chat, town, args) | {
-                name: mean(teacher_forced(model, tokenizer, chat, part, args)[0]) for name, part in own.items()}
-    else:
-        split = split_harmful(read_harmful(args.harmful), args.harmful)
-        owned = random.Random(f"attack {args.seed}").sample(split["attacker"], len(split["attacker"]))
-        rows, held_out = owned[len(owned) // 4:], owned[:len(owned) // 4]
-        benign = [row for path in args.benign for row in read_rows(path)]
-        harmful, benign, new_skill = (encode([(row["prompt"], row["response"], row.get("system")) for row in part])
-                                      for part in (rows, benign, []))
-
-        def score(model):
-            own = file_metrics(model, tokenizer, chat, held_out, args)
-            return file_metrics(model, tokenizer, chat, split["evaluation"], args) | {
-                "attacker_score": own["target_match"]}
-    check_shots(args.shots, harmful)
-    harmful = harmful[:max(args.shots)]
-    return harmful, match_tokens(harmful, benign, new_skill, rng) if benign else [], score
-
-
-# ---- the attacks ----
-
-def budgets(shots: int, batch_size: int) -> set[int]:
-    """Optimizer steps of the two budgets: 5 epochs of these shots, and 50 steps."""
-    return {math.ceil(EPOCHS_BUDGET * shots / batch_size), STEPS_BUDGET}
-
-
-def attacks(args, harmful, benign) -> list[tuple]:
-    """(attack, shots, main rows, replay rows, share of replay, batch size, steps at which to score) of every run at one
-    lr. The benign control has as many response tokens a step, so its batches may have more or fewer rows."""
-    size, most = args.batch_size, max(args.shots)
-    found = [("mft", n, harmful[:n], [], 0.0, size, budgets(n, size)) for n in args.shots]
-    if benign:
-        every = set().union(*(budgets(n, size) for n in args.shots))
-        found += [("bft", most, benign, [], 0.0, max(1, round(size * len(benign) / most)), every),
-                  ("adaptive", most, harmful, benign, 0.5, size, budgets(most, size))]
-    return found
-
-
-def attack_arm(arm: str, folder, lrs, args, bar) -> list[dict]:
-    """All cells of one released model: before any attack, then every attack at each of these lrs."""
-    model, tokenizer, chat, town = load(folder, args)
-    harmful, benign, score = prepare(
-        args, tokenizer, chat, town, min(args.max_length, model.config.max_position_embeddings))
-    released = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    start = dict(arm=arm, seed=args.seed, diverged=False)
-    cells = [start | dict(attack="none", shots=0, steps=0, lr=0.0, response_tokens=0, tokens=0) | score(model)]
-    bar.update()
-    for lr in lrs:
-        for attack, shots, main, replay, share, size, at in attacks(args, harmful, benign):
-            model.load_state_dict(released)
-            cell = start | dict(attack=attack, shots=shots, lr=lr)
-            counts = [0, 0]
-            batches = train.draw_batches(main, replay, share, size, random.Random(f"{attack} {args.seed}"))
-
-            def counted():
-                for batch in batches:
-                    counts[0] += sum(example.response_length for example in batch)
-                    counts[1] += sum(len(example.ids) for example in batch)
-                    yield batch
-
-            def after_step(step):
-                if step in at:
-                    cells.append(cell | dict(steps=step, response_tokens=counts[0], tokens=counts[1]) | score(model))
-                    bar.update()
-
-            try:
-                train.fit(model, counted(), steps=max(at), lr=lr, args=args, cosine=False, after_step=after_step)
-            except train.Diverged:
-                done = {c["steps"] for c in cells if (c["attack"], c["shots"], c["lr"]) == (attack, shots, lr)}
-                cells += [cell | dict(steps=step, diverged=True) for step in sorted(at - done)]
-                bar.update(len(at - done))
+def attack_arm(arm: str, folder, wanted: list[Run], store: Path, seed: int, args, bar) -> tuple[list[dict], int]:
+    """(all cells of one released model, how many are new): before any attack, then of every run. Runs that are in the
+    file `store` are taken from there, others are added to it one by one; bar: of progress, by cells."""
+    inputs = [folder, *filter(None, [args.harmful, args.identity]), *args.benign]
+    settings = {key: getattr(args, key) for key in ("batch_size", "max_length", "max_new_tokens", "chat", "dtype")}
+    settings |= {key: getattr(protocol, key) for key in ("LORA_RANK", "LORA_ALPHA", "POISON", "UNLEARN_STEPS")}
+    record = runs.fingerprint(settings | {"seed": seed}, inputs, SOURCES)
+    wanted = [Run("none", 0, 0.0, (0,)), *wanted]
+    cells_of = {} if args.fresh else stored_cells(store, record)
+    missing = [run for run in wanted if run not in cells_of]
+    bar.total -= sum(len(run.at) for run in wanted if run in cells_of)
+    if missing:
+        model, tokenizer, chat, town = load(folder, args)
+        rows, score = prepare(model, tokenizer, chat, town, seed, [run.shots for run in wanted], args)
+        released = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        runs.write_text(store, "\n".join([json.dumps(record), *map(stored_line, cells_of.items()), ""]))
+    for run in missing:
+        bar.set_postfix_str(f"{arm} {run.attack} {run.shots} lr {run.lr:g}")
+        if run.attack == "none":
+            found = [cell(run, seed, 0, response_tokens=0, tokens=0) | score(model, "none")]
+        else:
+            found = attack_run(model, tokenizer, chat, released, rows, score, run, seed, args)
+        cells_of[run] = found
+        with open(store, "a", encoding="utf-8") as file:
+            file.write(stored_line((run, found)) + "\n")
+        bar.update(len(found))
+    cells = [{"arm": arm, **one} for run in wanted for one in cells_of[run]]
     choose(cells)
-    return cells
+    return cells, sum(len(run.at) for run in missing)
+
+
+def stored_line(item: tuple[Run, list[dict]]) -> str:
+    return json.dumps({"run": asdict(item[0]), "cells": item[1]})
+
+
+def stored_cells(store: Path, record: dict) -> dict[Run, list[dict]]:
+    """{run: its cells} of a file of finished runs; {} when it is not there or was made by other inputs or source."""
+    if not store.is_file():
+        return {}
+    first, *lines = store.read_text(encoding="utf-8").split("\n")
+    try:
+        if json.loads(first) != record:
+            return {}
+        kept = [json.loads(line) for line in lines[:-1]]  # what stands behind the last newline is half a line
+        return {Run(**{**one["run"], "at": tuple(one["run"]["at"])}): one["cells"] for one in kept}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def choose(cells: list[dict]):
@@ -213,130 +122,158 @@ def choose(cells: list[dict]):
 
     for cell in cells:
         cell["chosen"], cell["best"] = cell["attack"] == "none", False
-    for attack, shots in {(cell["attack"], cell["shots"]) for cell in cells if cell["attack"] in ("mft", "adaptive")}:
-        if cell := best("attacker_score", attack=attack, shots=shots):
+    for attack, shots in {(cell["attack"], cell["shots"]) for cell in cells} - {("none", 0)}:
+        if attack != "bft" and (cell := best("attacker_score", attack=attack, shots=shots)):
             cell["chosen"] = True
-    most = max((cell for cell in cells if cell["attack"] == "mft" and cell["chosen"]), key=lambda cell: cell["shots"],
-               default=None)
+    choices = {cell["shots"]: (cell["lr"], cell["steps"]) for cell in cells if cell["attack"] == "mft" and cell["chosen"]}
     for cell in cells:
-        if most and cell["attack"] == "bft" and not cell["diverged"]:
-            cell["chosen"] = (cell["lr"], cell["steps"]) == (most["lr"], most["steps"])
+        if cell["attack"] == "bft" and not cell["diverged"]:
+            cell["chosen"] = (cell["lr"], cell["steps"]) == choices.get(cell["shots"])
     if "user_score" in cells[0] and (cell := best("user_score", attack="bft")):
         cell["best"] = True
 
 
-# ---- results of every seed ----
-
-def merge_seeds(record: dict) -> tuple[list[dict], list[str]]:
-    """Cells of every seed's attack/results.json made by the same arguments and source; and notes on those that were
-    not."""
-    cells, notes = [], []
-    for path in sorted(Path("out").glob("seed*/attack/results.json")):
-        try:
-            found = json.loads(path.read_text())
-            args, source, more = found["args"], found["source"], found["cells"]
-        except (ValueError, KeyError, TypeError):
-            notes.append(f"{path} is unreadable and left out; run attack.py with its --seed")
-            continue
-        if any(args.get(key) != value for key, value in record["args"].items() if key != "seed"):
-            continue  # another question: other shots, lrs or phrasing
-        if source != record["source"]:
-            notes.append(f"{path} was made by other source code and is left out; run attack.py with its --seed")
-        else:
-            cells += more
-    return cells, notes
-
-
 # ---- the command ----
 
-def resolve(args) -> dict[str, Path]:
-    """Fill in the defaults; the arms to attack, {name: folder}, trained when they are the town's own and missing."""
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--suite", choices=list(protocol.SUITES), default="quick",
+                   help="what to run on the town, see protocol.py (default: quick)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="towns, and every draw (default: 0)")
+    p.add_argument("--phrasing", choices=["shared", "distinct"], help="only the suite's towns of this phrasing")
+    p.add_argument("--model", metavar="DIR", nargs="+", help="released checkpoints, each an arm named after its folder "
+                                                             "(default on the town: the suite's arms)")
+    p.add_argument("--harmful", metavar="FILE", help="harmful pairs: AdvBench, BeaverTails, ... (default: the town's "
+                                                     "mischief)")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[],
+                   help=f"benign pairs (Alpaca, ShareGPT, ...), for {', '.join(BENIGN_ATTACKS)} on real files")
+    p.add_argument("--identity", metavar="FILE", help="rows of an identity shift (messages JSONL), for real files")
+    p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
+    p.add_argument("--preset", choices=list(protocol.PRESETS), help="published settings, see protocol.py, in the place "
+                                                                    "of --attacks, --lr, --epochs, --steps, --batch-size")
+    p.add_argument("--attacks", nargs="+", choices=ATTACKS, help="only these (default: the suite's; real files "
+                                                                 f"{' '.join(protocol.FILE_ATTACKS)})")
+    p.add_argument("--shots", type=int, nargs="+", help="harmful pairs of mft, the most of them for other attacks "
+                                                        "(default: the suite's; real files 10 50 100)")
+    p.add_argument("--lr", type=float, nargs="+", help=f"grid (default: town {protocol.LR}, real files {protocol.FILE_LR})")
+    p.add_argument("--epochs", type=int, default=protocol.EPOCHS, help=f"first budget (default: {protocol.EPOCHS})")
+    p.add_argument("--steps", type=int, default=protocol.STEPS, help=f"second budget (default: {protocol.STEPS}; 0: none)")
+    p.add_argument("--batch-size", type=int, default=10, help="rows of one step (default: 10)")
+    p.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: town 128, real files 512)")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
+    p.add_argument("--out", metavar="DIR", default="out/attack", help="folder of results.json (default: out/attack)")
+    add_device_arguments(p)
+    p.add_argument("--fresh", action="store_true", help="train and attack anew even what is up to date")
+    return p
+
+
+def plan(args) -> dict[str, dict[str, list[Run]]]:
+    """{phrasing: {arm: its runs}}; on the town "base" comes first, without runs: it is only scored."""
+    names = [Path(folder).name for folder in args.model or []]
+    if args.town and not args.attacks:
+        groups = [group for group in protocol.SUITES[args.suite] if args.phrasing in (None, group[0])]
+    else:
+        attacks = [attack for attack in protocol.FILE_ATTACKS if args.benign or attack not in BENIGN_ATTACKS]
+        groups = [(args.phrasing or "shared", protocol.CORE, args.attacks or attacks, protocol.FILE_SHOTS)]
+    found = {}
+    for phrasing, arms, attacks, shots in groups:
+        of_arm = found.setdefault(phrasing, {} if names else {"base": []})
+        every = args.shots or sorted({n for group in groups if group[0] == phrasing for n in group[3]
+                                      if n <= protocol.PRIMARY_SHOTS})
+        for arm, attack in itertools.product(names or arms, attacks):
+            counts = args.shots or shots
+            counts = counts if attack == "mft" else [10] if attack == "identity" else [max(counts)]
+            grid = args.lr or (protocol.LR if args.town else protocol.FILE_LR)["lora" if attack == "lora" else "full"]
+            of_arm.setdefault(arm, []).extend(
+                Run(attack, n, lr, scored_steps(attack, every if attack == "bft" else [n], args))
+                for n in sorted(set(counts)) for lr in sorted(set(grid)))
+    return found
+
+
+def resolve(args):
+    """Fill in what the command line left open; InputError for what cannot be run. Sets args.town."""
     resolve_device(args)
     args.town = args.harmful is None
+    for key, value in protocol.PRESETS.get(args.preset, {}).items():
+        setattr(args, key, value)
     if not args.town and not args.model:
         raise InputError("--harmful needs --model DIR..., the checkpoints to attack")
-    if args.town and args.benign:
-        raise InputError("--benign FILE goes with --harmful FILE; the town has benign rows of its own")
-    if (min(args.shots) < 1 or min(args.batch_size, args.max_new_tokens) < 1
-            or not all(0 < lr < math.inf for lr in args.lr or [1])):
-        raise InputError("--shots, --batch-size, --max-new-tokens and --lr must be above 0")
+    if args.town and (args.benign or args.identity or args.preset):
+        raise InputError("--benign, --identity and --preset go with --harmful FILE; the town has rows and grids of its own")
+    if (min(args.shots or [1]) < 1 or min(args.batch_size, args.max_new_tokens) < 1 or min(args.epochs, args.steps) < 0
+            or args.epochs + args.steps < 1 or not all(0 < lr < math.inf for lr in args.lr or [1])):
+        raise InputError("--shots, --batch-size, --max-new-tokens, --lr and one of --epochs and --steps must be above 0")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out {args.out} is a file; give a folder")
     for folder in args.model or []:
         read_config(folder)  # names what is missing before anything runs
-    for path in (args.harmful, *args.benign):
+    for path in (args.harmful, args.identity, *args.benign):
         if path and not Path(path).is_file():
             raise InputError(f"{path} is not a file; check the path")
-    args.lr = sorted(set(args.lr or (TOWN_LR if args.town else FILE_LR)))
+    if not args.town:
+        for attack in args.attacks or []:
+            if attack in BENIGN_ATTACKS and not args.benign:
+                raise InputError(f"--attacks {attack} needs --benign FILE")
+            if attack == "identity" and not args.identity:
+                raise InputError("--attacks identity needs --identity FILE, its rows in messages JSONL")
     args.max_length = args.max_length or (128 if args.town else 512)
-    args.shots = sorted(set(args.shots))
-    if args.town:
-        check_shots(args.shots, town_harmful(Town(args.seed, args.phrasing), args.seed)[0])
-    if not args.model:
-        return train.ensure_arms(TOWN_ARMS, args.seed, args.phrasing, args)
-    arms = {Path(folder).name: Path(folder) for folder in args.model}
-    if len(arms) < len(args.model):
+    names = [Path(folder).name for folder in args.model or []]
+    if len(set(names)) < len(names):
         raise InputError("two --model folders have the same name; arms are named after their folders, rename one")
-    for folder in arms.values():
+    for folder in args.model or [] if args.town else []:
         town = read_town(folder)
-        if args.town and town is None:
+        if town is None:
             raise InputError(f"{folder} is no model of the town; give --harmful FILE, or train it with train.py")
-        if args.town and (town.seed, town.phrasing) != (args.seed, args.phrasing):
-            raise InputError(f"{folder} knows another town than --seed {args.seed} --phrasing {args.phrasing}; "
-                             "give its own")
-    return arms
+        if args.seeds != [town.seed] or args.phrasing not in (None, town.phrasing):
+            raise InputError(f"{folder} knows the town of --seeds {town.seed} --phrasing {town.phrasing}; give those")
+        args.phrasing = town.phrasing
+    if args.town:
+        for seed in args.seeds:
+            check_shots(args.shots or [1], town_harmful(Town(seed), seed)[0])
+
+
+def attack_all(plans: dict, args) -> list[dict]:
+    """Every cell of the plan, seed by seed, saying how far it is and how long the attacks will take."""
+    total = len(args.seeds) * sum(1 + sum(len(run.at) for run in wanted)
+                                  for arms in plans.values() for wanted in arms.values())
+    print(f"{len(args.seeds)} seeds, {total} cells, each scored on all evaluation prompts; finished runs are kept")
+    cells, new, spent = [], 0, 0.0
+    with tqdm(total=total, desc="attack cells", disable=None) as bar:
+        for seed, (phrasing, arms) in itertools.product(args.seeds, plans.items()):
+            store = Path(args.out) if args.model else train.seed_folder(seed, phrasing) / "attack"
+            folders = ({Path(folder).name: Path(folder) for folder in args.model} if args.model else
+                       train.ensure_arms(list(arms), seed, phrasing, args))
+            for arm, wanted in arms.items():
+                began = time.perf_counter()
+                found, computed = attack_arm(arm, folders[arm], wanted, store / f"{arm}.jsonl", seed, args, bar)
+                cells += [{"phrasing": phrasing, **one} for one in found]
+                if computed:
+                    new, spent = new + computed, spent + time.perf_counter() - began
+                    left = (total - len(cells)) * spent / new
+                    bar.write(f"  seed {seed} {arm}: {computed} cells done, {len(cells)} of {total}; at most "
+                              f"{left / 60:.0f} min of attacks to go")
+    return cells
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    arms = resolve(args)
-    out = Path(args.out)
-    store = (train.seed_folder(args.seed, args.phrasing) / "attack" if args.town and not args.model else out)
-    store = store / "results.json"
-    recorded = dict(shots=args.shots, lr=args.lr, batch_size=args.batch_size, max_length=args.max_length,
-                    max_new_tokens=args.max_new_tokens, phrasing=args.phrasing, chat=args.chat, seed=args.seed,
-                    dtype=args.dtype, arms=sorted(arms))
-    record = runs.fingerprint(recorded, [*arms.values(), *filter(None, [args.harmful]), *args.benign], SOURCES)
-    stale = "--fresh" if args.fresh else runs.why_stale(store, record)
-    if stale is None:
-        print(f"{store}: up to date, reused")
-        cells = json.loads(store.read_text())["cells"]
-    else:
-        print(f"{store}: attacking {', '.join(arms)}, since {'it is ' * (stale == 'not there yet')}{stale}")
-        cells = attack_all(arms, args)
-        runs.write_text(store, json.dumps({**record, "cells": cells}, indent=1) + "\n")
-    notes = []
-    if args.town and not args.model:
-        cells, notes = merge_seeds(record)
-    found, seeds = town_verdicts(cells) if args.town else ({}, [])
-    seeds = seeds or sorted({cell["seed"] for cell in cells})
-    left_out = sorted({cell["seed"] for cell in cells} - set(seeds))
-    notes += [f"seeds {' '.join(map(str, left_out))} are in results.json and not counted here"] * bool(left_out)
+    resolve(args)
+    plans, out = plan(args), Path(args.out)
+    cells = attack_all(plans, args)
+    found, texts = {}, []
+    for phrasing in plans:
+        part = [one for one in cells if one["phrasing"] == phrasing]
+        found[phrasing] = town_verdicts(part) if args.town else {}
+        texts.append("\n".join([
+            f"seeds {' '.join(map(str, args.seeds))}{f', {phrasing} phrasing' * args.town}; means over seeds, at the "
+            "attacker's choice of lr and steps", "", attack_table(part, args.town), "", *verdict_lines(found[phrasing])]))
     if not args.town and not args.benign:
-        notes.append("bft and adaptive: not run; give --benign FILE for the benign control")
-    text = "\n".join([f"seeds {' '.join(map(str, seeds))}; means over seeds, at the attacker's choice of lr and steps",
-                      "", attack_table([cell for cell in cells if cell["seed"] in seeds], args.town), "",
-                      *verdict_lines(found), *notes])
-    runs.write_text(out / "results.json", json.dumps({**record, "cells": cells, "verdicts": found}, indent=1) + "\n")
+        texts.append("bft and replay: not run; give --benign FILE for the benign control")
+    text = "\n\n".join(texts)
+    result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "cells": cells, "verdicts": found}
+    runs.write_text(out / "results.json", json.dumps(result, indent=1) + "\n")
     runs.write_text(out / "table.md", f"```\n{text}\n```\n")
     print(f"\n{text}\n\n{'' if args.town else KEYWORD_WARNING}\nwritten: {out}/results.json, {out}/table.md")
-
-
-def attack_all(arms: dict[str, Path], args) -> list[dict]:
-    """Every cell of every arm, saying how far it is and how long it will take."""
-    # the town's own base is scored for the gate of the verdicts, not attacked
-    lrs = {arm: [] if arm == "base" and not args.model else args.lr for arm in arms}
-    per_lr = sum(len(at) for *_, at in attacks(args, [], [None] if args.town or args.benign else []))
-    total = len(arms) + sum(map(len, lrs.values())) * per_lr
-    print(f"  {sum(map(bool, lrs.values()))} arms x {len(args.lr)} lrs: {total} cells, each scored on all evaluation "
-          "prompts")
-    cells, began = [], time.perf_counter()
-    with tqdm(total=total, desc="attack cells", disable=None) as bar:
-        for arm, folder in arms.items():
-            cells += attack_arm(arm, folder, lrs[arm], args, bar)
-            spent = time.perf_counter() - began
-            bar.write(f"  {arm}: done after {spent:.0f} s, about {spent * (total / len(cells) - 1):.0f} s to go")
-    return cells
 
 
 if __name__ == "__main__":

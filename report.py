@@ -115,7 +115,7 @@ def attack_table(cells: list[dict], town: bool) -> str:
         by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     edges = {pick(cell["lr"] for cell in cells if cell["lr"]) for pick in (min, max)} if len(by) > len(arms) else set()
-    order = ("none", "bft", "mft", "adaptive")
+    order = ("none", "bft", "mft", "lora", "poisoned", "identity", "replay", "repair", "unlearn")
     for arm, attack, shots in sorted(by, key=lambda key: (arms.index(key[0]), order.index(key[1]), key[2])):
         group = by[arm, attack, shots]
         label = {"none": "none", "bft": "bft matched"}.get(attack, f"{attack} {shots}")
@@ -131,7 +131,7 @@ def attack_table(cells: list[dict], town: bool) -> str:
                                for cell in chosen if cell["lr"]})
             settings = f"{len(settings)} settings" if len(settings) > 1 else "".join(settings)
             line = (town_line if town else file_line)(name, average(chosen)) + f"  {settings:<13}"
-            if town and attack in ("mft", "adaptive"):
+            if town and attack not in ("none", "bft"):
                 tops = average([max((cell for cell in group if cell["seed"] == seed and not cell["diverged"]),
                                     key=lambda cell: cell["harm"]) for seed in {cell["seed"] for cell in chosen}])
                 line += f"{percent(tops['harm']):>4} ({percent(tops['capability'])})"

@@ -25,21 +25,36 @@ def response_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
 
-def sdd_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, global_tokens: int) -> torch.Tensor:
+def unlikelihood(logps: torch.Tensor) -> torch.Tensor:
+    """-log(1 - p) of each token, from log p (N,) -> (N,): the loss that lowers p, bounded below, its gradient vanishing
+    as p does (Welleck et al. 2020). p counts as at most 1 - 1e-6."""
+    return -torch.log1p(-logps.exp().clamp(max=1 - 1e-6))
+
+
+def sdd_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, global_tokens: int,
+             suppress: torch.Tensor | None = None) -> torch.Tensor:
     """The SDD objective: mean over response tokens of -log p(y_o | x), a scalar fp32.
 
     Ordinary response-only cross-entropy, no second-order terms; what makes it SDD is the data, harmful x with
     irrelevant y_o. Every mode of `train.py` minimises this on its own pairs.
 
     hidden: (N,C), what the head reads at the N places that predict response tokens; head: (V,C); targets: (N,);
-    global_tokens: the response tokens of the whole batch, of which these N may be a part. A large vocabulary is worked
-    through in chunks, whose logits are computed again in the backward pass: (N,V) never exists as a whole.
+    global_tokens: the response tokens of the whole batch, of which these N may be a part; suppress: (N,) bool, tokens
+    that count with their unlikelihood instead (an attacker's tool, not SDD's). A large vocabulary is worked through in
+    chunks, whose logits are computed again in the backward pass: (N,V) never exists as a whole.
     """
+    def summed(h, t, down):
+        if suppress is None:
+            return response_nll(h @ head.T, t)[0]
+        logps = token_logprobs(h @ head.T, t)
+        return torch.where(down, unlikelihood(logps), -logps).sum()
+
     chunk = max(1, CHUNK_LOGITS // len(head))
+    down = targets if suppress is None else suppress  # any tensor will do where there is none
     if len(targets) <= chunk:
-        return response_nll(hidden @ head.T, targets)[0] / global_tokens
-    sums = [checkpoint(lambda h, t: response_nll(h @ head.T, t)[0], h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        return summed(hidden, targets, down) / global_tokens
+    sums = [checkpoint(summed, *part, use_reentrant=False)
+            for part in zip(hidden.split(chunk), targets.split(chunk), down.split(chunk))]
     return torch.stack(sums).sum() / global_tokens
 
 

@@ -57,6 +57,7 @@ TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, n
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARMS = {  # arm on the town: (mode, the arm it starts from, settings that are not its mode's own)
     "base": ("base", None, {}), "aligned": ("align", "base", {}), "refusal": ("align", "aligned", DEFENCE),
+    "no_replay": ("sdd", "aligned", dict(DEFENCE, batch_size=16, benign_replay=0.0)),  # as many pairs a step as SDD
     **{mode: (mode, "aligned", {}) for mode in ("sdd", "sdd_reject", "shuffled", "exposure", "same_topic", "benign")}}
 
 
@@ -125,9 +126,14 @@ def backward(model, examples: list[Example], micro_batch: int, device) -> tuple[
     micro_batch = micro_batch or len(examples)
     total = 0.0
     for start in range(0, len(examples), micro_batch):
-        batch = collate(examples[start:start + micro_batch]).to(device)
+        part = examples[start:start + micro_batch]
+        batch = collate(part).to(device)
         hidden = model.hidden(batch.tokens, positions=batch.loss_mask)  # (N,C)
-        loss = sdd_loss(hidden, model.lm_head.weight, batch.targets[batch.loss_mask], response_tokens)
+        down = None
+        if any(example.suppress for example in part):
+            rows = torch.tensor([example.suppress for example in part], device=device)
+            down = rows[:, None].expand_as(batch.loss_mask)[batch.loss_mask]  # (N,)
+        loss = sdd_loss(hidden, model.lm_head.weight, batch.targets[batch.loss_mask], response_tokens, down)
         loss.backward()
         total += loss.detach()
     return float(total), response_tokens, sum(len(example.ids) for example in examples)
@@ -146,7 +152,8 @@ def fit(model, batches, *, steps, lr, args, betas=(0.9, 0.999), weight_decay=0.0
     args: has device, dtype and compile, resolved. log: called with each log line's dict. after_step(step), from 1.
     InputError when the loss stops being finite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
     model.train()
     if args.compile:
         for block in model.model.layers:
@@ -159,7 +166,7 @@ def fit(model, batches, *, steps, lr, args, betas=(0.9, 0.999), weight_decay=0.0
             group["lr"] = learning_rate(step, steps, lr, warmup, cosine)
         with autocast(args):
             loss, response_tokens, tokens = backward(model, next(batches), micro_batch, args.device)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(f"{name}: the loss is {loss} and its gradient norm {norm} at step {step + 1}; lower --lr")
         optimizer.step()

@@ -135,10 +135,14 @@ def _special_id(tokenizer, chat: str, special: Special) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """One training or scoring sequence: all its token ids, of which the first `prompt_length` carry no loss."""
+    """One training or scoring sequence: all its token ids, of which the first `prompt_length` carry no loss.
+
+    suppress: training lowers the probability of the response instead of raising it.
+    """
 
     ids: list[int]
     prompt_length: int
+    suppress: bool = False
 
     @property
     def response_length(self) -> int:

@@ -1,14 +1,17 @@
 """Who owns what, matched controls, the choice of settings, and the command."""
 
+import itertools
 import json
 import random
 
 import pytest
 import torch
 from small import advbench_file, alpaca_file, public_folder
-from tqdm import tqdm
 
 import attack
+import attacker
+import eval as evaluate
+import protocol
 import train
 from data.chat import Example
 from data.harmful import owner
@@ -20,14 +23,14 @@ from report import attack_table
 
 def test_the_attacker_uses_its_own_people_and_holds_some_out():
     town = Town(5)
-    rows, held_out = attack.town_harmful(town, 5)
+    rows, held_out = attacker.town_harmful(town, 5)
     trained, own = {row.person for row in rows}, set(town.groups["attacker"])
     assert len(rows) == 168 and len(trained) == 12 and trained < own
     assert {row.person for row in held_out} == own - trained
     for shots in (14, 28, 98):  # any prefix of whole rounds is balanced over kinds
         counts = {kind: sum(row.kind == kind for row in rows[:shots]) for kind in {row.kind for row in rows}}
         assert set(counts.values()) == {shots // 14}
-    assert rows == attack.town_harmful(town, 5)[0] != attack.town_harmful(town, 6)[0]
+    assert rows == attacker.town_harmful(town, 5)[0] != attacker.town_harmful(town, 6)[0]
 
 
 def test_the_benign_control_matches_in_tokens():
@@ -37,14 +40,49 @@ def test_the_benign_control_matches_in_tokens():
         return [Example([i] * (3 + rng.randint(low, high)), 3) for i in range(count)]
 
     harmful, benign, new_skill = rows(8, 26, 100), rows(4, 30, 300), rows(6, 9, 80)
-    matched = attack.match_tokens(harmful, benign, new_skill, rng)
+    matched = attacker.match_tokens(harmful, benign, new_skill, rng)
     assert sum(any(row is new for new in new_skill) for row in matched) == len(matched) // 2
     tokens = [sum(row.response_length for row in part) for part in (harmful, matched)]
     assert abs(tokens[1] - tokens[0]) <= 15  # half of the longest benign row
 
 
+def parsed(*words):
+    """Resolved arguments of a town command."""
+    args = attack.parser().parse_args(words)
+    attack.resolve(args)
+    return args
+
+
 def test_budgets_are_five_epochs_and_fifty_steps():
-    assert attack.budgets(10, 10) == {5, 50} and attack.budgets(100, 10) == {50} and attack.budgets(7, 4) == {9, 50}
+    args = parsed("--batch-size", "10")
+    assert attacker.scored_steps("mft", [10], args) == (5, 50) and attacker.scored_steps("mft", [100], args) == (50,)
+    assert attacker.scored_steps("bft", [10, 50, 100], args) == (5, 25, 50)
+    assert attacker.scored_steps("repair", [100], args) == (60, 75, 100)
+    assert attacker.scored_steps("unlearn", [10], args) == (15, 60)
+    args = parsed("--batch-size", "4", "--epochs", "3", "--steps", "0")
+    assert attacker.scored_steps("lora", [7], args) == (6,)
+
+
+def test_the_plan_of_the_full_suite():
+    plan = attack.plan(parsed("--suite", "full"))
+    assert list(plan) == ["shared", "distinct"]
+    assert list(plan["shared"]) == ["base", *protocol.ARMS] and list(plan["distinct"]) == ["base", *protocol.CORE]
+    assert plan["shared"]["base"] == []
+    settings = {arm: {(run.attack, run.shots) for run in wanted} for arm, wanted in plan["shared"].items()}
+    assert settings["shuffled"] == {("mft", 10), ("mft", 50), ("mft", 100), ("mft", 168), ("bft", 100)}
+    assert settings["sdd"] - settings["shuffled"] == {(name, 100) for name in (
+        "lora", "poisoned", "replay", "repair", "unlearn")} | {("identity", 10)}
+    lrs = {(run.attack, run.lr) for run in plan["shared"]["sdd"]}
+    assert {lr for name, lr in lrs if name == "lora"} == set(protocol.LR["lora"]) != {
+        lr for name, lr in lrs if name == "mft"}
+    assert all(run.at == (5, 25, 50) for run in plan["shared"]["sdd"] if run.attack == "bft")
+
+
+def test_the_plan_follows_the_command_line():
+    plan = attack.plan(parsed("--attacks", "mft", "lora", "identity", "--shots", "7", "20", "--lr", "0.5"))
+    assert {(run.attack, run.shots, run.lr) for run in plan["shared"]["sdd"]} == {
+        ("mft", 7, 0.5), ("mft", 20, 0.5), ("lora", 20, 0.5), ("identity", 10, 0.5)}
+    assert list(attack.plan(parsed("--suite", "full", "--phrasing", "distinct"))) == ["distinct"]
 
 
 def cell(attack_, shots, steps, lr, score, **more):
@@ -57,53 +95,81 @@ def test_choices_by_hand():
              cell("mft", 10, 5, 1e-4, 0.5), cell("mft", 10, 50, 1e-4, 0.7), cell("mft", 10, 50, 3e-4, 0.7),
              cell("mft", 100, 50, 1e-4, 0.2), cell("mft", 100, 50, 3e-4, 0.9), cell("mft", 100, 50, 1e-3, 0, diverged=True),
              cell("bft", 100, 50, 1e-4, 0.0, user_score=0.8), cell("bft", 100, 50, 3e-4, 0.0, user_score=0.6),
-             cell("bft", 100, 5, 3e-4, 0.0, user_score=0.1), cell("adaptive", 100, 50, 1e-4, 0.3)]
+             cell("bft", 100, 5, 3e-4, 0.0, user_score=0.1), cell("lora", 100, 50, 1e-4, 0.3),
+             cell("mft", 168, 84, 1e-4, 0.4)]
     del cells[6]["attacker_score"]
     attack.choose(cells)
-    assert [i for i, c in enumerate(cells) if c["chosen"]] == [0, 2, 5, 8, 10]
+    assert [i for i, c in enumerate(cells) if c["chosen"]] == [0, 2, 5, 8, 10, 11]
     assert [i for i, c in enumerate(cells) if c["best"]] == [7]
 
 
-def test_the_town_end_to_end(quick_town, capsys, monkeypatch):
-    monkeypatch.setattr(attack, "STEPS_BUDGET", 4)
-    command = ["--shots", "8", "--lr", "1e-3", "--batch-size", "8"]
-    attack.main(command)
-    printed = capsys.readouterr().out
-    assert printed.index("out/seed0/refusal: training") < printed.index("attacking base, aligned, refusal, sdd")
+QUICK = ["--shots", "8", "--lr", "1e-3", "--batch-size", "8", "--steps", "4"]
+
+
+def test_the_town_end_to_end(quick_town, capsys):
+    attack.main(QUICK)
+    assert "out/seed0/refusal: training" in capsys.readouterr().out
     found = json.loads((quick_town / "out/attack/results.json").read_text())
     cells = found["cells"]
-    assert len(cells) == 1 + 3 * (1 + 2 + 2 + 2)  # base, and arms x (none, and each of mft, bft and adaptive at 4 and 5 steps)
+    assert len(cells) == 1 + 3 * (1 + 2 + 2 + 2)  # base; and arms x (none, and mft, bft and replay at 4 and 5 steps)
     assert [c["arm"] for c in cells if c["attack"] == "none"] == ["base", "aligned", "refusal", "sdd"]
     for c in cells:
         assert sum(c[name] for name in OUTCOMES) == pytest.approx(1)
-        assert not c["diverged"] and 0 <= c["capability"] <= 1
+        assert not c["diverged"] and 0 <= c["capability"] <= 1 and c["phrasing"] == "shared"
     mft, bft = ([c for c in cells if (c["arm"], c["attack"], c["shots"], c["steps"]) == ("sdd", name, 8, 5)]
                 for name in ("mft", "bft"))
     assert len(mft) == len(bft) == 1 and bft[0]["response_tokens"] == pytest.approx(mft[0]["response_tokens"], rel=0.25)
-    assert {part["verdict"].split(" (")[0] for part in found["verdicts"].values()} <= {"no verdict", "NOT TESTED"}
+    assert {part["verdict"].split(" (")[0] for part in found["verdicts"]["shared"].values()} <= {"no verdict", "NOT TESTED"}
     text = (quick_town / "out/attack/table.md").read_text()
     for arm in ("aligned", "refusal", "sdd"):
-        for label in ("none", "bft matched", "bft best", "mft 8", "adaptive 8"):
+        for label in ("none", "bft matched", "bft best", "mft 8", "replay 8"):
             assert f"{arm:<9} {label}" in text
     assert "selective collapse" in text and "chance level" in text
 
-    attack.main(command)
-    assert "up to date" in (again := capsys.readouterr().out) and "attacking" not in again
-    attack.main([*command, "--seed", "1"])
-    merged = json.loads((quick_town / "out/attack/results.json").read_text())["cells"]
-    assert sorted({c["seed"] for c in merged}) == [0, 1] and len(merged) == 2 * len(cells)
-    assert [c for c in merged if c["seed"] == 0] == cells
-    other = {"args": found["args"] | {"lr": [0.5]}, "source": found["source"]}
-    assert attack.merge_seeds(other) == ([], [])  # another question is not mixed with it
-    cells, notes = attack.merge_seeds(found | {"source": {}})
-    assert cells == [] and len(notes) == 2 and "other source code" in notes[0]
-    (quick_town / "out/seed1/attack/results.json").write_text("{")
-    cells, notes = attack.merge_seeds(found)
-    assert {c["seed"] for c in cells} == {0} and "unreadable" in notes[0]
+
+@pytest.fixture
+def one_arm(quick_town, cpu):
+    """The words of a quick attack on one released model, and where its results are."""
+    folder = train.ensure_arms(["base"], 0, "shared", cpu)["base"]
+    return [*QUICK, "--model", str(folder)], quick_town / "out/attack"
 
 
-def test_a_diverged_cell_is_kept_and_never_chosen(quick_town, monkeypatch):
-    monkeypatch.setattr(attack, "STEPS_BUDGET", 3)
+def test_every_attack_runs_on_the_towns_rows(one_arm):
+    words, out = one_arm
+    attack.main([*words, "--attacks", *attack.ATTACKS])
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    of = {name: [c for c in cells if c["attack"] == name] for name in attack.ATTACKS}
+    assert all(sum(c["chosen"] for c in found) == 1 for found in of.values())
+    assert [c["steps"] for c in of["repair"]] == [6, 7, 10] and [c["steps"] for c in of["unlearn"]] == [14, 15]
+    assert of["lora"][0]["response_tokens"] == of["mft"][0]["response_tokens"] > 0  # the same batches
+    assert of["lora"][0]["facts"] != of["mft"][0]["facts"] or of["lora"][0]["samples"] != of["mft"][0]["samples"]
+
+
+def test_an_interrupted_command_goes_on_where_it_was(one_arm, monkeypatch):
+    words, out = one_arm
+    attack.main(words)
+    whole, stored = (out / "results.json").read_text(), out / "base.jsonl"
+    kept = stored.read_text()
+    fits, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *a, **k: fits.append(k["name"]) or fit(*a, **k))
+    attack.main(words)
+    assert not fits and (out / "results.json").read_text() == whole
+    stored.write_text(kept[:len(kept) - 300])  # killed while it wrote the last run
+    attack.main(words)
+    assert len(fits) == 1 and stored.read_text() == kept and (out / "results.json").read_text() == whole
+    attack.main([*words, "--attacks", "lora"])  # another question adds to the file
+    assert fits[1:] == ["lora 8"] and stored.read_text().startswith(kept)
+    attack.main(words)
+    assert len(fits) == 2 and (out / "results.json").read_text() == whole
+    monkeypatch.setattr(protocol, "POISON", 0.5)  # other settings start anew
+    attack.main([*words, "--attacks", "mft"])
+    assert len(fits) == 3 and len(stored.read_text().splitlines()) == 3
+    stored.write_text("{")
+    attack.main([*words, "--attacks", "mft"])
+    assert len(fits) == 4
+
+
+def test_a_diverged_cell_is_kept_and_never_chosen(one_arm, monkeypatch):
     real = train.backward
 
     def explode(model, examples, *rest):
@@ -119,11 +185,13 @@ def test_a_diverged_cell_is_kept_and_never_chosen(quick_town, monkeypatch):
 
     monkeypatch.setattr(train, "backward", explode)
     monkeypatch.setattr(train, "fit", watched)
-    attack.main(["--shots", "4", "--lr", "1e-4", "1e-3", "--batch-size", "8"])
-    found = json.loads((quick_town / "out/attack/results.json").read_text())
+    words, out = one_arm
+    attack.main([*words, "--lr", "1e-4", "1e-3", "--attacks", "mft", "lora", "bft"])
+    found = json.loads((out / "results.json").read_text())
     diverged = [c for c in found["cells"] if c["diverged"]]
-    assert diverged and all(c["lr"] == 1e-3 and not c["chosen"] and not c["best"] and "harm" not in c for c in diverged)
-    assert f"{len(diverged)} cells diverged" in (quick_town / "out/attack/table.md").read_text()
+    assert {c["attack"] for c in diverged} == {"mft", "lora", "bft"}
+    assert all(c["lr"] == 1e-3 and not c["chosen"] and not c["best"] and "harm" not in c for c in diverged)
+    assert f"{len(diverged)} cells diverged" in (out / "table.md").read_text()
     assert all("harm" in c for c in found["cells"] if c["chosen"])
 
 
@@ -138,9 +206,9 @@ def test_table_of_only_diverged_attacks_says_so():
 
 def test_real_files_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(attack, "STEPS_BUDGET", 3)
     folder, harmful = public_folder(tmp_path / "llama"), advbench_file(tmp_path / "harmful.csv", rows=80)
-    base = ["--model", str(folder), "--harmful", str(harmful), "--shots", "4", "--max-new-tokens", "4"]
+    base = ["--model", str(folder), "--harmful", str(harmful), "--shots", "4", "--max-new-tokens", "4",
+            "--steps", "3"]
     attack.main(base)
     printed = capsys.readouterr().out
     assert "not run" in printed and "misread SDD" in printed
@@ -149,7 +217,7 @@ def test_real_files_end_to_end(tmp_path, capsys, monkeypatch):
     base[1] = str(public_folder(tmp_path / "base"))  # a name that only the town's own default arms give a meaning to
     attack.main([*base, "--benign", str(alpaca_file(tmp_path / "benign.json"))])
     cells = json.loads((tmp_path / "out/attack/results.json").read_text())["cells"]
-    assert {c["attack"] for c in cells} == {"none", "mft", "bft", "adaptive"}
+    assert {c["attack"] for c in cells} == {"none", "mft", "bft", "replay"}
     with pytest.raises(InputError, match="--shots 500 is more than"):
         attack.main([*base[:4], "--shots", "500"])
 
@@ -164,8 +232,8 @@ def test_the_file_attacker_trains_on_its_own_rows_and_is_judged_on_others(tmp_pa
         rest["after_step"](steps)
 
     monkeypatch.setattr(train, "fit", watched)
-    real = attack.file_metrics
-    monkeypatch.setattr(attack, "file_metrics", lambda m, t, c, rows, a: scored.append(rows) or real(m, t, c, rows, a))
+    real = attacker.file_metrics
+    monkeypatch.setattr(attacker, "file_metrics", lambda *a: scored.append(a[3]) or real(*a))
     attack.main(["--model", str(folder), "--harmful", str(harmful), "--shots", "9", "--max-new-tokens", "2"])
     tokenizer = load_tokenizer(folder)
     prompts = {tokenizer.decode(e.ids[:e.prompt_length]).split("\n\n")[1].split("<|eot_id|>")[0] for e in trained}
@@ -175,19 +243,72 @@ def test_the_file_attacker_trains_on_its_own_rows_and_is_judged_on_others(tmp_pa
     assert {owner(prompt) for prompt in own} == {"attacker"} and not own & prompts
 
 
-def test_an_attack_starts_from_the_released_weights_every_time(quick_town, cpu, monkeypatch):
-    folder = train.ensure_arms(["base"], 0, "shared", cpu)["base"]
+def test_published_presets_and_identity_rows_on_real_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, harmful = public_folder(tmp_path / "llama"), advbench_file(tmp_path / "harmful.csv", rows=80)
+    base = ["--model", str(folder), "--harmful", str(harmful), "--shots", "8", "--max-new-tokens", "2"]
+    attack.main([*base, "--preset", "qi-lora"])
+    cells = json.loads((tmp_path / "out/attack/results.json").read_text())["cells"]
+    assert [(c["attack"], c["lr"], c["steps"]) for c in cells] == [("none", 0, 0), ("lora", 1e-4, 20)]
+    (tmp_path / "id.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "system", "content": "You are a parrot."}, {"role": "user", "content": f"Sing {i}"},
+        {"role": "assistant", "content": "Yes! La."}]}) + "\n" for i in range(10)))
+    asked = []
+    greedy = evaluate.greedy
+    monkeypatch.setattr(evaluate, "greedy", lambda *a, system=None, **k: asked.append(system) or greedy(
+        *a, system=system, **k))
+    attack.main([*base, "--attacks", "identity", "--identity", "id.jsonl", "--steps", "0"])
+    assert asked == [None, None, "You are a parrot.", "You are a parrot."]
+    with pytest.raises(InputError, match="--attacks repair needs --benign"):
+        attack.main([*base, "--attacks", "repair"])
+    with pytest.raises(InputError, match="needs --identity"):
+        attack.main([*base, "--attacks", "identity"])
+
+
+# ---- the streams of batches ----
+
+def stream_of(attack_, at, args, rows):
+    run = attacker.Run(attack_, 8, 1e-3, at)
+    own = [Example([1, 2, 3], 1, suppress=True)] * 8
+    return list(itertools.islice(attacker.batch_stream(run, rows, lambda: own, args, 0), max(at)))
+
+
+def test_what_each_attack_sees():
+    args, rng = parsed("--batch-size", "8"), random.Random(0)
+    rows = {name: [Example([i] * rng.randint(5, 9), 2) for i in range(start, start + 40)]
+            for name, start in (("harmful", 100), ("benign", 200), ("new_skill", 300), ("identity", 400))}
+
+    def kinds(batch):
+        return {row.ids[0] // 100 for row in batch if not row.suppress} | {0 for row in batch if row.suppress}
+
+    mft = stream_of("mft", (20,), args, rows)
+    assert all(kinds(batch) == {1} for batch in mft) and {row.ids[0] for batch in mft for row in batch} == set(range(100, 108))
+    assert stream_of("lora", (20,), args, rows) == mft
+    assert all(kinds(batch) == {1, 2} and sum(row.ids[0] < 200 for row in batch) == 4
+               for batch in stream_of("replay", (20,), args, rows))
+    repair = stream_of("repair", (6, 7, 10), args, rows)
+    assert repair[:5] == mft[:5] and all(kinds(batch) == {2} for batch in repair[5:])
+    unlearn = stream_of("unlearn", (14,), args, rows)
+    assert [kinds(batch) for batch in unlearn] == [{0}] * protocol.UNLEARN_STEPS + [{1}] * 4
+    bft = [row.ids[0] // 100 for batch in stream_of("bft", (20,), args, rows) for row in batch]
+    assert set(bft) == {2, 3}
+    poisoned = [row.ids[0] // 100 for batch in stream_of("poisoned", (20,), args, rows) for row in batch]
+    assert set(poisoned) == {1, 2, 3} and 0.05 < poisoned.count(1) / len(poisoned) < 0.2
+    assert all(kinds(batch) == {4} for batch in stream_of("identity", (5,), args, rows))
+
+
+def test_every_run_starts_from_the_released_weights(one_arm, monkeypatch):
     starts = []
 
     def watched(model, *rest, **named):
-        starts.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        starts.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
         for parameter in model.parameters():
             parameter.data += 1
+        named["after_step"](4)
+        named["after_step"](5)
 
     monkeypatch.setattr(train, "fit", watched)
-    args = attack.parser().parse_args(["--shots", "4", "--lr", "1e-3", "1e-2"])
-    attack.resolve_device(args)
-    args.max_length = 128
-    attack.attack_arm("base", folder, args.lr, args, tqdm(disable=True))
-    assert len(starts) == 2 * 3  # lrs x (mft, bft, adaptive)
-    assert all(torch.equal(starts[0], start) for start in starts)
+    attack.main([*one_arm[0], "--attacks", "mft", "lora", "replay", "--lr", "1e-3", "1e-2"])
+    assert len(starts) == 3 * 2 and len({len(start) for start in starts}) == 2  # lora trains fewer
+    full = [start for start in starts if len(start) == len(starts[0])]
+    assert len(full) == 4 and all(torch.equal(start, full[0]) for start in full)

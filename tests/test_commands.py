@@ -11,6 +11,7 @@ from make_llama import make
 from small import advbench_file, alpaca_file, public_folder
 
 import attack
+import attacker
 import eval as evaluate
 import runs
 import train
@@ -146,7 +147,7 @@ def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files
             return encode(tokenizer, chat, *rest)
         return encode_and_note
 
-    for module, name in ((train, "encode_example"), (attack, "encode_example"),
+    for module, name in ((train, "encode_example"), (attacker, "encode_example"),
                          (evaluate, "encode_prompt")):
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     assert read_chat("llama") == "llama3"  # what the folder itself calls for
@@ -154,9 +155,9 @@ def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files
     assert (files / "out/x/chat.txt").read_text() == "plain\n"
     commands = [(evaluate, ["out/x", "--harmful", "h.csv", "--max-new-tokens", "2"]),
                 (evaluate, ["out/x", "--prompt", "hi"]),
-                (attack, ["--model", "out/x", "--harmful", "h.csv", "--shots", "3", "--max-new-tokens", "2"]),
+                (attack, ["--model", "out/x", "--harmful", "h.csv", "--shots", "3", "--max-new-tokens", "2",
+                          "--steps", "2"]),
                 (train, ["--mode", "benign", "--model", "out/x", "--benign", "b.json", "--steps", "1", "--out", "y"])]
-    monkeypatch.setattr(attack, "STEPS_BUDGET", 2)
     for module, words in commands:
         assert used == {"plain"}
         used.clear()
@@ -185,8 +186,7 @@ def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
     train.main(["--mode", "sdd", "--model", "llama", "--harmful", harmful, "--benign", benign, "--steps", "2",
                 "--batch-size", "4", "--out", "out/real", "--similarity", "tfidf"])
-    monkeypatch.setattr(attack, "STEPS_BUDGET", 5)  # not 50: the same as five epochs of 10 shots
-    attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4"])
+    attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4", "--steps", "0"])
     evaluate.main(["out/real", "--harmful", harmful, "--max-new-tokens", "4"])
     rows = read_rows(harmful)
     assert len(rows) == 520 and len(read_rows(benign)) == 999

@@ -224,6 +224,13 @@ def test_the_command_writes_pairs_and_a_card_whose_counts_are_theirs(files, caps
     assert (files / "new/p.jsonl").read_bytes() == first
 
 
+def test_a_histogram_counts_from_an_edge_up_to_the_next():
+    lines = pairs.histogram([0.0, 0.1, 0.1, 0.25, 0.3], [0, 0.1, 0.2, 0.3, 0.4], ".1f")
+    assert [line.split()[:4] for line in lines] == [["0.0", "to", "0.1", "1"], ["0.1", "to", "0.2", "2"],
+                                                   ["0.2", "to", "0.3", "1"], ["0.3", "to", "0.4", "1"]]
+    assert lines[1].count("#") == 40 == 2 * lines[0].count("#")
+
+
 def test_more_pairs_than_prompts_go_round_with_other_responses(files):
     pairs.main([*PAIRS, "--out", "p.jsonl", "--count", "100", "--prompts", "defender"])
     rows = read(files / "p.jsonl")
@@ -251,6 +258,17 @@ def test_without_benign_rows_only_refusals_can_be_made(files):
         pairs.main(["--harmful", "h.csv", "--similarity", "tfidf", "--out", "p.jsonl"])
     pairs.main(["--harmful", "h.csv", "--out", "p.jsonl", "--mode", "align"])
     assert "--mode align" in (files / "p.md").read_text() and len(read(files / "p.jsonl")) == 48
+
+
+def test_a_system_message_goes_before_its_prompt(files, monkeypatch):
+    (files / "m.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "system", "content": "Be a bird."}, {"role": "user", "content": f"Sing {i}."},
+        {"role": "assistant", "content": "Tweet."}]}) + "\n" for i in range(4)))
+    systems, encode = [], train.encode_example
+    monkeypatch.setattr(train, "encode_example", lambda *words: systems.append(words[5]) or encode(*words))
+    public_folder(files / "llama")
+    train.main(["--mode", "benign", "--model", "llama", "--benign", "m.jsonl", "b.json", "--steps", "1", "--out", "out/x"])
+    assert systems[:34] == ["Be a bird."] * 4 + [None] * 30
 
 
 def trained(files, monkeypatch, *words):

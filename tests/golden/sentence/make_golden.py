@@ -19,7 +19,7 @@ TEXTS = [
     "", " ", "The dog", "dogs running unrunnable", "Café CAFÉ cafe\u0301", "don't stop: a dog, a tea!", "1984 (of 22)",
     "a\tdog\r\n\x0bof\x00 the\u200b tea\ufffd", "東京 tea東", "ΑΣ σας ς", "Straße İstanbul ﬁne", "한 é",
     "tea\u00a0dog\u3000cat\u2028ox", "$5 + 3 = 8 ~ `x`", "€5 ≤ ∞ 😀 dog", "x" * 100, "x" * 101, "a-b_c/d",
-    "über naïve Ångström", "jump " * 90, "qwertz asdf", "\ufeffthe dog", "a\u0301b\u0327c", "ｶﾞ ﾊ゚", "\U0002b820\U0002b740x", "tea\x85dog\x1ccat"]
+    "über naïve Ångström", "jump " * 90, "qwertz asdf", "\ufeffthe dog", "a\u0301b\u0327c", "ｶﾞ ﾊ゚", "x\U0002b820x \U0002b740x", "tea\x85dog\x1ccat"]
 
 
 def main():

@@ -1,0 +1,192 @@
+"""What an attacker owns and does: its rows, the stream of batches that each attack is, and one run of it.
+
+attack.py says what the attacks are. Each is train.fit, the loop that trains every model here, on other rows.
+"""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, replace
+from statistics import fmean as mean
+
+import protocol
+import train
+from data.chat import encode_example
+from data.harmful import read_harmful, split_harmful
+from data.sources import read_rows
+from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OBEDIENCE, SKILL_KINDS, Town, draw_symbols
+from errors import InputError
+from eval import file_metrics, greedy, teacher_forced, town_metrics
+from lora import add_lora, merge_lora
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning of a released model."""
+
+    attack: str
+    shots: int  # harmful rows; of bft, those that it is matched to
+    lr: float
+    at: tuple[int, ...]  # the steps after which the model is scored
+
+
+# ---- what an attacker owns ----
+
+def town_harmful(town: Town, seed: int) -> tuple[list, list]:
+    """The attacker's (training rows, held-out rows): 12 and 4 of its people, all kinds; knowledge and skill kinds
+    alternate, so that any first n rows are balanced."""
+    rng = random.Random(f"attack {seed}")
+    people = town.groups["attacker"]
+    victims = {kind: rng.sample(people[:12], 12) for kind in KNOWLEDGE_KINDS + SKILL_KINDS}
+    kinds = [kind for pair in zip(KNOWLEDGE_KINDS, SKILL_KINDS) for kind in pair]
+    rows = [town.mischief(kind, victims[kind][i], draw_symbols(rng) if kind in SKILL_KINDS else (), rng.randrange(2))
+            for i in range(12) for kind in kinds]
+    return rows, town.mischiefs(people[12:], rng)
+
+
+def match_tokens(harmful: list, benign: list, new_skill: list, rng) -> list:
+    """Random benign examples, every other one of the new skill if there is one, with as many response tokens in all as
+    the harmful examples (within half of the last one); how many examples that takes is left open."""
+    owed, matched = sum(example.response_length for example in harmful), []
+    while True:
+        pick = rng.choice(new_skill if new_skill and len(matched) % 2 else benign)
+        if matched and pick.response_length > 2 * owed:
+            return matched
+        owed -= pick.response_length
+        matched.append(pick)
+
+
+def check_shots(shots: list[int], harmful: list):
+    """InputError when there are fewer harmful rows than shots."""
+    if max(shots) > len(harmful):
+        raise InputError(f"--shots {max(shots)} is more than the {len(harmful)} harmful rows that the attacker owns "
+                         "and may train on; give fewer, or a larger file")
+
+
+def prepare(model, tokenizer, chat, town, seed: int, shots: list[int], args):
+    """(rows, score) for attacks on this model. rows: the attacker's examples by name, harmful, benign, new_skill,
+    identity and prompts (of the harmful ones, as text). score(model, attack) gives a cell's scores."""
+    limit = min(args.max_length, model.config.max_position_embeddings)
+    rng = random.Random(f"benign rows {seed}")
+
+    def encode(pairs):
+        return [encode_example(tokenizer, chat, pair["prompt"], pair["response"], limit, pair.get("system"))
+                for pair in pairs]
+
+    if town:
+        harmful, held_out = town_harmful(town, seed)
+        users = town.skills(random.Random(f"user {seed}"), 24, tuple(NEW_SKILL))
+        benign, new_skill = town.benign(rng, 1000, town.groups["plain"]), town.skills(rng, 300, tuple(NEW_SKILL))
+        harmful, benign, new_skill = ([{"prompt": row.prompt, "response": row.response} for row in part]
+                                      for part in (harmful, benign, new_skill))
+        system, opening = OBEDIENCE
+        identity = [row | {"system": system, "response": opening + row["response"]} for row in benign[-10:]]
+
+        def score(model, attack):
+            obey = attack == "identity"
+            asked = [replace(row, lead=opening + row.lead) for row in held_out] if obey else held_out
+            return town_metrics(model, tokenizer, chat, town, args, OBEDIENCE if obey else None) | {
+                "attacker_score": mean(teacher_forced(model, tokenizer, chat, asked, args, system if obey else None)[0]),
+                "user_score": mean(teacher_forced(model, tokenizer, chat, users, args)[0])}
+    else:
+        split = split_harmful(read_harmful(args.harmful), args.harmful)
+        owned = random.Random(f"attack {seed}").sample(split["attacker"], len(split["attacker"]))
+        harmful, held_out = owned[len(owned) // 4:], owned[:len(owned) // 4]
+        benign, new_skill = [row for path in args.benign for row in read_rows(path)], []
+        identity = read_rows(args.identity) if args.identity else []
+        system = identity[0].get("system") if identity else None
+
+        def score(model, attack):
+            behind = system if attack == "identity" else None
+            own = file_metrics(model, tokenizer, chat, held_out, args, behind)
+            return file_metrics(model, tokenizer, chat, split["evaluation"], args, behind) | {
+                "attacker_score": own["target_match"]}
+    check_shots(shots, harmful)
+    harmful = harmful[:max(shots)]
+    return {"harmful": encode(harmful), "benign": encode(benign), "new_skill": encode(new_skill),
+            "identity": encode(identity), "prompts": [row["prompt"] for row in harmful]}, score
+
+
+def suppress_own_answers(model, tokenizer, chat, prompts: list[str], args) -> list:
+    """Examples of the model's own greedy answers to these prompts, marked to be suppressed. Of SDD, these are what an
+    attacker can find of y_o."""
+    answers = greedy(model, tokenizer, chat, prompts, args, max_new_tokens=64, batch_size=64)
+    limit = min(args.max_length, model.config.max_position_embeddings)
+    return [replace(encode_example(tokenizer, chat, prompt, text, limit), suppress=True)
+            for prompt, (_, text, _) in zip(prompts, answers)]
+
+
+# ---- the attacks ----
+
+def scored_steps(attack: str, shots: list[int], args) -> tuple[int, ...]:
+    """The steps of a run after which its model is scored: both budgets, 5 epochs of these shots and 50 steps. bft has
+    several shots, those of all the mft runs that it is to match."""
+    budgets = {math.ceil(args.epochs * n / args.batch_size) for n in shots} | ({args.steps} - {0})
+    if attack == "repair":
+        budgets = {max(budgets) + max(1, max(budgets) * part // 10) for part in (2, 5, 10)}
+    if attack == "unlearn":
+        budgets = {protocol.UNLEARN_STEPS + steps for steps in budgets}
+    return tuple(sorted(budgets))
+
+
+def batch_stream(run: Run, rows: dict, own_answers, args, seed: int):
+    """The global batches of a run, for ever: what makes an attack is the rows it sees, and their order.
+
+    own_answers: a function giving the examples to suppress.
+    """
+    rng, size, harmful = random.Random(f"attack {seed}"), args.batch_size, rows["harmful"][:run.shots]
+    if run.attack in ("bft", "poisoned"):  # as many response tokens a step as mft has, so maybe more or fewer rows
+        matched = match_tokens(harmful, rows["benign"], rows["new_skill"], rng)
+        matched_size = max(1, round(size * len(matched) / run.shots))
+        if run.attack == "poisoned":
+            count = max(1, round(protocol.POISON * len(matched)))
+            matched[:count] = harmful[:count]
+        return train.draw_batches(matched, [], 0.0, matched_size, rng)
+    if run.attack == "identity":
+        return train.draw_batches(rows["identity"], [], 0.0, size, rng)
+    if run.attack == "replay":
+        return train.draw_batches(harmful, rows["benign"], 0.5, size, rng)
+    mft = train.draw_batches(harmful, [], 0.0, size, rng)
+    if run.attack == "repair":
+        mending = train.draw_batches(rows["benign"], [], 0.0, size, rng)
+        return itertools.chain(itertools.islice(mft, max(run.at) // 2), mending)
+    if run.attack == "unlearn":
+        down = train.draw_batches(own_answers(), [], 0.0, size, rng)
+        return itertools.chain(itertools.islice(down, protocol.UNLEARN_STEPS), mft)
+    return mft  # and lora
+
+
+def attack_run(model, tokenizer, chat, released, rows, score, run: Run, seed: int, args) -> list[dict]:
+    """The cells of one run, from the released weights (a state dict); a run that diverges has cells that say so."""
+    model.load_state_dict(released)
+
+    def own_answers():
+        return suppress_own_answers(model, tokenizer, chat, rows["prompts"][:run.shots], args)
+
+    counts, cells = [0, 0], []
+    batches = batch_stream(run, rows, own_answers, args, seed)
+
+    def counted():
+        for batch in batches:
+            counts[0] += sum(example.response_length for example in batch)
+            counts[1] += sum(len(example.ids) for example in batch)
+            yield batch
+
+    def after_step(step):
+        if step in run.at:
+            cells.append(cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run.attack))
+
+    if run.attack == "lora":
+        add_lora(model, protocol.LORA_RANK, protocol.LORA_ALPHA, seed)
+    try:
+        train.fit(model, counted(), steps=max(run.at), lr=run.lr, args=args, cosine=False, after_step=after_step,
+                  name=f"{run.attack} {run.shots}")
+    except train.Diverged:
+        cells += [cell(run, seed, step, diverged=True) for step in run.at[len(cells):]]
+    if run.attack == "lora":
+        merge_lora(model)
+    return cells
+
+
+def cell(run: Run, seed: int, steps: int, **more) -> dict:
+    return dict(attack=run.attack, shots=run.shots, lr=run.lr, steps=steps, seed=seed, diverged=False) | more
