@@ -1,15 +1,16 @@
-"""AdamW for weights held in bf16, with the update of fp32 weights: 8 bytes a parameter where fp32 takes 16.
+"""AdamW for weights held in bf16, with the update of fp32 weights: 8 bytes a parameter where fp32 takes 12.
 
-At lr 5e-7 a step is far smaller than the distance of two bf16 numbers, and a bf16 weight that is rounded to nearest
-after every step does not move (`python precision.py`). Here a weight is an fp32 number, the *master*, in two halves:
+At lr 5e-7 a step is far smaller than the distance of two bf16 numbers, and of bf16 weights that are rounded to nearest
+after every step only the smallest move (`python precision.py`). Here a weight is an fp32 number, the *master*, in two
+halves:
 
     bytes  what
     2      the parameter: the master rounded to bf16, which the model computes with
     2      low: the master's low 16 bits, which with the parameter give every bit of the master back
     2      exp_avg, the first moment, bf16
-    2      exp_avg_sq, the second moment, bf16, rounded stochastically: 3 to 7% around fp32's, and no bias
+    2      exp_avg_sq, the second moment, bf16, rounded stochastically: about 4% around fp32's, without bias
 
-and 2 more for the bf16 gradient while there is one: 10 against 16 with fp32 weights, gradients and moments.
+and a bf16 gradient while there is one: 10 bytes against 16 with fp32 weights, moments and gradients.
 
 The arithmetic is that of `torch.optim.AdamW` in fp32 (Loshchilov and Hutter 2019, algorithm 2), on SLICE elements at a
 time: 26 bytes each, 109 MB in all, whatever the size of a tensor.
@@ -54,7 +55,7 @@ def round_stochastically(x: torch.Tensor, generator: torch.Generator) -> torch.T
 
 @torch.no_grad()
 def gradient_norm(parameters) -> torch.Tensor:
-    """The 2-norm of all gradients together, fp32 and 0-dim; bf16 ones are squared and summed in fp32, a slice at a time.
+    """The 2-norm of all gradients together, fp32 and 0-dim; bf16 ones are squared and summed in fp32, by slices.
 
     Not by `.norm()`, which on a CPU is off by up to 0.3% for 4 million fp32 numbers (torch 2.13).
     """

@@ -109,8 +109,8 @@ def updates(lr: float, steps=200, weight_decay=0.0) -> tuple[torch.Tensor, torch
         p.data += 0.1 * torch.randn_like(p)
     nets = [copy.deepcopy(student).float(), student]
     begin = [p.detach().float().clone() for p in student.parameters()]
-    settings = dict(lr=lr, weight_decay=weight_decay)
-    torch_adamw, ours = torch.optim.AdamW(nets[0].parameters(), **settings), SplitAdamW(student.parameters(), **settings)
+    torch_adamw = torch.optim.AdamW(nets[0].parameters(), lr=lr, weight_decay=weight_decay)
+    ours = SplitAdamW(student.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
         x = torch.randn(32, 24, generator=torch.Generator().manual_seed(step))
         y = teacher(x).detach() + 0.1 * torch.randn(32, 8, generator=torch.Generator().manual_seed(1000 + step))
