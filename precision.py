@@ -167,7 +167,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", metavar="DIR", help="checkpoint of the town (default: out/seed0/aligned, if it is there)")
     p.add_argument("--steps", type=int, default=500, help="of the layer (default: 500, as the paper)")
-    p.add_argument("--town-steps", type=int, default=100, help="of the town (default: 100)")
+    p.add_argument("--town-steps", type=int, default=60, help="of the town (default: 60)")
     p.add_argument("--signal", type=float, default=0.1, help="of the layer's gradient, noise is 1 (default: 0.1)")
     p.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
     args = p.parse_args(argv)
