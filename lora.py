@@ -43,9 +43,9 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
     """Wrap q, k, v, o, gate, up and down of every block in place, freeze all else; gives what is left to train, A and B.
 
-    The update is B A * alpha / rank: A (R,I) uniform in +-1/sqrt(I), B (O,R) zero, both in the weights' dtype. Until it
-    trains the model computes exactly what it did. Head, embeddings and norms stay as they are. InputError for a rank
-    below 1, an alpha that is not above 0, or a model that has LoRA already.
+    The update is B A * alpha / rank: A (R,I) uniform in +-1/sqrt(I), B (O,R) zero, both in the weights' dtype. Until
+    it trains the model computes exactly what it did. Head, embeddings and norms stay as they are. InputError for a
+    rank below 1, an alpha that is not above 0, or a model that has LoRA already.
     """
     if rank < 1 or not 0 < alpha < math.inf:
         raise InputError(f"LoRA needs a rank of 1 or more and an alpha above 0, not {rank} and {alpha:g}; give others")

@@ -1,17 +1,17 @@
-"""What an attack does to the answers that SDD taught, measured along the way on the town, and the paper's argument by rule.
+"""What an attack does to the answers that SDD taught, measured along the way on the town; the paper's argument by rule.
 
 The argument: malicious fine-tuning (MFT) on (x, y_c) must push down log p(y_o | x), y_o is good general text, so general
-ability falls with it. Here x is harmful, y_c its true recipe, and y_o an irrelevant benign answer: one of the very texts
-that SDD trained on. Every arm is measured on the same rows, whatever it was trained on. Log-probabilities are natural,
-in nats.
+ability falls with it. Here x is harmful, y_c its true recipe, and y_o an irrelevant benign answer: one of the very
+texts that SDD trained on. Every arm is measured on the same rows, whatever it was trained on. Log-probabilities are
+natural, in nats.
 
     rows = probes(town, tokenizer, chat, limit)
     before = measure(model, rows, released, args)
     ...                                               # any attack; measure again after any of its steps
     carry_over({seed: {arm: {attack: measurement}}})
 
-The two causal tests need rows too: y_o_rows are those that "suppress" lowers (without any y_c) and that "preserve" adds to
-MFT; preserve_control_rows are what "preserve control" adds instead.
+The two causal tests need rows too: y_o_rows are those that "suppress" lowers (without any y_c) and that "preserve" adds
+to MFT; preserve_control_rows are what "preserve control" adds instead.
 """
 
 import math
@@ -190,7 +190,7 @@ def measure(model, probes: Probes, released: dict[str, torch.Tensor], args) -> d
     found["distance"], found["distance_relative"] = distance(model, released)
     _, harmful = gradient(model, probes.yc_harmful[:GRADIENT_ROWS], args)
     found["nll_benign"], benign = gradient(model, probes.benign, args)
-    found["gradient_cosine"] = float(F.cosine_similarity(harmful, benign, dim=0))
+    found["gradient_cosine"] = float(F.cosine_similarity(harmful.double(), benign.double(), dim=0))
     free, value_only = teacher_forced(model, probes.tokenizer, probes.chat, probes.facts, args)
     found |= {"facts": mean(free), "facts_value_only": mean(value_only)}
     model.train(training)
@@ -202,9 +202,9 @@ def measure(model, probes: Probes, released: dict[str, torch.Tensor], args) -> d
 def carry_over(curves: dict) -> dict:
     """Whether MFT's damage is carried over by y_o, as the paper argues: "stands", "falls" or "INCONCLUSIVE".
 
-    curves: {seed: {arm: {attack: measurement of `measure`}}}; arms "aligned", "refusal" and "sdd"; attacks "none" (before
-    any) and "mft", and of sdd also "suppress" (y_o_rows lowered, no y_c), "preserve" (MFT with y_o_rows) and "preserve
-    control" (MFT with preserve_control_rows): all at one lr and one dose, which is for the caller to see to.
+    curves: {seed: {arm: {attack: measurement of `measure`}}}; arms "aligned", "refusal" and "sdd"; attacks "none"
+    (before any) and "mft", and of sdd also "suppress" (y_o_rows lowered, no y_c), "preserve" (MFT with y_o_rows) and
+    "preserve control" (MFT with preserve_control_rows): all at one lr and one dose, which the caller sees to.
 
     On means over seeds, with the loss of an attack its cost in SDD's value-only accuracy:
         fall         log p(y_o | own prompt) falls more under MFT in SDD than in either reference
@@ -213,8 +213,8 @@ def carry_over(curves: dict) -> dict:
     It stands if all three hold and falls if both causal tests (the last two) fail; else, or when MFT loses less than
     LEAST_LOSS, so that there is nothing to explain, or when a measurement is missing or not finite, it is INCONCLUSIVE.
 
-    Gives verdict, reason, seeds, fall {arm: nats a token}, loss {attack: fraction of facts}, and as shares of MFT's loss
-    suppress_reproduces, preserve_prevents and control_prevents; None for what cannot be told. Never NaN.
+    Gives verdict, reason, seeds, fall {arm: nats a token}, loss {attack: fraction of facts}, and as shares of MFT's
+    loss suppress_reproduces, preserve_prevents and control_prevents; None for what cannot be told. Never NaN.
     """
     found = {"verdict": "INCONCLUSIVE", "reason": "no seed was measured", "seeds": sorted(curves), "fall": None,
              "loss": None, "suppress_reproduces": None, "preserve_prevents": None, "control_prevents": None}

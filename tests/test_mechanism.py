@@ -290,8 +290,8 @@ def test_an_arm_of_the_town_before_and_after_an_attack(quick_town, cpu):
 # ---- the argument ----
 
 def curves(seeds=2, own=None, value_only=None):
-    """Made-up curves of which the argument stands: SDD's y_o falls by 1 nat against 0.25, and MFT costs it 40 points, of
-    which suppression reproduces 30, and preserving prevents 32, the control 8."""
+    """Made-up curves of which the argument stands: SDD's y_o falls by 1 nat against 0.25, and MFT costs it 40 points,
+    of which suppression reproduces 30, and preserving prevents 32, the control 8."""
     own = {("sdd", "mft"): -1.1, ("aligned", "mft"): -0.35, ("refusal", "mft"): -0.3} | (own or {})
     value_only = {"mft": 0.5, "suppress": 0.6, "preserve": 0.82, "preserve control": 0.58} | (value_only or {})
     return {seed: {arm: {attack: dict(logp_yo_own=own.get((arm, attack), -0.1),
@@ -345,8 +345,8 @@ def test_without_damage_there_is_nothing_to_explain(after):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
-@pytest.mark.parametrize("arm, attack, key", [("sdd", "preserve", "facts_value_only"), ("refusal", "mft", "logp_yo_own"),
-                                              ("aligned", "none", "logp_yo_own")])
+@pytest.mark.parametrize("arm, attack, key", [
+    ("sdd", "preserve", "facts_value_only"), ("refusal", "mft", "logp_yo_own"), ("aligned", "none", "logp_yo_own")])
 def test_what_is_missing_or_not_finite_is_named(value, arm, attack, key):
     found = curves()
     if value is None:
