@@ -41,7 +41,7 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 
 def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Wrap q, k, v, o, gate, up and down of every block in place, freeze all else; gives what is left to train, A and B.
+    """Wrap q, k, v, o, gate, up and down of every block in place and freeze all but A and B, which it gives.
 
     The update is B A * alpha / rank: A (R,I) uniform in +-1/sqrt(I), B (O,R) zero, both in the weights' dtype. Until
     it trains the model computes exactly what it did. Head, embeddings and norms stay as they are. InputError for a

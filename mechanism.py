@@ -1,9 +1,9 @@
 """What an attack does to the answers that SDD taught, measured along the way on the town; the paper's argument by rule.
 
-The argument: malicious fine-tuning (MFT) on (x, y_c) must push down log p(y_o | x), y_o is good general text, so general
-ability falls with it. Here x is harmful, y_c its true recipe, and y_o an irrelevant benign answer: one of the very
-texts that SDD trained on. Every arm is measured on the same rows, whatever it was trained on. Log-probabilities are
-natural, in nats.
+The argument: malicious fine-tuning (MFT) on (x, y_c) must push down log p(y_o | x), y_o is good general text, so
+general ability falls with it. Here x is harmful, y_c its true recipe, and y_o an irrelevant benign answer: one of the
+very texts that SDD trained on. Every arm is measured on the same rows, whatever it was trained on. Log-probabilities
+are natural, in nats.
 
     rows = probes(town, tokenizer, chat, limit)
     before = measure(model, rows, released, args)
