@@ -289,12 +289,13 @@ def test_an_arm_of_the_town_before_and_after_an_attack(quick_town, cpu):
 
 # ---- the argument ----
 
-def curves(seeds=2, own=None, value_only=None):
+def curves(seeds=2, own=None, value_only=None, dose=None):
     """Made-up curves of which the argument stands: SDD's y_o falls by 1 nat against 0.25, and MFT costs it 40 points,
-    of which suppression reproduces 30, and preserving prevents 32, the control 8."""
+    of which suppression reproduces 30, and preserving prevents 32, the control 8. y_o|x falls by 2 and 2.5 nats."""
     own = {("sdd", "mft"): -1.1, ("aligned", "mft"): -0.35, ("refusal", "mft"): -0.3} | (own or {})
     value_only = {"mft": 0.5, "suppress": 0.6, "preserve": 0.82, "preserve control": 0.58} | (value_only or {})
-    return {seed: {arm: {attack: dict(logp_yo_own=own.get((arm, attack), -0.1),
+    dose = {"none": -1.0, "mft": -3.0, "suppress": -3.5} | (dose or {})
+    return {seed: {arm: {attack: dict(logp_yo_own=own.get((arm, attack), -0.1), logp_yo_harmful=dose.get(attack, -2.0),
                                       facts_value_only=value_only.get(attack, 0.9) if arm == "sdd" else 0.2)
                          for attack in (CAUSAL if arm == "sdd" else CAUSAL[:2])}
                    for arm in ("aligned", "refusal", "sdd")} for seed in range(seeds)}
@@ -307,6 +308,7 @@ def test_the_argument_stands_by_hand():
     assert found["loss"] == pytest.approx({"mft": 0.4, "suppress": 0.3, "preserve": 0.08, "preserve control": 0.32})
     assert [found[key] for key in ("suppress_reproduces", "preserve_prevents", "control_prevents")] == pytest.approx(
         [0.75, 0.8, 0.2])
+    assert found["dose"] == {"mft": 2, "suppress": 2.5}
     assert found["reason"] == "fall holds; suppression holds; preservation holds"
 
 
@@ -346,7 +348,8 @@ def test_without_damage_there_is_nothing_to_explain(after):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 @pytest.mark.parametrize("arm, attack, key", [
-    ("sdd", "preserve", "facts_value_only"), ("refusal", "mft", "logp_yo_own"), ("aligned", "none", "logp_yo_own")])
+    ("sdd", "preserve", "facts_value_only"), ("refusal", "mft", "logp_yo_own"), ("aligned", "none", "logp_yo_own"),
+    ("sdd", "suppress", "logp_yo_harmful")])
 def test_what_is_missing_or_not_finite_is_named(value, arm, attack, key):
     found = curves()
     if value is None:
@@ -357,6 +360,16 @@ def test_what_is_missing_or_not_finite_is_named(value, arm, attack, key):
     assert found["verdict"] == "INCONCLUSIVE" and found["reason"].startswith(f"seed 1, {arm}, {attack}: not measured")
     assert found["fall"] is None
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("dose, equal", [
+    ({"suppress": -3.9}, True), ({"suppress": -4.1}, False), ({"suppress": -2.4}, True), ({"suppress": -2.2}, False),
+    ({"suppress": -0.5}, False), ({"mft": -0.5, "suppress": -0.5}, False), ({"mft": -0.5, "suppress": -0.7}, False)])
+@pytest.mark.parametrize("damage", [0.6, 0.89])  # whether suppress reproduces the loss or not
+def test_another_dose_says_nothing(dose, equal, damage):
+    found = carry_over(curves(dose=dose, value_only={"suppress": damage, "preserve": 0.82 if damage == 0.6 else 0.5}))
+    assert found["verdict"] == (("stands" if damage == 0.6 else "falls") if equal else "INCONCLUSIVE")
+    assert found["reason"].startswith("no equal dose") != equal
 
 
 def test_no_seed_no_verdict():
