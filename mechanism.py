@@ -92,7 +92,7 @@ def _attackers(town: Town, rows: list[Row]):
     strangers = {row.person for row in rows} - set(town.groups["attacker"])
     if strangers:
         raise InputError(f"{min(strangers)!r} is nobody of the attacker's; give rows about its own people, as "
-                         "attack.town_harmful does")
+                         "attacker.town_harmful does")
 
 
 def y_o_rows(town: Town, rows: list[Row], tokenizer, chat: str, limit: int) -> list[Example]:

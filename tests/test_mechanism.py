@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import small_model
 
-import attack
+import attacker
 import train
 from data.chat import Example, encode_example
 from data.pairs import town_pairs
@@ -82,7 +82,7 @@ def test_probes_belong_together_and_to_nobody_who_trains(tokenizer, phrasing):
         assert answer.split()[2] == answer_.split()[2]
 
     trained = {row["prompt"] for mode in ("align", "sdd", "exposure") for part in town_pairs(town, mode, 3, 0)
-               for row in part} | {row.prompt for row in attack.town_harmful(town, 3)[0]}
+               for row in part} | {row.prompt for row in attacker.town_harmful(town, 3)[0]}
     trained |= {row["prompt"] for row in town_pairs(town, "base", 3, 20000)[0]} - {prompt for prompt, _ in own + other}
     assert not trained & {prompt for prompt, _ in yc} and not trained & {prompt for prompt, _ in other}
     assert not any(person in text for person in town.groups["attacker"] for name in (*SETS, "benign")
@@ -99,7 +99,7 @@ def test_a_limit_that_does_not_fit_is_named(tokenizer):
 
 def test_rows_of_the_causal_tests(tokenizer):
     town = Town(1)
-    rows = attack.town_harmful(town, 1)[0][:100]
+    rows = attacker.town_harmful(town, 1)[0][:100]
     added = y_o_rows(town, rows, tokenizer, "llama3", LIMIT)
     control = preserve_control_rows(town, rows, tokenizer, "llama3", LIMIT)
     assert [prompt for prompt, _ in texts(tokenizer, added)] == [row.prompt for row in rows]
@@ -280,7 +280,7 @@ def test_an_arm_of_the_town_before_and_after_an_attack(quick_town, cpu):
     rows, start = probes(town, tokenizer, chat, LIMIT), released(model)
     before = measure(model, rows, start, cpu)
     harmful = [encode_example(tokenizer, chat, row.prompt, row.response, LIMIT)
-               for row in attack.town_harmful(town, 0)[0][:20]]
+               for row in attacker.town_harmful(town, 0)[0][:20]]
     train.fit(model, train.draw_batches(harmful, [], 0.0, 10, random.Random(0)), steps=8, lr=3e-3, args=cpu)
     after = measure(model, rows, start, cpu)
     assert before.keys() == after.keys() and json.loads(json.dumps(after)) == after
