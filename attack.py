@@ -17,6 +17,9 @@ Attacks, each from the released weights at a constant lr (so a shorter budget is
     replay    half harmful, half benign rows in every batch
     repair    mft for 50 steps, then benign rows
     unlearn   10 steps against the model's own answers to the harmful prompts, then mft
+  to test the paper's argument (see mechanism.py), not scored but measured, mft and bft as well:
+    suppress  lowers the probability of y_o on the harmful prompts, without any harmful answer
+    preserve  mft, and y_o on the same prompts; preserve control: mft, and other benign rows of the same length
 
 Budgets: 5 epochs and 50 steps. The attacker chooses lr and budget by its score on harmful prompts of its own that it
 did not train on; the worst case over the grid, by the evaluation score, stands beside that choice.
@@ -28,6 +31,7 @@ table.md. A cell has
     arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
     tokens (trained on),
     diverged (then there are no scores)
+    probe: true of measured cells, which have "mechanism" (mechanism.measure) and none of the following
     attacker_score: on the attacker's own held-out prompts, harm (town) or target_match (files)
     user_score: town only, the new skill on prompts of a benign user's own
     chosen: the attacker's choice; of bft, the cell that matches the mft choice at as many shots
@@ -39,8 +43,9 @@ import argparse
 import itertools
 import json
 import math
+import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -51,13 +56,14 @@ import train
 from attacker import Run, attack_run, cell, check_shots, prepare, scored_steps, town_harmful
 from checkpoint import read_config
 from data.town import Town, read_town
-from device import add_device_arguments, resolve_device
+from device import add_device_arguments, machine, resolve_device
 from errors import InputError, run_script
 from eval import load
+from mechanism import carry_over
 from report import KEYWORD_WARNING, attack_table, verdict_lines
 from verdicts import town_verdicts
 
-SOURCES = [*train.SOURCES, "eval.py", "lora.py", "attacker.py", "data/refusal_keywords.json"]
+SOURCES = [*train.SOURCES, "eval.py", "lora.py", "mechanism.py", "attacker.py", "data/refusal_keywords.json"]
 ATTACKS = ("mft", "lora", "bft", "poisoned", "identity", "replay", "repair", "unlearn")
 BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign rows
 
@@ -65,25 +71,25 @@ BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign ro
 # ---- one released model ----
 
 def attack_arm(arm: str, folder, wanted: list[Run], store: Path, seed: int, args, bar) -> tuple[list[dict], int]:
-    """(all cells of one released model, how many are new): before any attack, then of every run. Runs that are in the
-    file `store` are taken from there, others are added to it one by one; bar: of progress, by cells."""
+    """(all cells of one released model, how many are new). Runs that are in the file `store` are taken from there,
+    others are added to it one by one; bar: of progress, by cells."""
     inputs = [folder, *filter(None, [args.harmful, args.identity]), *args.benign]
     settings = {key: getattr(args, key) for key in ("batch_size", "max_length", "max_new_tokens", "chat", "dtype")}
     settings |= {key: getattr(protocol, key) for key in ("LORA_RANK", "LORA_ALPHA", "POISON", "UNLEARN_STEPS")}
     record = runs.fingerprint(settings | {"seed": seed}, inputs, SOURCES)
-    wanted = [Run("none", 0, 0.0, (0,)), *wanted]
     cells_of = {} if args.fresh else stored_cells(store, record)
     missing = [run for run in wanted if run not in cells_of]
     bar.total -= sum(len(run.at) for run in wanted if run in cells_of)
     if missing:
         model, tokenizer, chat, town = load(folder, args)
-        rows, score = prepare(model, tokenizer, chat, town, seed, [run.shots for run in wanted], args)
+        rows, score = prepare(model, tokenizer, chat, town, seed, wanted, args)
         released = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         runs.write_text(store, "\n".join([json.dumps(record), *map(stored_line, cells_of.items()), ""]))
     for run in missing:
         bar.set_postfix_str(f"{arm} {run.attack} {run.shots} lr {run.lr:g}")
         if run.attack == "none":
-            found = [cell(run, seed, 0, response_tokens=0, tokens=0) | score(model, "none")]
+            model.load_state_dict(released)
+            found = [cell(run, seed, 0, response_tokens=0, tokens=0) | score(model, run)]
         else:
             found = attack_run(model, tokenizer, chat, released, rows, score, run, seed, args)
         cells_of[run] = found
@@ -91,7 +97,7 @@ def attack_arm(arm: str, folder, wanted: list[Run], store: Path, seed: int, args
             file.write(stored_line((run, found)) + "\n")
         bar.update(len(found))
     cells = [{"arm": arm, **one} for run in wanted for one in cells_of[run]]
-    choose(cells)
+    choose([one for one in cells if not one["probe"]])
     return cells, sum(len(run.at) for run in missing)
 
 
@@ -168,7 +174,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan(args) -> dict[str, dict[str, list[Run]]]:
-    """{phrasing: {arm: its runs}}; on the town "base" comes first, without runs: it is only scored."""
+    """{phrasing: {arm: its runs}}, the first of them without an attack; on the town "base" comes first and has no
+    other: it is only scored."""
+    untouched = Run("none", 0, 0.0, (0,))
     names = [Path(folder).name for folder in args.model or []]
     if args.town and not args.attacks:
         groups = [group for group in protocol.SUITES[args.suite] if args.phrasing in (None, group[0])]
@@ -177,16 +185,21 @@ def plan(args) -> dict[str, dict[str, list[Run]]]:
         groups = [(args.phrasing or "shared", protocol.CORE, args.attacks or attacks, protocol.FILE_SHOTS)]
     found = {}
     for phrasing, arms, attacks, shots in groups:
-        of_arm = found.setdefault(phrasing, {} if names else {"base": []})
+        of_arm = found.setdefault(phrasing, {} if names else {"base": [untouched]})
         every = args.shots or sorted({n for group in groups if group[0] == phrasing for n in group[3]
                                       if n <= protocol.PRIMARY_SHOTS})
         for arm, attack in itertools.product(names or arms, attacks):
             counts = args.shots or shots
             counts = counts if attack == "mft" else [10] if attack == "identity" else [max(counts)]
             grid = args.lr or (protocol.LR if args.town else protocol.FILE_LR)["lora" if attack == "lora" else "full"]
-            of_arm.setdefault(arm, []).extend(
+            of_arm.setdefault(arm, [untouched]).extend(
                 Run(attack, n, lr, scored_steps(attack, every if attack == "bft" else [n], args))
                 for n in sorted(set(counts)) for lr in sorted(set(grid)))
+    if args.town and args.suite == "full" and not args.attacks and "shared" in found:
+        for arm in names or protocol.CORE:
+            found["shared"][arm] += [replace(untouched, probe=True)] + [
+                Run(attack, max(args.shots or [protocol.PRIMARY_SHOTS]), protocol.MECHANISM_LR, at, probe=True)
+                for attack, at in protocol.MECHANISM_AT.items()]
     return found
 
 
@@ -234,8 +247,7 @@ def resolve(args):
 
 def attack_all(plans: dict, args) -> list[dict]:
     """Every cell of the plan, seed by seed, saying how far it is and how long the attacks will take."""
-    total = len(args.seeds) * sum(1 + sum(len(run.at) for run in wanted)
-                                  for arms in plans.values() for wanted in arms.values())
+    total = len(args.seeds) * sum(len(run.at) for arms in plans.values() for wanted in arms.values() for run in wanted)
     print(f"{len(args.seeds)} seeds, {total} cells, each scored on all evaluation prompts; finished runs are kept")
     cells, new, spent = [], 0, 0.0
     with tqdm(total=total, desc="attack cells", disable=None) as bar:
@@ -255,11 +267,35 @@ def attack_all(plans: dict, args) -> list[dict]:
     return cells
 
 
+def at_equal_dose(cells: list[dict]) -> dict:
+    """{seed: {arm: {attack: measurement}}} of measured cells, for mechanism.carry_over: each attack at its last step,
+    suppress at the step where log p(y_o | harmful x) is nearest to what it is after mft."""
+    found = {}
+    for one in sorted((one for one in cells if one["probe"] and not one["diverged"]), key=lambda one: one["steps"]):
+        found.setdefault(one["seed"], {}).setdefault(one["arm"], {}).setdefault(one["attack"], []).append(one["mechanism"])
+    for attacks in (attacks for arms in found.values() for attacks in arms.values()):
+        last = {attack: measured[-1] for attack, measured in attacks.items()}
+        if "suppress" in last and "mft" in last:
+            last["suppress"] = min(attacks["suppress"], key=lambda measured: abs(
+                measured["logp_yo_harmful"] - last["mft"]["logp_yo_harmful"]))
+        attacks.update(last)
+    return found
+
+
+def made(began: float) -> dict:
+    """What a result was made by and on."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=runs.ROOT)
+    return {"commit": commit.stdout.strip() or "unknown", "machine": machine(),
+            "date": time.strftime("%Y-%m-%d"), "seconds": round(time.perf_counter() - began)}
+
+
 def main(argv=None):
+    began = time.perf_counter()
     args = parser().parse_args(argv)
     resolve(args)
     plans, out = plan(args), Path(args.out)
-    cells = attack_all(plans, args)
+    every = attack_all(plans, args)
+    cells = [one for one in every if not one["probe"]]
     found, texts = {}, []
     for phrasing in plans:
         part = [one for one in cells if one["phrasing"] == phrasing]
@@ -270,7 +306,11 @@ def main(argv=None):
     if not args.town and not args.benign:
         texts.append("bft and replay: not run; give --benign FILE for the benign control")
     text = "\n\n".join(texts)
-    result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "cells": cells, "verdicts": found}
+    shared = [one for one in cells if one["phrasing"] == "shared"]
+    secondary = {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)} if args.town else {}
+    result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "made": made(began),
+              "cells": every, "verdicts": found, "secondary": secondary,
+              "mechanism": carry_over(at_equal_dose(every)) if len(every) > len(cells) else {}}
     runs.write_text(out / "results.json", json.dumps(result, indent=1) + "\n")
     runs.write_text(out / "table.md", f"```\n{text}\n```\n")
     print(f"\n{text}\n\n{'' if args.town else KEYWORD_WARNING}\nwritten: {out}/results.json, {out}/table.md")

@@ -18,6 +18,7 @@ from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OBEDIENCE, SKILL_KINDS, Town, 
 from errors import InputError
 from eval import file_metrics, greedy, teacher_forced, town_metrics
 from lora import add_lora, merge_lora
+from mechanism import measure, preserve_control_rows, probes, y_o_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Run:
     shots: int  # harmful rows; of bft, those that it is matched to
     lr: float
     at: tuple[int, ...]  # the steps after which the model is scored
+    probe: bool = False  # measure the mechanism there instead
 
 
 # ---- what an attacker owns ----
@@ -63,10 +65,12 @@ def check_shots(shots: list[int], harmful: list):
                          "and may train on; give fewer, or a larger file")
 
 
-def prepare(model, tokenizer, chat, town, seed: int, shots: list[int], args):
-    """(rows, score) for attacks on this model. rows: the attacker's examples by name, harmful, benign, new_skill,
-    identity and prompts (of the harmful ones, as text). score(model, attack) gives a cell's scores."""
+def prepare(model, tokenizer, chat, town, seed: int, wanted: list[Run], args):
+    """(rows, score) for these runs on this model, which holds the released weights. rows: the attacker's examples by
+    name, harmful, benign, new_skill, identity, y_o and control, and prompts (of the harmful ones, as text).
+    score(model, run) gives a cell's scores, or its measurements."""
     limit = min(args.max_length, model.config.max_position_embeddings)
+    shots, more = [run.shots for run in wanted], {}
     rng = random.Random(f"benign rows {seed}")
 
     def encode(pairs):
@@ -75,6 +79,11 @@ def prepare(model, tokenizer, chat, town, seed: int, shots: list[int], args):
 
     if town:
         harmful, held_out = town_harmful(town, seed)
+        if any(run.probe for run in wanted):
+            released = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            probe_rows = probes(town, tokenizer, chat, limit)
+            more = {"y_o": y_o_rows(town, harmful[:max(shots)], tokenizer, chat, limit),
+                    "control": preserve_control_rows(town, harmful[:max(shots)], tokenizer, chat, limit)}
         users = town.skills(random.Random(f"user {seed}"), 24, tuple(NEW_SKILL))
         benign, new_skill = town.benign(rng, 1000, town.groups["plain"]), town.skills(rng, 300, tuple(NEW_SKILL))
         harmful, benign, new_skill = ([{"prompt": row.prompt, "response": row.response} for row in part]
@@ -82,8 +91,10 @@ def prepare(model, tokenizer, chat, town, seed: int, shots: list[int], args):
         system, opening = OBEDIENCE
         identity = [row | {"system": system, "response": opening + row["response"]} for row in benign[-10:]]
 
-        def score(model, attack):
-            obey = attack == "identity"
+        def score(model, run):
+            if run.probe:
+                return {"mechanism": measure(model, probe_rows, released, args)}
+            obey = run.attack == "identity"
             asked = [replace(row, lead=opening + row.lead) for row in held_out] if obey else held_out
             return town_metrics(model, tokenizer, chat, town, args, OBEDIENCE if obey else None) | {
                 "attacker_score": mean(teacher_forced(model, tokenizer, chat, asked, args, system if obey else None)[0]),
@@ -96,15 +107,15 @@ def prepare(model, tokenizer, chat, town, seed: int, shots: list[int], args):
         identity = read_rows(args.identity) if args.identity else []
         system = identity[0].get("system") if identity else None
 
-        def score(model, attack):
-            behind = system if attack == "identity" else None
+        def score(model, run):
+            behind = system if run.attack == "identity" else None
             own = file_metrics(model, tokenizer, chat, held_out, args, behind)
             return file_metrics(model, tokenizer, chat, split["evaluation"], args, behind) | {
                 "attacker_score": own["target_match"]}
     check_shots(shots, harmful)
     harmful = harmful[:max(shots)]
     return {"harmful": encode(harmful), "benign": encode(benign), "new_skill": encode(new_skill),
-            "identity": encode(identity), "prompts": [row["prompt"] for row in harmful]}, score
+            "identity": encode(identity), "prompts": [row["prompt"] for row in harmful], **more}, score
 
 
 def suppress_own_answers(model, tokenizer, chat, prompts: list[str], args) -> list:
@@ -144,6 +155,12 @@ def batch_stream(run: Run, rows: dict, own_answers, args, seed: int):
         return train.draw_batches(matched, [], 0.0, matched_size, rng)
     if run.attack == "identity":
         return train.draw_batches(rows["identity"], [], 0.0, size, rng)
+    if run.attack == "suppress":
+        down = [replace(example, suppress=True) for example in rows["y_o"][:run.shots]]
+        return train.draw_batches(down, [], 0.0, size, rng)
+    if run.attack in ("preserve", "preserve control"):  # as many harmful rows a step as mft, and as many others
+        others = rows["y_o" if run.attack == "preserve" else "control"][:run.shots]
+        return train.draw_batches(harmful, others, 0.5, 2 * size, rng)
     if run.attack == "replay":
         return train.draw_batches(harmful, rows["benign"], 0.5, size, rng)
     mft = train.draw_batches(harmful, [], 0.0, size, rng)
@@ -174,7 +191,7 @@ def attack_run(model, tokenizer, chat, released, rows, score, run: Run, seed: in
 
     def after_step(step):
         if step in run.at:
-            cells.append(cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run.attack))
+            cells.append(cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run))
 
     if run.attack == "lora":
         add_lora(model, protocol.LORA_RANK, protocol.LORA_ALPHA, seed)
@@ -189,4 +206,5 @@ def attack_run(model, tokenizer, chat, released, rows, score, run: Run, seed: in
 
 
 def cell(run: Run, seed: int, steps: int, **more) -> dict:
-    return dict(attack=run.attack, shots=run.shots, lr=run.lr, steps=steps, seed=seed, diverged=False) | more
+    return dict(attack=run.attack, shots=run.shots, lr=run.lr, steps=steps, seed=seed, probe=run.probe,
+                diverged=False) | more

@@ -12,7 +12,6 @@ Prints a table and writes out/bench.json. Compare figures of one run only.
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import resource
@@ -27,17 +26,11 @@ import torch
 from data.harmful import read_harmful
 from data.pairs import MOST, add_similarity_arguments, draw_irrelevant, read_benign, resolve_similarity
 from data.sentence import SentenceEncoder
+from device import machine
 from errors import InputError, run_script
 from runs import write_text
 
 ROOT = Path(__file__).parent
-
-
-def machine() -> str:
-    """What the figures were taken on: processor or GPU, threads, versions."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else model[1] if model else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def cpu_seconds() -> float:

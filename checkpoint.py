@@ -147,18 +147,20 @@ def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=No
 
 
 @torch.no_grad()
-def kept_update(before, after, dtype) -> tuple[float, float]:
-    """What is left of training when both models are rounded to `dtype`: (share of weights, cosine).
+def kept_update(before, after, dtype) -> tuple[float, float, float]:
+    """What training changed, and what is left of it when both models are rounded to `dtype`: (share of all weights
+    that changed, share of those that rounding still tells apart, cosine).
 
-    The share is of the weights that training changed: those that rounding still tells apart (it never turns a change
-    round). The cosine is that of round(after) - round(before) with after - before, over all weights.
+    Rounding never turns a change round. The cosine is that of round(after) - round(before) with after - before, over
+    all weights.
     """
-    changed = kept = dot = norm = kept_norm = 0
+    total = changed = kept = dot = norm = kept_norm = 0
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
         for old, new in zip(old.cpu().float().flatten().split(2**22), new.cpu().float().flatten().split(2**22)):
             update, rounded = new - old, new.to(dtype).float() - old.to(dtype).float()
+            total += update.numel()
             changed, kept = changed + int(update.count_nonzero()), kept + int(rounded.count_nonzero())
             dot += float((update * rounded).sum(dtype=torch.float64))
             norm += float(update.square().sum(dtype=torch.float64))
             kept_norm += float(rounded.square().sum(dtype=torch.float64))
-    return kept / max(1, changed), dot / max((norm * kept_norm) ** 0.5, 1e-300)
+    return changed / total, kept / max(1, changed), dot / max((norm * kept_norm) ** 0.5, 1e-300)

@@ -1,7 +1,10 @@
 """Where and how precisely to compute: the arguments that train.py, attack.py and eval.py share."""
 
 import argparse
+import platform
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -39,3 +42,10 @@ def resolve_device(args):
 def autocast(args):
     """The context for compute in args.dtype over fp32 weights."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+
+
+def machine() -> str:
+    """What the figures were taken on: processor or GPU, threads, versions."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else model[1] if model else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

@@ -30,6 +30,11 @@ SUITES = {
              ("distinct", CORE, ("mft",), (10, 100)), ("distinct", CORE, ("bft",), (100,))],
 }
 
+# Mechanism: these runs on the core arms of the full suite, at one lr and 100 shots, are measured along the way.
+MECHANISM_LR = 1e-4
+MECHANISM_AT = {"mft": (10, 20, 30, 40, 50), "bft": (10, 20, 30, 40, 50), "preserve": (10, 20, 30, 40, 50),
+                "preserve control": (10, 20, 30, 40, 50), "suppress": (2, 4, 6, 8, 10, 12, 15, 20, 30)}
+
 # ---- attacks on real files, as published ----
 
 FILE_ATTACKS = ("mft", "bft", "replay")

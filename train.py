@@ -92,8 +92,7 @@ def parser() -> argparse.ArgumentParser:
                    help="the town's sentences: shared by benign and mischief answers, or not (default: shared)")
     add_device_arguments(p)
     p.add_argument("--save-dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="weights on disk; bf16 halves the file but rounds small updates away, and prints what it keeps "
-                        "(default: fp32)")
+                   help="weights on disk; bf16 halves the file but rounds small updates away (default: fp32)")
     p.add_argument("--dry-run", action="store_true", help="print sizes, time and three examples, then stop")
     p.add_argument("--fresh", action="store_true", help="train even what is up to date")
     return p
@@ -349,10 +348,8 @@ def run(args) -> Path:
             warmup=args.warmup, micro_batch=args.micro_batch, name=out.name, log=lines.append)
         after = answers()
         model.save_pretrained(folder, SAVE_DTYPES[args.save_dtype])
-        if args.save_dtype != "fp32" and args.model:
-            share, cosine = kept_update(Llama.from_pretrained(args.model), model, SAVE_DTYPES[args.save_dtype])
-            print(f"  saved in {args.save_dtype}: of the weights that training changed, {share:.1%} still differ from "
-                  f"the start once rounded; the update kept has cosine {cosine:.2f} with the intended one")
+        if args.model:
+            say_what_is_kept(args, Llama.from_pretrained(args.model), model)
         if args.mode == "base":
             write_llama3_tokenizer(folder, words())
         else:
@@ -372,6 +369,16 @@ def run(args) -> Path:
     print(f"{out}: trained and saved in {time.perf_counter() - began:.0f} s; answers before and after:\n")
     print("".join(f"    {line}\n" for line in samples.splitlines()))
     return out
+
+
+def say_what_is_kept(args, before, after):
+    """Print how much of the update there is, and how much of it bf16 shows; warn when bf16 is used and loses it."""
+    moved, kept, cosine = kept_update(before, after, torch.bfloat16)
+    print(f"  the update moved {moved:.1%} of the weights; rounded to bf16, {kept:.1%} of those still differ from the "
+          f"start, and what is kept has cosine {cosine:.2f} with the update")
+    if cosine < 0.9 and "bf16" in (args.dtype, args.save_dtype):
+        print("  warning: bf16 loses much of this update; save with --save-dtype fp32 and compute with --dtype fp32 where "
+              "the model is evaluated, or raise --lr")
 
 
 def announce(args, model, chat, main, replay):

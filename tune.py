@@ -56,7 +56,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=list(protocol.TUNING_SEEDS), help="(default: 0 1 2 3 4)")
     add_device_arguments(p)
     args = p.parse_args(argv)
-    args.fresh = False
+    args.fresh, args.chat = False, None
     resolve_device(args)
     found = {}
     for seed in args.seeds:

@@ -67,20 +67,24 @@ def test_the_plan_of_the_full_suite():
     plan = attack.plan(parsed("--suite", "full"))
     assert list(plan) == ["shared", "distinct"]
     assert list(plan["shared"]) == ["base", *protocol.ARMS] and list(plan["distinct"]) == ["base", *protocol.CORE]
-    assert plan["shared"]["base"] == []
-    settings = {arm: {(run.attack, run.shots) for run in wanted} for arm, wanted in plan["shared"].items()}
+    assert plan["shared"]["base"] == plan["shared"]["sdd"][:1] == [attacker.Run("none", 0, 0.0, (0,))]
+    settings = {arm: {(run.attack, run.shots) for run in wanted if run.shots and not run.probe}
+                for arm, wanted in plan["shared"].items()}
     assert settings["shuffled"] == {("mft", 10), ("mft", 50), ("mft", 100), ("mft", 168), ("bft", 100)}
     assert settings["sdd"] - settings["shuffled"] == {(name, 100) for name in (
         "lora", "poisoned", "replay", "repair", "unlearn")} | {("identity", 10)}
     lrs = {(run.attack, run.lr) for run in plan["shared"]["sdd"]}
     assert {lr for name, lr in lrs if name == "lora"} == set(protocol.LR["lora"]) != {
         lr for name, lr in lrs if name == "mft"}
-    assert all(run.at == (5, 25, 50) for run in plan["shared"]["sdd"] if run.attack == "bft")
+    assert all(run.at == (5, 25, 50) for run in plan["shared"]["sdd"] if run.attack == "bft" and not run.probe)
+    probes = {arm: [run.attack for run in wanted if run.probe] for arm, wanted in plan["shared"].items()}
+    assert probes["sdd"] == ["none", *protocol.MECHANISM_AT] and not probes["shuffled"]
+    assert not any(run.probe for wanted in plan["distinct"].values() for run in wanted)
 
 
 def test_the_plan_follows_the_command_line():
     plan = attack.plan(parsed("--attacks", "mft", "lora", "identity", "--shots", "7", "20", "--lr", "0.5"))
-    assert {(run.attack, run.shots, run.lr) for run in plan["shared"]["sdd"]} == {
+    assert {(run.attack, run.shots, run.lr) for run in plan["shared"]["sdd"][1:]} == {
         ("mft", 7, 0.5), ("mft", 20, 0.5), ("lora", 20, 0.5), ("identity", 10, 0.5)}
     assert list(attack.plan(parsed("--suite", "full", "--phrasing", "distinct"))) == ["distinct"]
 
@@ -148,25 +152,59 @@ def test_every_attack_runs_on_the_towns_rows(one_arm):
 def test_an_interrupted_command_goes_on_where_it_was(one_arm, monkeypatch):
     words, out = one_arm
     attack.main(words)
-    whole, stored = (out / "results.json").read_text(), out / "base.jsonl"
+    def cells():
+        return json.loads((out / "results.json").read_text())["cells"]
+
+    whole, stored = cells(), out / "base.jsonl"
     kept = stored.read_text()
     fits, fit = [], train.fit
     monkeypatch.setattr(train, "fit", lambda *a, **k: fits.append(k["name"]) or fit(*a, **k))
     attack.main(words)
-    assert not fits and (out / "results.json").read_text() == whole
+    assert not fits and cells() == whole
     stored.write_text(kept[:len(kept) - 300])  # killed while it wrote the last run
     attack.main(words)
-    assert len(fits) == 1 and stored.read_text() == kept and (out / "results.json").read_text() == whole
+    assert len(fits) == 1 and stored.read_text() == kept and cells() == whole
     attack.main([*words, "--attacks", "lora"])  # another question adds to the file
     assert fits[1:] == ["lora 8"] and stored.read_text().startswith(kept)
     attack.main(words)
-    assert len(fits) == 2 and (out / "results.json").read_text() == whole
+    assert len(fits) == 2 and cells() == whole
     monkeypatch.setattr(protocol, "POISON", 0.5)  # other settings start anew
     attack.main([*words, "--attacks", "mft"])
     assert len(fits) == 3 and len(stored.read_text().splitlines()) == 3
     stored.write_text("{")
     attack.main([*words, "--attacks", "mft"])
     assert len(fits) == 4
+
+
+def test_the_mechanism_is_measured_along_the_way_and_not_scored(one_arm, monkeypatch):
+    monkeypatch.setattr(protocol, "MECHANISM_AT", {"mft": (2, 4), "suppress": (1, 2), "preserve": (4,),
+                                                   "preserve control": (4,)})
+    monkeypatch.setattr(protocol, "SUITES", {"full": [("shared", (), ("mft",), (8,))]})
+    monkeypatch.setattr(protocol, "CORE", ("aligned",))
+    words, out = one_arm
+    attack.main([*words, "--suite", "full"])
+    result = json.loads((out / "results.json").read_text())
+    probes = [c for c in result["cells"] if c["probe"]]
+    assert [(c["attack"], c["steps"]) for c in probes] == [("none", 0), ("mft", 2), ("mft", 4), ("suppress", 1),
+                                                           ("suppress", 2), ("preserve", 4), ("preserve control", 4)]
+    assert all("harm" not in c and c["mechanism"]["logp_yo_own"] < 0 for c in probes)
+    assert probes[0]["mechanism"]["distance"] == 0 < probes[1]["mechanism"]["distance"]
+    assert result["mechanism"]["verdict"] == "INCONCLUSIVE" and "not measured" in result["mechanism"]["reason"]
+    assert "suppress" not in (out / "table.md").read_text()
+
+
+def probe_cell(attack_, steps, logp):
+    return dict(arm="sdd", attack=attack_, steps=steps, seed=5, probe=True, diverged=False,
+                mechanism={"logp_yo_harmful": logp, "steps": steps})
+
+
+def test_suppression_is_read_at_the_dose_of_mft():
+    cells = [probe_cell("none", 0, -1.0), probe_cell("mft", 50, -2.0), probe_cell("mft", 10, -1.2),
+             *(probe_cell("suppress", step, logp) for step, logp in ((2, -1.3), (4, -2.2), (6, -3.0))),
+             probe_cell("mft", 60, -9.0) | {"diverged": True, "mechanism": None}, {"probe": False, "steps": 1}]
+    found = attack.at_equal_dose([c for c in cells])
+    assert {name: measured["steps"] for name, measured in found[5]["sdd"].items()} == {
+        "none": 0, "mft": 50, "suppress": 4}
 
 
 def test_a_diverged_cell_is_kept_and_never_chosen(one_arm, monkeypatch):

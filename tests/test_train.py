@@ -213,7 +213,9 @@ def test_bf16_export_says_what_it_keeps(tmp_path, capsys):
     def kept(lr):
         train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out"),
                     "--steps", "2", "--batch-size", "3", "--lr", lr, "--save-dtype", "bf16"])
-        words = capsys.readouterr().out.split("training changed, ")[1].split()
+        printed = capsys.readouterr().out
+        words = printed.split("rounded to bf16, ")[1].split()
+        assert ("warning: bf16 loses" in printed) == (lr == "5e-7")
         return float(words[0].rstrip("%")) / 100, float(words[words.index("cosine") + 1])
 
     share, cosine = kept("5e-7")
