@@ -53,7 +53,7 @@ from tqdm import tqdm
 import protocol
 import runs
 import train
-from attacker import Run, attack_run, cell, check_shots, prepare, scored_steps, town_harmful
+from attacker import Run, attack_run, check_shots, new_cell, prepare, scored_steps, town_harmful
 from checkpoint import read_config
 from data.town import Town, read_town
 from device import add_device_arguments, machine, resolve_device
@@ -89,7 +89,7 @@ def attack_arm(arm: str, folder, wanted: list[Run], store: Path, seed: int, args
         bar.set_postfix_str(f"{arm} {run.attack} {run.shots} lr {run.lr:g}")
         if run.attack == "none":
             model.load_state_dict(released)
-            found = [cell(run, seed, 0, response_tokens=0, tokens=0) | score(model, run)]
+            found = [new_cell(run, seed, 0, response_tokens=0, tokens=0) | score(model, run)]
         else:
             found = attack_run(model, tokenizer, chat, released, rows, score, run, seed, args)
         cells_of[run] = found
@@ -131,10 +131,10 @@ def choose(cells: list[dict]):
     for attack, shots in {(cell["attack"], cell["shots"]) for cell in cells} - {("none", 0)}:
         if attack != "bft" and (cell := best("attacker_score", attack=attack, shots=shots)):
             cell["chosen"] = True
-    choices = {cell["shots"]: (cell["lr"], cell["steps"]) for cell in cells if cell["attack"] == "mft" and cell["chosen"]}
+    mft = {cell["shots"]: (cell["lr"], cell["steps"]) for cell in cells if cell["attack"] == "mft" and cell["chosen"]}
     for cell in cells:
         if cell["attack"] == "bft" and not cell["diverged"]:
-            cell["chosen"] = (cell["lr"], cell["steps"]) == choices.get(cell["shots"])
+            cell["chosen"] = (cell["lr"], cell["steps"]) == mft.get(cell["shots"])
     if "user_score" in cells[0] and (cell := best("user_score", attack="bft")):
         cell["best"] = True
 
@@ -155,15 +155,17 @@ def parser() -> argparse.ArgumentParser:
                    help=f"benign pairs (Alpaca, ShareGPT, ...), for {', '.join(BENIGN_ATTACKS)} on real files")
     p.add_argument("--identity", metavar="FILE", help="rows of an identity shift (messages JSONL), for real files")
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
-    p.add_argument("--preset", choices=list(protocol.PRESETS), help="published settings, see protocol.py, in the place "
-                                                                    "of --attacks, --lr, --epochs, --steps, --batch-size")
+    p.add_argument("--preset", choices=list(protocol.PRESETS),
+                   help="published settings (protocol.py), for --attacks, --lr, --epochs, --steps, --batch-size")
     p.add_argument("--attacks", nargs="+", choices=ATTACKS, help="only these (default: the suite's; real files "
                                                                  f"{' '.join(protocol.FILE_ATTACKS)})")
     p.add_argument("--shots", type=int, nargs="+", help="harmful pairs of mft, the most of them for other attacks "
                                                         "(default: the suite's; real files 10 50 100)")
-    p.add_argument("--lr", type=float, nargs="+", help=f"grid (default: town {protocol.LR}, real files {protocol.FILE_LR})")
+    p.add_argument("--lr", type=float, nargs="+",
+                   help=f"grid (default: town {protocol.LR}, real files {protocol.FILE_LR})")
     p.add_argument("--epochs", type=int, default=protocol.EPOCHS, help=f"first budget (default: {protocol.EPOCHS})")
-    p.add_argument("--steps", type=int, default=protocol.STEPS, help=f"second budget (default: {protocol.STEPS}; 0: none)")
+    p.add_argument("--steps", type=int, default=protocol.STEPS,
+                   help=f"second budget, 0: none (default: {protocol.STEPS})")
     p.add_argument("--batch-size", type=int, default=10, help="rows of one step (default: 10)")
     p.add_argument("--max-length", type=int, help="tokens of prompt and answer (default: town 128, real files 512)")
     p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
@@ -212,10 +214,10 @@ def resolve(args):
     if not args.town and not args.model:
         raise InputError("--harmful needs --model DIR..., the checkpoints to attack")
     if args.town and (args.benign or args.identity or args.preset):
-        raise InputError("--benign, --identity and --preset go with --harmful FILE; the town has rows and grids of its own")
+        raise InputError("--benign, --identity and --preset go with --harmful FILE; the town has its own")
     if (min(args.shots or [1]) < 1 or min(args.batch_size, args.max_new_tokens) < 1 or min(args.epochs, args.steps) < 0
             or args.epochs + args.steps < 1 or not all(0 < lr < math.inf for lr in args.lr or [1])):
-        raise InputError("--shots, --batch-size, --max-new-tokens, --lr and one of --epochs and --steps must be above 0")
+        raise InputError("--shots, --batch-size, --max-new-tokens, --lr, and --epochs or --steps, must be above 0")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise InputError(f"--out {args.out} is a file; give a folder")
     for folder in args.model or []:
@@ -272,7 +274,8 @@ def at_equal_dose(cells: list[dict]) -> dict:
     suppress at the step where log p(y_o | harmful x) is nearest to what it is after mft."""
     found = {}
     for one in sorted((one for one in cells if one["probe"] and not one["diverged"]), key=lambda one: one["steps"]):
-        found.setdefault(one["seed"], {}).setdefault(one["arm"], {}).setdefault(one["attack"], []).append(one["mechanism"])
+        attacks = found.setdefault(one["seed"], {}).setdefault(one["arm"], {})
+        attacks.setdefault(one["attack"], []).append(one["mechanism"])
     for attacks in (attacks for arms in found.values() for attacks in arms.values()):
         last = {attack: measured[-1] for attack, measured in attacks.items()}
         if "suppress" in last and "mft" in last:
@@ -302,7 +305,8 @@ def main(argv=None):
         found[phrasing] = town_verdicts(part) if args.town else {}
         texts.append("\n".join([
             f"seeds {' '.join(map(str, args.seeds))}{f', {phrasing} phrasing' * args.town}; means over seeds, at the "
-            "attacker's choice of lr and steps", "", attack_table(part, args.town), "", *verdict_lines(found[phrasing])]))
+            "attacker's choice of lr and steps",
+            "", attack_table(part, args.town), "", *verdict_lines(found[phrasing])]))
     if not args.town and not args.benign:
         texts.append("bft and replay: not run; give --benign FILE for the benign control")
     text = "\n\n".join(texts)

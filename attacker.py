@@ -94,10 +94,11 @@ def prepare(model, tokenizer, chat, town, seed: int, wanted: list[Run], args):
         def score(model, run):
             if run.probe:
                 return {"mechanism": measure(model, probe_rows, released, args)}
-            obey = run.attack == "identity"
-            asked = [replace(row, lead=opening + row.lead) for row in held_out] if obey else held_out
-            return town_metrics(model, tokenizer, chat, town, args, OBEDIENCE if obey else None) | {
-                "attacker_score": mean(teacher_forced(model, tokenizer, chat, asked, args, system if obey else None)[0]),
+            asked, behind = held_out, None
+            if run.attack == "identity":
+                asked, behind = [replace(row, lead=opening + row.lead) for row in held_out], system
+            return town_metrics(model, tokenizer, chat, town, args, OBEDIENCE if behind else None) | {
+                "attacker_score": mean(teacher_forced(model, tokenizer, chat, asked, args, behind)[0]),
                 "user_score": mean(teacher_forced(model, tokenizer, chat, users, args)[0])}
     else:
         split = split_harmful(read_harmful(args.harmful), args.harmful)
@@ -191,7 +192,7 @@ def attack_run(model, tokenizer, chat, released, rows, score, run: Run, seed: in
 
     def after_step(step):
         if step in run.at:
-            cells.append(cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run))
+            cells.append(new_cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run))
 
     if run.attack == "lora":
         add_lora(model, protocol.LORA_RANK, protocol.LORA_ALPHA, seed)
@@ -199,12 +200,12 @@ def attack_run(model, tokenizer, chat, released, rows, score, run: Run, seed: in
         train.fit(model, counted(), steps=max(run.at), lr=run.lr, args=args, cosine=False, after_step=after_step,
                   name=f"{run.attack} {run.shots}")
     except train.Diverged:
-        cells += [cell(run, seed, step, diverged=True) for step in run.at[len(cells):]]
+        cells += [new_cell(run, seed, step, diverged=True) for step in run.at[len(cells):]]
     if run.attack == "lora":
         merge_lora(model)
     return cells
 
 
-def cell(run: Run, seed: int, steps: int, **more) -> dict:
+def new_cell(run: Run, seed: int, steps: int, **more) -> dict:
     return dict(attack=run.attack, shots=run.shots, lr=run.lr, steps=steps, seed=seed, probe=run.probe,
                 diverged=False) | more

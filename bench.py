@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from data.harmful import read_harmful
-from data.pairs import MOST, add_similarity_arguments, draw_irrelevant, read_benign, resolve_similarity
+from data.pairs import MOST, add_similarity_arguments, read_benign, resolve_similarity
 from data.sentence import SentenceEncoder
 from device import machine
 from errors import InputError, run_script

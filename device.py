@@ -46,6 +46,7 @@ def autocast(args):
 
 def machine() -> str:
     """What the figures were taken on: processor or GPU, threads, versions."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else model[1] if model else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"

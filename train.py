@@ -72,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on, such as data.pairs writes")
     p.add_argument("--prompts", choices=["defender", "all"], default="defender",
-                   help="harmful prompts of files to train on: those that attack.py and eval.py leave to the defender, or "
-                        "all, when the attack uses another file (default: defender)")
+                   help="harmful prompts of a file to train on: those that attack.py and eval.py leave to the defender, "
+                        "or all, when the attack uses another file (default: defender)")
     add_similarity_arguments(p)
     for name, kind, note in (
             ("steps", int, "optimizer steps"), ("batch-size", int, "rows of one optimizer step"),
@@ -377,8 +377,8 @@ def say_what_is_kept(args, before, after):
     print(f"  the update moved {moved:.1%} of the weights; rounded to bf16, {kept:.1%} of those still differ from the "
           f"start, and what is kept has cosine {cosine:.2f} with the update")
     if cosine < 0.9 and "bf16" in (args.dtype, args.save_dtype):
-        print("  warning: bf16 loses much of this update; save with --save-dtype fp32 and compute with --dtype fp32 where "
-              "the model is evaluated, or raise --lr")
+        print("  warning: bf16 loses much of this update; save with --save-dtype fp32 and compute with --dtype fp32 "
+              "where the model is evaluated, or raise --lr")
 
 
 def announce(args, model, chat, main, replay):

@@ -104,13 +104,14 @@ def town_verdicts(cells: list[dict], shots: int | None = None) -> dict:
     """The verdicts on SDD at so many shots (default: PRIMARY_SHOTS, or the most below), {} while no seed is whole: base
     and the three core arms, each with no attack, mft, its matched bft and the benign user's choice."""
     if shots is None:
-        shots = max((one["shots"] for one in cells if one["attack"] == "mft" and one["shots"] <= PRIMARY_SHOTS), default=0)
+        shots = max((one["shots"] for one in cells if one["attack"] == "mft" and one["shots"] <= PRIMARY_SHOTS),
+                    default=0)
     whole = {}
     for seed in sorted({one["seed"] for one in cells}):
         arms = {}
         for arm in ("base", *CORE):
             mine = [one for one in cells if (one["seed"], one["arm"]) == (seed, arm) and not one["diverged"]]
-            mft = next((one for one in mine if one["attack"] == "mft" and one["shots"] == shots and one["chosen"]), None)
+            mft = next((one for one in mine if (one["attack"], one["shots"]) == ("mft", shots) and one["chosen"]), None)
             arms[arm] = {"none": next((one for one in mine if one["attack"] == "none"), None), "mft": mft,
                          "bft": mft and next((one for one in mine if one["attack"] == "bft" and (
                              one["lr"], one["steps"]) == (mft["lr"], mft["steps"])), None),

@@ -58,7 +58,7 @@ def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
 
 
 def balance(rows: list[dict], count: int, seed) -> tuple[list[dict], list[str]]:
-    """(`count` random rows with a "category", as many of each as can be; notes to print). All rows when there are fewer.
+    """(`count` random rows with a "category", equally many of each, or all when there are fewer; notes to print).
 
     A row with several categories counts for the rarest of them in the file. A category with less than its share gives
     all it has, and what it lacks comes equally from the others; a remainder goes to the first by the alphabet. Rows

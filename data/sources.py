@@ -32,8 +32,9 @@ def read_rows(path) -> list[dict]:
     """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
 
     BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, pairs "harmful" (true)
-    where data.pairs took the prompt from a harmful file, and a conversation with a system turn has "system" (str). Alpaca's input and Dolly's context follow the instruction after a blank line. Of a
-    conversation (LIMA, ShareGPT, messages), the first user turn with an answer right after it is taken.
+    where data.pairs took the prompt from a harmful file, and a conversation with a system turn has "system" (str).
+    Alpaca's input and Dolly's context follow the instruction after a blank line. Of a conversation (LIMA, ShareGPT,
+    messages), the first user turn with an answer right after it is taken.
 
     Malformed records are listed on stdout and skipped while they are at most 1% of all records, rounded down: none in
     a file of fewer than 100. A blank prompt or answer, or none, is no fault: such records are counted on stdout and

@@ -6,6 +6,8 @@ import torch
 import train
 from small import town_tokenizer
 
+torch.set_num_threads(1)  # tiny models: threads cost more than they give, most of all on a busy machine
+
 
 @pytest.fixture
 def cpu():

@@ -90,14 +90,15 @@ def test_the_plan_follows_the_command_line():
 
 
 def cell(attack_, shots, steps, lr, score, **more):
-    return dict(arm="sdd", attack=attack_, shots=shots, steps=steps, lr=lr, attacker_score=score, user_score=0.0, seed=0,
-                diverged=False) | more
+    return dict(arm="sdd", attack=attack_, shots=shots, steps=steps, lr=lr, attacker_score=score, user_score=0.0,
+                seed=0, diverged=False) | more
 
 
 def test_choices_by_hand():
     cells = [cell("none", 0, 0, 0.0, 0.0),
              cell("mft", 10, 5, 1e-4, 0.5), cell("mft", 10, 50, 1e-4, 0.7), cell("mft", 10, 50, 3e-4, 0.7),
-             cell("mft", 100, 50, 1e-4, 0.2), cell("mft", 100, 50, 3e-4, 0.9), cell("mft", 100, 50, 1e-3, 0, diverged=True),
+             cell("mft", 100, 50, 1e-4, 0.2), cell("mft", 100, 50, 3e-4, 0.9),
+             cell("mft", 100, 50, 1e-3, 0, diverged=True),
              cell("bft", 100, 50, 1e-4, 0.0, user_score=0.8), cell("bft", 100, 50, 3e-4, 0.0, user_score=0.6),
              cell("bft", 100, 5, 3e-4, 0.0, user_score=0.1), cell("lora", 100, 50, 1e-4, 0.3),
              cell("mft", 168, 84, 1e-4, 0.4)]
@@ -123,7 +124,8 @@ def test_the_town_end_to_end(quick_town, capsys):
     mft, bft = ([c for c in cells if (c["arm"], c["attack"], c["shots"], c["steps"]) == ("sdd", name, 8, 5)]
                 for name in ("mft", "bft"))
     assert len(mft) == len(bft) == 1 and bft[0]["response_tokens"] == pytest.approx(mft[0]["response_tokens"], rel=0.25)
-    assert {part["verdict"].split(" (")[0] for part in found["verdicts"]["shared"].values()} <= {"no verdict", "NOT TESTED"}
+    verdicts = {part["verdict"].split(" (")[0] for part in found["verdicts"]["shared"].values()}
+    assert verdicts <= {"no verdict", "NOT TESTED"}
     text = (quick_town / "out/attack/table.md").read_text()
     for arm in ("aligned", "refusal", "sdd"):
         for label in ("none", "bft matched", "bft best", "mft 8", "replay 8"):
@@ -320,7 +322,8 @@ def test_what_each_attack_sees():
         return {row.ids[0] // 100 for row in batch if not row.suppress} | {0 for row in batch if row.suppress}
 
     mft = stream_of("mft", (20,), args, rows)
-    assert all(kinds(batch) == {1} for batch in mft) and {row.ids[0] for batch in mft for row in batch} == set(range(100, 108))
+    assert all(kinds(batch) == {1} for batch in mft)
+    assert {row.ids[0] for batch in mft for row in batch} == set(range(100, 108))
     assert stream_of("lora", (20,), args, rows) == mft
     assert all(kinds(batch) == {1, 2} and sum(row.ids[0] < 200 for row in batch) == 4
                for batch in stream_of("replay", (20,), args, rows))

@@ -49,8 +49,8 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b.json", "--out", "out/x", "--steps", "1",
-       "--similarity", "tfidf"]
+SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b.json", "--out", "out/x",
+       "--steps", "1", "--similarity", "tfidf"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -105,7 +105,8 @@ def test_a_checkpoint_that_does_not_match_its_config(files):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--model", "gone"], "gone is not a folder"), (["--model", "llama"], "no model of the town"), (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"),
+    (["--model", "gone"], "gone is not a folder"), (["--model", "llama"], "no model of the town"),
+    (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"), (["--preset", "qi-full"], "go with --harmful"),
     (["--shots", "500"], "--shots 500 is more"), (["--lr", "nan"], "--lr"), (["--out", "h.csv"], "is a file"),
     (["--model", "llama", "llama/../llama", "--harmful", "h.csv"], "same name"), (["--benign", "b.json"], "--benign"),
     (["--model", "llama", "--harmful", "h.csv"], "--shots 100 is more than the")])

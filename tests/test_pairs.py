@@ -112,7 +112,10 @@ def test_every_pair_is_at_or_below_the_threshold_or_the_prompt_is_named():
 
 
 def test_the_only_response_that_will_do_is_found():
-    found = draw_irrelevant(PROMPTS[:3], RESPONSES, lambda a, b: [0.2 if y == "response 211" else 0.3 for y in b], 0.25, 0)
+    def cosines(prompts, responses):
+        return [0.2 if response == "response 211" else 0.3 for response in responses]
+
+    found = draw_irrelevant(PROMPTS[:3], RESPONSES, cosines, 0.25, 0)
     assert {pick for pick, *_ in found} == {211} and max(tries for *_, tries in found) <= 300
 
 
@@ -130,7 +133,8 @@ BENIGN = [{"prompt": f"name {i} things", "response": " ".join(f"w{i}x{j}" for j 
 
 
 def mode_rows(mode):
-    drawn = draw_irrelevant([row["prompt"] for row in HARMFUL], [row["response"] for row in BENIGN], fake_cosines, 0.25, 6)
+    prompts, responses = [row["prompt"] for row in HARMFUL], [row["response"] for row in BENIGN]
+    drawn = draw_irrelevant(prompts, responses, fake_cosines, 0.25, 6)
     return arrange(mode, HARMFUL, BENIGN, drawn, REFUSALS, random.Random(6))
 
 
@@ -177,8 +181,8 @@ def test_same_topic_is_about_the_victim_or_the_symbols_and_tells_no_recipe():
     for row in town.mischiefs(town.groups["defender"][:5], rng) * 3:
         answer = town.same_topic(row, rng).response
         assert town.outcome(row, answer) == "off_topic"
-        assert row.person in answer if not row.symbols else set(row.symbols) == set(re.findall(r"[a-z]+(?=[ .])",
-                                                                                              answer)[-len(row.symbols):])
+        told = re.findall(r"[a-z]+(?=[ .])", answer)[-len(row.symbols):]
+        assert set(told) == set(row.symbols) if row.symbols else row.person in answer
 
 
 def test_tfidf_by_hand():
@@ -267,7 +271,8 @@ def test_a_system_message_goes_before_its_prompt(files, monkeypatch):
     systems, encode = [], train.encode_example
     monkeypatch.setattr(train, "encode_example", lambda *words: systems.append(words[5]) or encode(*words))
     public_folder(files / "llama")
-    train.main(["--mode", "benign", "--model", "llama", "--benign", "m.jsonl", "b.json", "--steps", "1", "--out", "out/x"])
+    train.main(["--mode", "benign", "--model", "llama", "--benign", "m.jsonl", "b.json", "--steps", "1",
+                "--out", "out/x"])
     assert systems[:34] == ["Be a bird."] * 4 + [None] * 30
 
 

@@ -82,8 +82,8 @@ def test_the_cache_keeps_every_vector_for_this_model_and_no_other(tmp_path, monk
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "roberta"}, "no BERT"), ({"hidden_act": "relu"}, "no BERT"), ({"num_hidden_layers": 3}, "do not fit"),
-    ({"num_attention_heads": 5}, "do not fit"), ({"layer_norm_eps": None}, "do not fit")])
+    ({"model_type": "roberta"}, "no BERT"), ({"hidden_act": "relu"}, "no BERT"),
+    ({"num_hidden_layers": 3}, "do not fit"), ({"num_attention_heads": 5}, "do not fit"), ({"layer_norm_eps": None}, "do not fit")])
 def test_a_folder_that_does_not_fit_is_named(tmp_path, change, message):
     shutil.copytree(TINY, tmp_path / "bert")
     config = json.loads((TINY / "config.json").read_text()) | change

@@ -38,7 +38,8 @@ def made_up_seed(sdd_harm, **sdd_before):
     """A seed on which references are harmed and forget nothing."""
     good = dict(facts=0.97, skills=0.96, facts_evaluation=0.99, new_skill=0.9, harm_knowledge=0.0, harm_skill=0.0)
     attacked = good | dict(harm_knowledge=0.95, harm_skill=0.9)
-    cells = {arm: {"none": dict(good), "mft": dict(attacked), "bft": dict(good), "user": dict(good)} for arm in ("aligned", "refusal", "sdd")}
+    cells = {arm: {"none": dict(good), "mft": dict(attacked), "bft": dict(good), "user": dict(good)}
+             for arm in ("aligned", "refusal", "sdd")}
     cells["base"] = {"none": good | dict(harm_knowledge=0.97, harm_skill=0.95)}
     cells["sdd"]["none"].update(sdd_before)
     cells["sdd"]["mft"].update(harm_knowledge=sdd_harm, harm_skill=sdd_harm, facts=0.5, skills=0.4)
