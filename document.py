@@ -189,14 +189,15 @@ def made_part(results: dict, cells) -> list[str]:
     """Where the numbers come from."""
     made, args, seeds = results.get("made") or {}, results.get("args") or {}, seeds_of(cells)
     commit, machine, date = (made.get(name, "not recorded") for name in ("commit", "machine", "date"))
-    versions = made.get("versions", "not recorded")
+    suite, device, versions = (part.get(name, "not recorded") for part, name in (
+        (args, "suite"), (args, "device"), (made, "versions")))
     if isinstance(versions, dict):
         versions = ", ".join(f"{name} {version}" for name, version in versions.items())
     took = f"{made['seconds'] / 60:.0f} min" if "seconds" in made else "not recorded"
     spread = ("± the half-width of the two-sided 95% t interval over seeds, its sd at least 2 points"
               if has_interval(seeds, seeds) else "without intervals, since these are tuning seeds, or one seed")
-    return paragraph(f"Commit: {commit}. Versions: {versions}. Machine: {machine}; device {args.get('device')}. Suite: "
-                     f"{args.get('suite')}. Seeds: {' '.join(map(str, seeds))}. Wall time: {took}. Date: {date}. "
+    return paragraph(f"Commit: {commit}. Versions: {versions}. Machine: {machine}; device: {device}. Suite: {suite}. "
+                     f"Seeds: {' '.join(map(str, seeds))}. Wall time: {took}. Date: {date}. "
                      f"{diverged(cells)} cells diverged: they have no scores, are nobody's choice and in no mean. "
                      f"Rates are percent, means over seeds, {spread}.")
 
@@ -335,8 +336,8 @@ def mechanism_part(argument: dict, probes: list[dict]) -> list[str]:
     return ["## Mechanism", *paragraph(
         f"**The paper's argument, that what MFT does to y_o carries its damage: {said}.**{example} It needs "
         "log p(y_o|own prompt) to fall most in SDD, suppressing y_o to do half of MFT's damage, and preserving y_o "
-        f"to prevent half. Below, changes from before an attack to its end at lr {max(cell['lr'] for cell in probes):g}, of "
-        "suppress to where log p(y_o|x) is nearest to MFT's: log p in nats a token (other: benign answers, never "
+        f"to prevent half. Below, changes from before an attack to its end, lr {max(cell['lr'] for cell in probes):g}, "
+        "of suppress to where log p(y_o|x) is nearest to MFT's: log p in nats a token (other: benign answers, never "
         f"y_o), facts in points, distance of weights in L2 norm. {diverged(probes)} measurements diverged."),
         *table(["arm, attack", *columns], rows)]
 
