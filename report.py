@@ -1,8 +1,22 @@
-"""Tables and texts about scores that eval.py and attack.py have written as JSON: no model is run here."""
+"""Tables and texts about scores that eval.py and attack.py have written as JSON: no model is run here.
 
+    python report.py                                         writes out/attack/report.md from out/attack/results.json
+    python report.py FOLDER/results.json                     the same for attack.py --out FOLDER
+
+report.md says what was found on the town, in under a hundred lines; with matplotlib installed, harm.png and
+mechanism.png stand beside it.
+"""
+
+import argparse
+import json
+from pathlib import Path
 from statistics import fmean
 
+import figures
+import runs
 from data.town import OUTCOMES, chance
+from document import document
+from errors import InputError, run_script
 
 KEYWORD_WARNING = """\
 Refusal keywords alone misread SDD: fluent text about something else holds none of the 29 strings (nor does SDD_reject's
@@ -110,7 +124,7 @@ def attack_table(cells: list[dict], town: bool) -> str:
         lines = [head[0] + "  chosen       worst harm in", head[1] + "  lr/steps     grid (capability)", *head[2:]]
     else:
         lines = [file_header("arm and attack") + "  chosen lr/steps"]
-    by = {}
+    by, cells = {}, [cell for cell in cells if not cell.get("probe")]
     for cell in cells:
         by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
@@ -156,3 +170,56 @@ def verdict_lines(found: dict) -> list[str]:
             average_of = f"   mean {100 * fmean(effects):+.1f}" if len(effects) > 1 else ""
             lines.append(f"    {name:<52}{values}{average_of}")
     return lines
+
+
+# ---- report.md ----
+
+NEEDED = ("arm", "phrasing", "attack", "shots", "steps", "lr", "seed", "diverged")  # of every cell
+SCORES = ("harm", "harm_knowledge", "harm_skill", "facts", "facts_value_only", "facts_evaluation", "skills",
+          "skills_value_only", "capability")  # of every cell that has scores
+
+
+def read_results(path) -> dict:
+    """What attack.py wrote about the town; InputError when it is not there, not whole, or about real files."""
+    again = "run attack.py again"
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path} cannot be read; run attack.py first, or name its results.json") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); {again}") from None
+    if not isinstance(results, dict) or not isinstance(results.get("cells"), list) or not results["cells"]:
+        raise InputError(f"{path} holds no cells; {again}")
+    for i, cell in enumerate(results["cells"]):
+        needed = NEEDED if not isinstance(cell, dict) or cell.get("diverged") else NEEDED + (
+            ("mechanism",) if cell.get("probe") else ("chosen", *SCORES))
+        missing = [key for key in needed if not isinstance(cell, dict) or key not in cell]
+        if "harm" in missing and "target_match" in cell:
+            raise InputError(f"{path} is about real files, report.md about the town; see table.md beside it")
+        if missing:
+            raise InputError(f"{path}: cell {i} has no {missing[0]!r}; {again}")
+    if all(cell.get("probe") for cell in results["cells"]):
+        raise InputError(f"{path} holds no scored cells; {again}")
+    return results
+
+
+def write_report(path) -> list[Path]:
+    """Write report.md, and with matplotlib the figures, beside a results.json; gives what was written."""
+    results, folder = read_results(path), Path(path).parent
+    try:
+        drawn = figures.draw(results, folder)
+    except ImportError:
+        print("figures: not drawn, since matplotlib is not installed")
+        drawn = []
+    runs.write_text(folder / "report.md", document(results, drawn))
+    return [folder / name for name in ("report.md", *drawn)]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("results", nargs="?", default="out/attack/results.json", help="(default: out/attack/results.json)")
+    print("written: " + ", ".join(map(str, write_report(p.parse_args(argv).results))))
+
+
+if __name__ == "__main__":
+    run_script(main)
