@@ -25,8 +25,9 @@ Budgets: 5 epochs and 50 steps. The attacker chooses lr and budget by its score 
 did not train on; the worst case over the grid, by the evaluation score, stands beside that choice.
 
 Every run's cells are kept as soon as they are there, in out/seedS/attack/ARM.jsonl (with --model in OUT/ARM.jsonl), so
-that an interrupted command goes on where it was. Writes OUT/results.json, {"cells": [...], "verdicts": {...}}, and
-table.md. A cell has
+that an interrupted command goes on where it was. Writes into OUT results.json, {"args", "made" (commit, machine, ...),
+"cells", "verdicts" by phrasing, "secondary" (at fewer shots), "mechanism"}, table.md, and of the town report.md with,
+where matplotlib is installed, two figures. A cell has
 
     arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
     tokens (trained on),
@@ -43,11 +44,14 @@ import argparse
 import itertools
 import json
 import math
+import platform
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import protocol
@@ -60,7 +64,7 @@ from device import add_device_arguments, machine, resolve_device
 from errors import InputError, run_script
 from eval import load
 from mechanism import carry_over
-from report import KEYWORD_WARNING, attack_table, verdict_lines
+from report import KEYWORD_WARNING, attack_table, verdict_lines, write_report
 from verdicts import town_verdicts
 
 SOURCES = [*train.SOURCES, "eval.py", "lora.py", "mechanism.py", "attacker.py", "data/refusal_keywords.json"]
@@ -287,9 +291,11 @@ def at_equal_dose(cells: list[dict]) -> dict:
 
 def made(began: float) -> dict:
     """What a result was made by and on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=runs.ROOT)
-    return {"commit": commit.stdout.strip() or "unknown", "machine": machine(),
-            "date": time.strftime("%Y-%m-%d"), "seconds": round(time.perf_counter() - began)}
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = shutil.which("git") and subprocess.run(describe, capture_output=True, text=True, cwd=runs.ROOT).stdout
+    return {"commit": (commit or "unknown").strip(), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
+            "versions": {"Python": platform.python_version(), "torch": torch.__version__},
+            "seconds": round(time.perf_counter() - began)}
 
 
 def main(argv=None):
@@ -317,7 +323,8 @@ def main(argv=None):
               "mechanism": carry_over(at_equal_dose(every)) if len(every) > len(cells) else {}}
     runs.write_text(out / "results.json", json.dumps(result, indent=1) + "\n")
     runs.write_text(out / "table.md", f"```\n{text}\n```\n")
-    print(f"\n{text}\n\n{'' if args.town else KEYWORD_WARNING}\nwritten: {out}/results.json, {out}/table.md")
+    written = [out / "results.json", out / "table.md", *(write_report(out / "results.json") if args.town else [])]
+    print(f"\n{text}\n\n{'' if args.town else KEYWORD_WARNING}\nwritten: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

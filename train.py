@@ -51,6 +51,7 @@ TOWN = {"base": dict(DEFENCE, steps=1300, batch_size=32, lr=2e-3, benign_replay=
         "align": dict(DEFENCE, steps=150, lr=3e-4), "sdd": DEFENCE, "sdd_reject": DEFENCE, "shuffled": DEFENCE,
         "exposure": dict(DEFENCE, batch_size=48, benign_replay=1 / 3),  # two rows a pair: as many pairs, as much replay
         "same_topic": DEFENCE, "benign": DEFENCE}
+DISTINCT_BASE = dict(steps=3000)  # recipes in sentences of their own are composed for new people only after so many
 TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
                   num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
                   initializer_range=0.06)  # 0.02 learns the skills far later at this width
@@ -219,6 +220,8 @@ def resolve(args):
     if not args.town and args.mode not in ("align", "benign") and not args.pairs:
         resolve_similarity(args)
     defaults = TOWN[args.mode] if args.town else PAPER
+    if args.town and args.mode == "base" and args.phrasing == "distinct":
+        defaults = defaults | DISTINCT_BASE
     changed = ""
     for key, value in defaults.items():
         if getattr(args, key) is None:

@@ -23,6 +23,7 @@ def quick_town(monkeypatch, tmp_path):
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
     quick = {mode: settings | dict(steps=3, batch_size=8) for mode, settings in train.TOWN.items()}
     monkeypatch.setattr(train, "TOWN", quick)
+    monkeypatch.setattr(train, "DISTINCT_BASE", {})
     monkeypatch.setitem(train.ARMS, "refusal", ("align", "aligned", quick["sdd"]))
     return tmp_path
 
