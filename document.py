@@ -71,8 +71,8 @@ def has_interval(values, seeds) -> bool:
 def rate(values: dict, otherwise="not run", unit=100, digits=0, floor=LEAST_SD) -> str:
     """The mean of {seed: value, None where there is none}, in percent or by another unit: "71 ± 9".
 
-    On report seeds, ± the half-width of the two-sided 95% t interval, its sd no smaller than `floor`. Says so when some
-    seeds have no value; when none has, gives `otherwise`.
+    On report seeds, ± the half-width of the two-sided 95% t interval, its sd no smaller than `floor`. Says so when
+    some seeds have no value; when none has, gives `otherwise`.
     """
     found = [value for value in values.values() if value is not None]
     if not found:

@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on, such as data.pairs writes")
     p.add_argument("--prompts", choices=["defender", "all"], default="defender",
-                   help="harmful prompts of a file to train on: those that attack.py and eval.py leave to the defender, "
-                        "or all, when the attack uses another file (default: defender)")
+                   help="harmful prompts of a file to train on: those that attack.py and eval.py leave to the "
+                        "defender, or all, when the attack uses another file (default: defender)")
     add_similarity_arguments(p)
     for name, kind, note in (
             ("steps", int, "optimizer steps"), ("batch-size", int, "rows of one optimizer step"),

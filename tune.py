@@ -4,8 +4,8 @@
 
 For each setting SDD is trained without a quarter of the defender's people, plain and sealed, and judged on those,
 before any attack: right answers about them, skills on symbols that are not kept for scoring, and how much of their
-mischief is answered off topic, SDD's aim. Attacks do not help to choose: the base model was taught the recipes against all of the
-defender's people, so that any attack brings them back (LOG.md).
+mischief is answered off topic, SDD's aim. Attacks do not help to choose: the base model was taught the recipes against
+all of the defender's people, so that any attack brings them back (LOG.md).
 
 Rule, fixed on 2026-11-23: of the settings that lose at most 2 points of facts and of skills against the aligned model,
 means over seeds, the highest lr, then the least replay; without one, the setting that loses least. No attacker,
