@@ -254,7 +254,8 @@ def resolve(args):
 def attack_all(plans: dict, args) -> list[dict]:
     """Every cell of the plan, seed by seed, saying how far it is and how long the attacks will take."""
     total = len(args.seeds) * sum(len(run.at) for arms in plans.values() for wanted in arms.values() for run in wanted)
-    print(f"{len(args.seeds)} seeds, {total} cells, each scored on all evaluation prompts; finished runs are kept")
+    print(f"seeds {' '.join(map(str, args.seeds))}: {total} cells, each scored on all evaluation prompts; finished runs "
+          "are kept")
     cells, new, spent = [], 0, 0.0
     with tqdm(total=total, desc="attack cells", disable=None) as bar:
         for seed, (phrasing, arms) in itertools.product(args.seeds, plans.items()):
