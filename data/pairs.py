@@ -19,6 +19,7 @@ data card, pairs.md. Embeddings are kept in out/embeddings.
 
 import argparse
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -220,7 +221,7 @@ def card(mode: str, rows: list[dict], notes: list[str], args) -> str:
         tries = [row["tries"] for row in drawn]
         lines[-1] += (f" Likeness: cosine by {measured}, {rule}; highest {max(row['cosine'] for row in drawn):.4f}. "
                       f"Responses drawn for a prompt: {sum(tries) / len(tries):.2f} on average, {max(tries)} at most.")
-    lines += ["", "| file | SHA-256 | used |", "|---|---|---|"]
+    lines += ["", "| file | SHA-256, first 16 | used |", "|---|---|---|"]
     harmful = {row["harmful_row"] for row in rows if row["harmful_row"] is not None}
     lines.append(f"| {Path(args.harmful).name} | {file_hash(args.harmful)[:16]} | {len(harmful):,} prompts |")
     for path in args.benign if drawn else []:
@@ -232,7 +233,7 @@ def card(mode: str, rows: list[dict], notes: list[str], args) -> str:
     lines += ["", *notes, *[""] * bool(notes)]
     counts = Counter(row["category"] for row in rows)
     lines += ["Pairs per category:", "", *(f"    {n:>6,}  {name}" for name, n in sorted(counts.items())), ""]
-    steps = [0, 5, 10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 10**9]
+    steps = [0, 5, 10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, math.inf]
     for what in ("prompt", "response"):
         words = [len(row[what].split()) for row in rows]
         lines += [f"Words of a {what} (median {median(words):g}, longest {max(words):,}):", "",
