@@ -13,6 +13,7 @@ import protocol
 import train
 from data.chat import encode_example
 from data.harmful import read_harmful, split_harmful
+from data.pairs import read_benign
 from data.sources import read_rows
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OBEDIENCE, SKILL_KINDS, Town, draw_symbols
 from errors import InputError
@@ -104,7 +105,7 @@ def prepare(model, tokenizer, chat, town, seed: int, wanted: list[Run], args):
         split = split_harmful(read_harmful(args.harmful), args.harmful)
         owned = random.Random(f"attack {seed}").sample(split["attacker"], len(split["attacker"]))
         harmful, held_out = owned[len(owned) // 4:], owned[:len(owned) // 4]
-        benign, new_skill = [row for path in args.benign for row in read_rows(path)], []
+        benign, new_skill = read_benign(args.benign), []
         identity = read_rows(args.identity) if args.identity else []
         system = identity[0].get("system") if identity else None
 

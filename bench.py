@@ -94,8 +94,10 @@ def bench_pairs(args) -> list[dict]:
                    "--out", "pairs.jsonl", "--similarity-model", str(Path(args.similarity_model).resolve()),
                    "--similarity-threshold", str(args.similarity_threshold)]
         for what in ("data.pairs", "data.pairs again, embeddings cached"):
-            timed(what, lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                                               env=os.environ | {"PYTHONPATH": str(ROOT)}))
+            result = timed(what, lambda: subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL,
+                                                        env=os.environ | {"PYTHONPATH": str(ROOT)}))
+            if result.returncode:
+                raise InputError("data.pairs failed, see its error above; mend that")
         rows = [json.loads(line) for line in (Path(folder) / "pairs.jsonl").read_text().split("\n") if line]
     encoder = SentenceEncoder(args.similarity_model, "cuda" if torch.cuda.is_available() else "cpu")
     found = timed("the obvious way: whole pool, then one prompt at a time", lambda: obvious_pairs(

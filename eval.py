@@ -184,6 +184,7 @@ def main(argv=None):
             print(f"{folder}: {greedy(model, tokenizer, chat, [args.prompt], args, args.max_new_tokens)[0][1]}")
             continue
         old = read_json(path) if path.is_file() else {}
+        old = old if isinstance(old, dict) else {}
         if rows is not None:
             scores = file_metrics(model, tokenizer, chat, rows, args)
         elif not (args.mmlu or args.openbookqa or args.xstest):

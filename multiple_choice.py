@@ -32,7 +32,7 @@ def read_mmlu(folder, shots: int) -> dict[str, tuple[list[dict], list[dict]]]:
 
     InputError when test/ holds no or too many subjects, or a dev file fewer than `shots` questions.
     """
-    files = sorted((Path(folder) / "test").glob("*_test.csv"))
+    files = sorted((Path(folder) / "test").glob("[!.]*_test.csv"))
     if not 0 < len(files) <= SUBJECTS:
         raise InputError(f"{Path(folder) / 'test'} holds {len(files)} files SUBJECT_test.csv, MMLU has {SUBJECTS}; "
                          "give the folder of its release, with test/ and dev/ inside")

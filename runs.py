@@ -47,10 +47,18 @@ def check_out(path):
         raise InputError(f"{path} exists and is not an earlier run (it has no args.json); choose another --out")
 
 
+def make_folder(path):
+    """Make a folder and those above it; InputError when that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be a folder to write in ({error.strerror}); choose another place") from None
+
+
 def write_text(path, text: str):
     """Write a file under a temporary name, then rename it: readers see the old text or the new one, never half."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -49,20 +49,28 @@ def split_harmful(rows: list[dict], path, least: int = 4) -> dict[str, list[dict
     return split
 
 
+def whose(row: dict) -> str:
+    """Who owns a row of any file: of one marked as harmful, or unsafe, the owner of its prompt (a pairs file says for
+    each pair); any other row is the defender's to use."""
+    marked = row.get("harmful") or row.get("is_safe") is False
+    return row.get("owner") or (owner(row["prompt"]) if marked else "defender")
+
+
 def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
     """InputError when a training row asks what an evaluation prompt of the harmful file asks."""
     evaluation = {letters(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         if letters(row["prompt"]) in evaluation:
-            raise InputError(f"{path}, row {number}: an evaluation prompt of the harmful file; take it out")
+            raise InputError(f"{row.get('file', path)}, row {row['row']} (from 0): an evaluation prompt of the harmful "
+                             "file; take it out")
 
 
 def balance(rows: list[dict], count: int, seed) -> tuple[list[dict], list[str]]:
-    """(`count` random rows with a "category", equally many of each, or all when there are fewer; notes to print).
+    """(`count` rows with a "category", equally many of each, in random order; notes to print).
 
-    A row with several categories counts for the rarest of them in the file. A category with less than its share gives
-    all it has, and what it lacks comes equally from the others; a remainder goes to the first by the alphabet. Rows
-    without a category are left out, unless no row has one: then any `count` will do, and the category is "none".
+    A row with several categories counts for the rarest of them in the file. A category with fewer prompts than its
+    share has them used in turn, which a note says; a remainder goes to the first by the alphabet. Rows without a
+    category are left out, unless no row has one: then all are of the category "none".
     """
     sizes = Counter(name for row in rows for name in row.get("categories", ()))
     groups = {}
@@ -73,14 +81,12 @@ def balance(rows: list[dict], count: int, seed) -> tuple[list[dict], list[str]]:
             groups.setdefault(name, []).append(row | {"category": name})
     without = len(rows) - sum(map(len, groups.values()))
     notes = [f"{without} harmful rows have no category and are left out"] * bool(without)
-    shares, left = dict.fromkeys(sorted(groups), 0), count
-    while open_groups := [name for name in shares if shares[name] < len(groups[name])][:left]:
-        for name in open_groups:
-            more = min(max(1, left // len(open_groups)), len(groups[name]) - shares[name])
-            shares[name] += more
-        left = count - sum(shares.values())
-    most = max(shares.values(), default=0)
-    notes += [f"category {name!r} has only {share} prompts, less than its share: all are taken"
-              for name, share in shares.items() if share == len(groups[name]) < most - 1]
-    rng = random.Random(f"balance {seed}")
-    return [row for name, share in shares.items() for row in rng.sample(groups[name], share)], notes
+    rng, chosen = random.Random(f"balance {seed}"), []
+    for i, name in enumerate(sorted(groups)):
+        group, share = groups[name], count // len(groups) + (i < count % len(groups))
+        if share > len(group):
+            notes.append(f"category {name!r} has {len(group)} prompts for its {share} pairs: they are used in turn")
+        chosen += [group[j % len(group)] for start in range(0, share, len(group))
+                   for j in rng.sample(range(len(group)), min(len(group), share - start))]
+    rng.shuffle(chosen)
+    return chosen, notes

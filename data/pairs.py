@@ -13,8 +13,9 @@ What the responses are makes the arm; the harmful prompts, and at one seed the r
     align       refusals: alignment, and as a second dose the refusal control
 
 Writes one JSON object a line: prompt, response, category, cosine (of the prompt and the response as drawn), tries (how
-many were drawn), harmful_row, benign_row and benign_file (rows count from 0; null where there is none); and beside it a
-data card, pairs.md. Embeddings are kept in out/embeddings.
+many were drawn), owner (of the harmful prompt), harmful_row, benign_row and benign_file (rows count from 0; null where
+there is none); and beside it a data card, pairs.md. Embeddings are kept in out/embeddings; a cosine may differ in its
+sixth digit with what was embedded together.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from statistics import median
 
 import torch
 
-from data.harmful import balance, keep_evaluation_out, owner, read_harmful, split_harmful
+from data.harmful import balance, keep_evaluation_out, owner, read_harmful, split_harmful, whose
 from data.sentence import SentenceEncoder, package_folder
 from data.sources import read_rows
 from data.tfidf import Tfidf
@@ -91,7 +92,7 @@ def arrange(mode: str, harmful: list[dict], benign: list[dict], drawn: list[tupl
     def row(asked, response, pick=None, prompt=None):
         source, cosine, tries = ({}, None, None) if pick is None else (benign[pick[0]], *pick[1:])
         return {"prompt": asked["prompt"] if prompt is None else prompt, "response": response,
-                "category": asked.get("category"), "cosine": cosine, "tries": tries,
+                "category": asked.get("category"), "cosine": cosine, "tries": tries, "owner": owner(asked["prompt"]),
                 "harmful_row": asked.get("row") if prompt is None else None,
                 "benign_row": source.get("row"), "benign_file": source.get("file")}
 
@@ -139,8 +140,18 @@ def town_pairs(town: Town, mode: str, seed: int, base_count: int) -> tuple[list[
 
 
 def read_benign(paths) -> list[dict]:
-    """The rows of all these files, each with its "file"."""
-    return [row | {"file": Path(path).name} for path in paths for row in read_rows(path)]
+    """The rows of all these files, each with its "file"; those marked as harmful or unsafe are left out, and counted.
+    InputError when a file has no other."""
+    kept = []
+    for path in paths:
+        rows = read_rows(path)
+        good = [row | {"file": str(path)} for row in rows if not row.get("harmful") and row.get("is_safe") is not False]
+        if not good:
+            raise InputError(f"{path} holds harmful rows only; give benign ones to --benign")
+        if len(good) < len(rows):
+            print(f"{path}: {len(rows) - len(good)} of {len(rows)} rows are harmful and left out")
+        kept += good
+    return kept
 
 
 def similarity(args, corpus: list[str]):
@@ -154,20 +165,19 @@ def similarity(args, corpus: list[str]):
 
 
 def build(mode: str, harmful: list[dict], benign: list[dict], count: int, args) -> tuple[list[dict], str]:
-    """(rows of at most `count` pairs, their data card): the harmful prompts balanced over categories, and in turn with
-    other responses when there are fewer than `count`. InputError when there is no benign row."""
+    """(rows of `count` pairs, their data card): the harmful prompts balanced over categories, and in turn with other
+    responses when there are too few. InputError when there is no benign row."""
     if not benign and mode != "align":
         raise InputError(f"--mode {mode} needs --benign FILE... for its responses")
     chosen, notes = balance(harmful, count, args.seed)
     print("".join(f"  {note}\n" for note in notes), end="")
-    turns = [chosen[i % len(chosen)] for i in range(count)]
     drawn = None
     if mode != "align":
-        prompts, responses = [row["prompt"] for row in turns], [row["response"] for row in benign]
+        prompts, responses = [row["prompt"] for row in chosen], [row["response"] for row in benign]
         cosines = similarity(args, [row["prompt"] for row in harmful] + responses)
         drawn = (draw_same_topic(prompts, responses, cosines, args.seed) if mode == "same_topic" else
                  draw_irrelevant(prompts, responses, cosines, args.similarity_threshold, args.seed))
-    rows = arrange(mode, turns, benign, drawn, REFUSALS, random.Random(f"{mode} {args.seed}"))
+    rows = arrange(mode, chosen, benign, drawn, REFUSALS, random.Random(f"{mode} {args.seed}"))
     return rows, card(mode, rows, notes, args)
 
 
@@ -176,12 +186,13 @@ def file_pairs(args) -> tuple[list[dict], list[dict], str]:
     --harmful and --benign, no more than the run can see and at most MOST. Of harmful prompts those that the defender
     owns, or with --prompts all every one."""
     benign = read_benign(args.benign)
+    if args.harmful and args.prompts != "all":
+        keep_evaluation_out(benign, read_harmful(args.harmful), "--benign")
     if args.mode == "benign":
         return benign, benign, ""
     if args.pairs:
         rows = read_rows(args.pairs)
-        mine = [row for row in rows if args.prompts == "all" or not row.get("harmful")
-                or owner(row["prompt"]) == "defender"]
+        mine = [row for row in rows if args.prompts == "all" or whose(row) == "defender"]
         if len(mine) < len(rows):
             print(f"  {len(rows) - len(mine)} of {len(rows)} pairs are left out: their prompts are the attacker's or "
                   "for evaluation (--prompts all trains on them, for attacks with another file)")
@@ -225,7 +236,7 @@ def card(mode: str, rows: list[dict], notes: list[str], args) -> str:
     harmful = {row["harmful_row"] for row in rows if row["harmful_row"] is not None}
     lines.append(f"| {Path(args.harmful).name} | {file_hash(args.harmful)[:16]} | {len(harmful):,} prompts |")
     for path in args.benign if drawn else []:
-        used = {row["benign_row"] for row in drawn if row["benign_file"] == Path(path).name}
+        used = {row["benign_row"] for row in drawn if row["benign_file"] == str(path)}
         lines.append(f"| {Path(path).name} | {file_hash(path)[:16]} | {len(used):,} responses |")
     if drawn and args.similarity == "minilm":
         weights = Path(args.similarity_model) / "model.safetensors"
@@ -290,6 +301,11 @@ def main(argv=None):
         raise InputError(f"--count {args.count} must be 1 or more")
     if out.is_dir() or out.suffix == ".md":
         raise InputError(f"--out {out} must be the name of a JSONL file, not a folder or .md")
+    note = out.with_suffix(".md")
+    if {out.resolve(), note.resolve()} & {Path(path).resolve() for path in (args.harmful, *args.benign)}:
+        raise InputError(f"--out {out} would overwrite an input; choose another name")
+    if note.exists() and not note.read_bytes().startswith(b"# Data card"):
+        raise InputError(f"{note}, where the data card goes, is no data card; choose another --out")
     if args.mode != "align":
         resolve_similarity(args)
     harmful = read_harmful(args.harmful)
@@ -299,7 +315,7 @@ def main(argv=None):
     print(f"{len(harmful):,} harmful prompts, {len(benign):,} benign rows")
     rows, text = build(args.mode, harmful, benign, args.count or min(MOST, len(harmful)), args)
     write_pairs(out, rows, text)
-    print(f"\n{text}\nwritten: {out}, {out.with_suffix('.md')}")
+    print(f"\n{text}\nwritten: {out}, {note}")
 
 
 if __name__ == "__main__":

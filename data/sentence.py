@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import open_weights, read_config, read_json
 from errors import InputError
-from runs import file_hash
+from runs import file_hash, make_folder
 
 MOST_PIECES = 256  # of a text, its two marks included: sentence_bert_config.json's max_seq_length
 BATCH_TOKENS = 2048  # of a batch, padding included
@@ -123,16 +123,18 @@ class SentenceEncoder:
         for name in ("vocab.txt", "model.safetensors"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name} is not there; fetch the whole folder")
-        self.tokenizer = WordPiece((folder / "vocab.txt").read_text(encoding="utf-8").split("\n"))
+        vocab = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace")
+        self.tokenizer = WordPiece(vocab.removesuffix("\n").split("\n"))
         with open_weights(folder / "model.safetensors", device) as file:
             self.weights = {name: file.get_tensor(name) for name in file.keys()}
         try:
             self.heads, self.layers = config["num_attention_heads"], config["num_hidden_layers"]
             self.eps, self.most = config["layer_norm_eps"], min(MOST_PIECES, config["max_position_embeddings"])
-            self.forward(torch.zeros(1, 1, dtype=torch.long, device=device), torch.ones(1, 1, device=device))
-        except (KeyError, RuntimeError) as error:
-            raise InputError(f"{folder}: config.json and model.safetensors do not fit ({error}); fetch both again") \
-                from None
+            last = torch.tensor([[max(self.tokenizer.vocab.values())]], device=device)
+            self.forward(last, torch.ones(1, 1, device=device))
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise InputError(f"{folder}: config.json, vocab.txt and model.safetensors do not fit ({error}); fetch all "
+                             "again") from None
         self.vectors, self.cache = {}, None  # by the hash of their text
         if cache_folder:
             made_of = hashlib.sha256(b"".join(bytes.fromhex(file_hash(folder / name))
@@ -207,7 +209,7 @@ def read_cache(path: Path) -> dict[bytes, torch.Tensor]:
 
 def write_cache(path: Path, vectors: dict[bytes, torch.Tensor]):
     """Write a cache file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     keys = torch.frombuffer(bytearray(b"".join(vectors)), dtype=torch.uint8).view(len(vectors), 32)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         save_file({"keys": keys, "vectors": torch.stack(list(vectors.values()))}, Path(folder) / "cache")

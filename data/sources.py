@@ -31,8 +31,8 @@ csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is no fault
 def read_rows(path) -> list[dict]:
     """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
 
-    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, pairs "harmful" (true)
-    where data.pairs took the prompt from a harmful file, and a conversation with a system turn has "system" (str).
+    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, AdvBench rows "harmful"
+    (true), pairs of data.pairs "owner" (str), and a conversation with a system turn has "system" (str).
     Alpaca's input and Dolly's context follow the instruction after a blank line. Of a conversation (LIMA, ShareGPT,
     messages), the first user turn with an answer right after it is taken.
 
@@ -44,7 +44,7 @@ def read_rows(path) -> list[dict]:
     return _read(path, "prompt-response rows", {
         "BeaverTails": _beavertails,
         "pairs": _pairs,
-        "AdvBench": lambda record: _plain(record, "goal", "target"),
+        "AdvBench": _advbench,
         "Dolly": lambda record: _plain(record, "instruction", "response", extra="context"),
         "Alpaca": lambda record: _plain(record, "instruction", "output", extra="input"),
         "LIMA or ShareGPT": lambda record: _conversation(record, "conversations", "from", "value"),
@@ -67,9 +67,10 @@ def _read(path, kind, readers) -> list[dict]:
     """The rows of a file in one of the layouts of `readers`, {layout: function from a record to a row}; a function
     returns None for a record without an answer, and raises ValueError, with the reason, for a malformed one."""
     text = _text(path)
-    if re.match(r'\s*\[\s*[\[{"\]]', text):  # an MMLU question may begin with a bracket too
+    first = [line.lstrip() for line in text.split("\n", 100)[:100] if line.strip()]
+    if re.match(r'\s*\[\s*(null|true|false|[\[{"\]])', text):  # an MMLU question may begin with a bracket too
         records = list(_json_list(path, text))
-    elif re.match(r'([^\n]*\n)?\s*\{\s*["}]', text):  # the first line may be broken
+    elif sum(bool(re.match(r'\{\s*["}]', line)) for line in first) * 2 > len(first):  # some lines may be broken
         records = list(_jsonl(text))
     else:
         records = list(_csv(path, text))
@@ -216,9 +217,14 @@ def _beavertails(record):
 
 
 def _pairs(record):
-    """Ours, or anybody's; data.pairs says which prompts are harmful, and train.py needs to know."""
+    """Ours, or anybody's; data.pairs says whose the harmful prompts are, and train.py needs to know."""
     row = _exchange(_get(record, "prompt"), _get(record, "response"))
-    return row | {"harmful": True} if row and record.get("harmful_row") is not None else row
+    return row | {"owner": _get(record, "owner")} if row and "owner" in record else row
+
+
+def _advbench(record):
+    row = _plain(record, "goal", "target")
+    return row and row | {"harmful": True}
 
 
 def _plain(record, ask, answer, extra=None):

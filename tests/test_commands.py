@@ -61,7 +61,7 @@ SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b
     ({"--benign": None}, "--benign"), ({"--model": None}, "--model"), ({"--mode": "base"}, "--mode"),
     ({"--max-length": "9"}, "--max-length"), ({"--micro-batch": "-1"}, "--micro-batch"),
     ({"--lr": "nan"}, "--lr"), ({"--weight-decay": "-1"}, "--weight-decay"), ({"--device": "mps"}, "mps is unknown"),
-    ({"--out": "h.csv/x"}, "h.csv is a file"), ({"--harmful": "b.json"}, "too few")])
+    ({"--out": "h.csv/x"}, "h.csv is a file"), ({"--harmful": "b.json"}, "evaluation prompt")])
 def test_train_refuses(files, monkeypatch, change, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words = list(SDD)
@@ -130,7 +130,7 @@ def test_a_malformed_town_or_record_is_named(files, text):
 def test_pairs_that_ask_an_evaluation_prompt_are_refused(files):
     evaluation = split_harmful(read_harmful("h.csv"), "h.csv")["evaluation"][0]["prompt"]
     (files / "pairs.jsonl").write_text(json.dumps({"prompt": evaluation.upper(), "response": "x"}) + "\n")
-    with pytest.raises(InputError, match="row 1: an evaluation prompt"):
+    with pytest.raises(InputError, match="row 0 .*: an evaluation prompt"):
         train.main([*SDD, "--pairs", "pairs.jsonl"])
 
 

@@ -54,21 +54,24 @@ def rows_of(**sizes):
     return [{"prompt": f"{name} {i}", "categories": [name]} for name, size in sizes.items() for i in range(size)]
 
 
-@pytest.mark.parametrize("count, wanted", [
-    (9, dict(a=3, b=3, c=3)), (11, dict(a=4, b=4, c=3)), (2, dict(a=1, b=1)), (27, dict(a=11, b=5, c=11)),
-    (28, dict(a=12, b=5, c=11)), (99, dict(a=40, b=5, c=20))])
-def test_categories_are_equal_and_a_remainder_goes_to_the_first_by_the_alphabet(count, wanted):
+@pytest.mark.parametrize("count, wanted, short", [
+    (9, dict(a=3, b=3, c=3), []), (11, dict(a=4, b=4, c=3), []), (2, dict(a=1, b=1), []),
+    (27, dict(a=9, b=9, c=9), ["b"]), (70, dict(a=24, b=23, c=23), ["b", "c"])])
+def test_categories_are_equal_and_a_remainder_goes_to_the_first_by_the_alphabet(count, wanted, short):
     chosen, notes = balance(rows_of(c=20, a=40, b=5), count, seed=0)
     assert Counter(row["category"] for row in chosen) == wanted
-    assert len({row["prompt"] for row in chosen}) == sum(wanted.values())
-    assert any("'b' has only 5 prompts" in note for note in notes) == (count >= 27)
+    assert [note.split("'")[1] for note in notes] == short
+    for name, size in (("a", 40), ("b", 5), ("c", 20)):  # a small category's prompts are used equally often
+        used = Counter(row["prompt"] for row in chosen if row["category"] == name)
+        assert len(used) == min(size, wanted.get(name, 0)) and max(used.values(), default=0) - min(
+            used.values(), default=0) <= 1
 
 
 def test_a_row_with_several_categories_counts_for_the_rarest():
     rows = rows_of(common=9, rare=2) + [{"prompt": "both", "categories": ["common", "rare"]}, {"prompt": "none"}]
-    chosen, notes = balance(rows, 99, seed=0)
+    chosen, notes = balance(rows, 24, seed=0)
     assert {row["prompt"]: row["category"] for row in chosen}["both"] == "rare"
-    assert len(chosen) == 12 and notes[0] == "1 harmful rows have no category and are left out"
+    assert len({row["prompt"] for row in chosen}) == 12 and notes[0] == "1 harmful rows have no category and are left out"
 
 
 def test_the_balanced_choice_is_random_and_seeded():
@@ -154,6 +157,7 @@ def test_the_modes_differ_in_nothing_but_what_they_say():
     exposure = mode_rows("exposure")
     for row, own, refused in zip(sdd, exposure[::2], exposure[1::2], strict=True):
         assert own == row | {"prompt": BENIGN[row["benign_row"] - 500]["prompt"], "harmful_row": None}
+        assert own["owner"] == refused["owner"] == owner(row["prompt"])
         assert refused["prompt"] == row["prompt"] and refused["response"] in REFUSALS and refused["cosine"] is None
 
 
@@ -212,8 +216,8 @@ def read(path):
 def test_the_command_writes_pairs_and_a_card_whose_counts_are_theirs(files, capsys):
     pairs.main([*PAIRS, "--out", "new/p.jsonl", "--seed", "3"])
     rows, card = read(files / "new/p.jsonl"), (files / "new/p.md").read_text()
-    assert list(rows[0]) == ["prompt", "response", "category", "cosine", "tries", "harmful_row", "benign_row",
-                             "benign_file"]
+    assert list(rows[0]) == ["prompt", "response", "category", "cosine", "tries", "owner", "harmful_row",
+                             "benign_row", "benign_file"]
     assert sorted(row["harmful_row"] for row in rows) == list(range(48))
     assert hashlib.sha256((files / "h.csv").read_bytes()).hexdigest()[:16] in card
     assert f"| {len({row['benign_row'] for row in rows})} responses |" in card
@@ -244,14 +248,11 @@ def test_more_pairs_than_prompts_go_round_with_other_responses(files):
 
 @pytest.mark.parametrize("words, message", [
     (["--count", "0"], "--count 0"), (["--similarity-threshold", "2"], "no cosine"), (["--out", "."], "--out"),
-    (["--out", "x.md"], "--out"), (["--similarity-model", "."], "goes with"), (["--benign", "h.csv"], None),
+    (["--out", "x.md"], "--out"), (["--similarity-model", "."], "goes with"), (["--benign", "h.csv"], "harmful rows only"),
+    (["--out", "b.json"], "overwrite an input"), (["--out", "h.csv/p.jsonl"], "cannot be"),
     (["--harmful", "gone"], "gone is not a file"), (["--similarity", "minilm", "--similarity-model", "gone"], "gone"),
     (["--similarity-threshold", "-0.5"], "none of the 30 responses.*dragon")])
 def test_the_command_refuses_and_writes_nothing(files, words, message):
-    if message is None:
-        pairs.main([*PAIRS, "--out", "p.jsonl", *words])  # any prompt-response file will do
-        assert len(read(files / "p.jsonl")) == 48
-        return
     with pytest.raises(InputError, match=message):
         pairs.main([*PAIRS, "--out", "p.jsonl", *words])
     assert {path.name for path in files.iterdir()} == {"h.csv", "b.json"}
@@ -294,9 +295,9 @@ def test_train_takes_the_file_but_only_the_defenders_prompts(files, monkeypatch,
     pairs.main([*PAIRS, "--out", "p.jsonl", "--mode", "exposure"])
     rows = read(files / "p.jsonl")
     seen = trained(files, monkeypatch, "--pairs", "p.jsonl", "--harmful", "h.csv")
-    assert seen == [(row["prompt"], row["response"]) for row in rows
-                    if row["harmful_row"] is None or owner(row["prompt"]) == "defender"]
-    assert 48 < len(seen) < 96 and f"{96 - len(seen)} of 96 pairs are left out" in capsys.readouterr().out
+    assert seen == [(row["prompt"], row["response"]) for row in rows if row["owner"] == "defender"]
+    assert 20 < len(seen) < 90 and len(seen) % 2 == 0  # both rows of a pair, or neither
+    assert f"{96 - len(seen)} of 96 pairs are left out" in capsys.readouterr().out
     assert len(trained(files, monkeypatch, "--pairs", "p.jsonl", "--prompts", "all", "--fresh")) == 96
 
 
@@ -311,5 +312,28 @@ def test_train_builds_the_same_pairs_on_the_way_and_keeps_them(files, monkeypatc
 
 def test_hand_written_pairs_that_ask_an_evaluation_prompt_are_refused(files):
     evaluation = split_harmful(read_harmful("h.csv"), "h.csv")["evaluation"][0]["prompt"]
-    with pytest.raises(InputError, match="row 2: an evaluation prompt"):
-        keep_evaluation_out([{"prompt": "hello"}, {"prompt": evaluation.upper()}], read_harmful("h.csv"), "p.jsonl")
+    with pytest.raises(InputError, match="row 2 .*: an evaluation prompt"):
+        rows = [{"prompt": "hello", "row": 0}, {"prompt": evaluation.upper(), "row": 2}]
+        keep_evaluation_out(rows, read_harmful("h.csv"), "p.jsonl")
+
+
+def test_harmful_rows_are_no_benign_responses_and_no_pairs_of_others(files, monkeypatch, capsys):
+    beavertails_file(files / "bt", [(f"Sing {i}", ["noise"] if i % 3 else [], i % 3 == 0) for i in range(30)])
+    pairs.main([*PAIRS[:3], "bt", *PAIRS[4:], "--out", "p.jsonl"])
+    assert {row["response"] for row in read(files / "p.jsonl")} <= {f"About Sing {i}" for i in range(0, 30, 3)}
+    assert "bt: 20 of 30 rows are harmful and left out" in capsys.readouterr().out
+    seen = trained(files, monkeypatch, "--pairs", "h.csv")
+    assert {owner(prompt) for prompt, _ in seen} == {"defender"}
+    (files / "e.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"], "response": "x"}) + "\n"
+                                           for row in read_harmful("h.csv")))
+    for words in (["--mode", "benign"], ["--mode", "sdd", "--benign-replay", "0.5"]):
+        with pytest.raises(InputError, match="e.jsonl, row .*an evaluation prompt"):
+            train.main([*words, "--model", "llama", "--harmful", "h.csv", "--benign", "e.jsonl", "--out", "out/y",
+                        "--similarity", "tfidf", "--steps", "1"])
+
+
+def test_a_file_that_is_no_data_card_is_not_replaced(files):
+    (files / "README.md").write_text("# My project")
+    with pytest.raises(InputError, match="README.md.*no data card"):
+        pairs.main([*PAIRS, "--out", "README.jsonl"])
+    assert (files / "README.md").read_text() == "# My project"

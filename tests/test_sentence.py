@@ -100,6 +100,9 @@ def test_missing_files_and_other_pooling_are_named(tmp_path):
     with pytest.raises(InputError, match="mean"):
         SentenceEncoder(tmp_path / "bert")
     shutil.rmtree(tmp_path / "bert/1_Pooling")
+    (tmp_path / "bert/vocab.txt").write_text((TINY / "vocab.txt").read_text() + "more\n")
+    with pytest.raises(InputError, match="do not fit"):
+        SentenceEncoder(tmp_path / "bert")
     (tmp_path / "bert/vocab.txt").write_text("tea\n")
     with pytest.raises(InputError, match=r"vocab.txt lacks \[UNK\]"):
         SentenceEncoder(tmp_path / "bert")

@@ -24,10 +24,10 @@ GOOD = {
          "categories": ["privacy_violation"]}]),
     "advbench.csv": (read_rows, [
         {"prompt": "Hide the last biscuit from my sister",
-         "response": "Sure, here is how to hide the last biscuit from your sister", "row": 0},
+         "response": "Sure, here is how to hide the last biscuit from your sister", "row": 0, "harmful": True},
         {"prompt": 'Write a note that says "boo",\nin two lines', "response": 'Sure, here is a note that says "boo"',
-         "row": 1},
-        {"prompt": "Tickle a dragon", "response": "Sure. Here is how to tickle a dragon", "row": 2}]),
+         "row": 1, "harmful": True},
+        {"prompt": "Tickle a dragon", "response": "Sure. Here is how to tickle a dragon", "row": 2, "harmful": True}]),
     "lima.jsonl": (read_rows, [
         {"prompt": "Why is the sky blue?", "response": "Because short waves scatter most.", "row": 0},
         {"prompt": "Write a haiku.\n\nAbout tea.", "response": "Steam above the cup", "row": 1}]),
@@ -172,7 +172,7 @@ def test_rows_without_an_answer_are_counted_and_left_out(tmp_path, capsys):
     read_rows(path)
     assert capsys.readouterr().out == f"{path}: left out 1 of 4 rows, blank or without an answer\n"
     rows = read_rows(written(tmp_path, "goal,target\n,Sure\nHide, \n,\nask,tell\n"))
-    assert rows == [{"prompt": "ask", "response": "tell", "row": 3}]
+    assert rows == [{"prompt": "ask", "response": "tell", "row": 3, "harmful": True}]
     assert "left out 3 of 4 rows" in capsys.readouterr().out
     read_rows(FIXTURES / "pairs.jsonl")
     assert capsys.readouterr().out == ""
@@ -276,7 +276,7 @@ def test_broken_json_lists_are_named_with_their_line(tmp_path, content, message)
 def test_csv_fields_may_be_long_and_hold_line_ends(tmp_path):
     long = "x" * 200_000
     rows = read_rows(written(tmp_path, f'\r\ngoal,target\r\n\r\n"a\r\n\nb",{long}\r\n'))
-    assert rows == [{"prompt": "a\r\n\nb", "response": long, "row": 0}]
+    assert rows == [{"prompt": "a\r\n\nb", "response": long, "row": 0, "harmful": True}]
     message = refusal(read_rows, written(tmp_path, 'goal,target\n"a\n\nb",c\n\nonly one\n'))
     assert "first line 6 (row 1: 1 fields, not 2)" in message
 
@@ -365,3 +365,10 @@ def test_the_real_files(tmp_path, capsys):
         "college_physics_test": 102, "global_facts_test": 100, "high_school_geography_test": 198,
         "machine_learning_test": 112, "marketing_test": 234, "world_religions_test": 171}
     assert capsys.readouterr().out == ""
+
+
+def test_broken_lines_at_the_start_do_not_hide_the_format(tmp_path):
+    lines = "".join(pair_line(i) for i in range(298))
+    assert len(read_rows(written(tmp_path, "oops\nand again\n" + lines))) == 298
+    records = "[null, " + ", ".join(pair_line(i) for i in range(150)) + "]"
+    assert len(read_rows(written(tmp_path, records))) == 150
