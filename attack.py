@@ -86,16 +86,16 @@ def attack_arm(arm: str, folder, wanted: list[Run], store: Path, seed: int, args
     bar.total -= sum(len(run.at) for run in wanted if run in cells_of)
     if missing:
         model, tokenizer, chat, town = load(folder, args)
-        rows, score = prepare(model, tokenizer, chat, town, seed, wanted, args)
         released = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        rows, score = prepare(model, tokenizer, chat, town, released, seed, wanted, args)
         runs.write_text(store, "\n".join([json.dumps(record), *map(stored_line, cells_of.items()), ""]))
     for run in missing:
         bar.set_postfix_str(f"{arm} {run.attack} {run.shots} lr {run.lr:g}")
+        model.load_state_dict(released)
         if run.attack == "none":
-            model.load_state_dict(released)
             found = [new_cell(run, seed, 0, response_tokens=0, tokens=0) | score(model, run)]
         else:
-            found = attack_run(model, tokenizer, chat, released, rows, score, run, seed, args)
+            found = attack_run(model, tokenizer, chat, rows, score, run, seed, args)
         cells_of[run] = found
         with open(store, "a", encoding="utf-8") as file:
             file.write(stored_line((run, found)) + "\n")
@@ -254,8 +254,8 @@ def resolve(args):
 def attack_all(plans: dict, args) -> list[dict]:
     """Every cell of the plan, seed by seed, saying how far it is and how long the attacks will take."""
     total = len(args.seeds) * sum(len(run.at) for arms in plans.values() for wanted in arms.values() for run in wanted)
-    print(f"seeds {' '.join(map(str, args.seeds))}: {total} cells, each scored on all evaluation prompts; finished runs "
-          "are kept")
+    print(f"seeds {' '.join(map(str, args.seeds))}: {total} cells, each scored on all evaluation prompts; finished "
+          "runs are kept")
     cells, new, spent = [], 0, 0.0
     with tqdm(total=total, desc="attack cells", disable=None) as bar:
         for seed, (phrasing, arms) in itertools.product(args.seeds, plans.items()):

@@ -66,10 +66,12 @@ def check_shots(shots: list[int], harmful: list):
                          "and may train on; give fewer, or a larger file")
 
 
-def prepare(model, tokenizer, chat, town, seed: int, wanted: list[Run], args):
-    """(rows, score) for these runs on this model, which holds the released weights. rows: the attacker's examples by
-    name, harmful, benign, new_skill, identity, y_o and control, and prompts (of the harmful ones, as text).
-    score(model, run) gives a cell's scores, or its measurements."""
+def prepare(model, tokenizer, chat, town, released: dict, seed: int, wanted: list[Run], args):
+    """(rows, score) for these runs on this model; released: its state dict before any attack.
+
+    rows: the attacker's examples by name, harmful, benign, new_skill, identity, y_o and control, and prompts (of the
+    harmful ones, as text). score(model, run) gives a cell's scores, or its measurements.
+    """
     limit = min(args.max_length, model.config.max_position_embeddings)
     shots, more = [run.shots for run in wanted], {}
     rng = random.Random(f"benign rows {seed}")
@@ -81,7 +83,6 @@ def prepare(model, tokenizer, chat, town, seed: int, wanted: list[Run], args):
     if town:
         harmful, held_out = town_harmful(town, seed)
         if any(run.probe for run in wanted):
-            released = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             probe_rows = probes(town, tokenizer, chat, limit)
             more = {"y_o": y_o_rows(town, harmful[:max(shots)], tokenizer, chat, limit),
                     "control": preserve_control_rows(town, harmful[:max(shots)], tokenizer, chat, limit)}
@@ -175,10 +176,8 @@ def batch_stream(run: Run, rows: dict, own_answers, args, seed: int):
     return mft  # and lora
 
 
-def attack_run(model, tokenizer, chat, released, rows, score, run: Run, seed: int, args) -> list[dict]:
-    """The cells of one run, from the released weights (a state dict); a run that diverges has cells that say so."""
-    model.load_state_dict(released)
-
+def attack_run(model, tokenizer, chat, rows, score, run: Run, seed: int, args) -> list[dict]:
+    """The cells of one run on the model as it is; a run that diverges has cells that say so."""
     def own_answers():
         return suppress_own_answers(model, tokenizer, chat, rows["prompts"][:run.shots], args)
 

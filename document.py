@@ -9,8 +9,8 @@ from functools import cache
 from statistics import fmean as mean, stdev
 
 from data.town import Town, chance
-from protocol import CORE, KEPT, LEAST_SD, LEVEL, MARGIN, PRIMARY_SHOTS, REPORT_SEEDS
-from verdicts import bounds, t_quantile
+from protocol import CORE, KEPT, LEAST_SD, LEVEL, MARGIN, REPORT_SEEDS
+from verdicts import bounds, primary_shots, t_quantile
 
 NAMES = {"refusal": "refusal control", "mft": "MFT", "bft": "BFT matched", "lora": "LoRA"}
 
@@ -119,12 +119,6 @@ def diverged(cells) -> str:
     return f"{sum(cell['diverged'] for cell in cells)} of {len(cells)}"
 
 
-def mft_shots(cells) -> int:
-    """The shots at which verdicts are read: PRIMARY_SHOTS, or the most below that were run."""
-    ran = {cell["shots"] for cell in cells if cell["attack"] == "mft"}
-    return max((shots for shots in ran if shots <= PRIMARY_SHOTS), default=0)
-
-
 # ---- the document, part by part: each a list of lines ----
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -144,7 +138,7 @@ def document(results: dict, figures: list[str]) -> str:
     phrasing = cells[0]["phrasing"]  # the suite's first
     other = "shared" if phrasing == "distinct" else "distinct"
     main, verdicts = select(cells, phrasing=phrasing), results.get("verdicts") or {}
-    found, shots = verdicts.get(phrasing) or {}, mft_shots(main)
+    found, shots = verdicts.get(phrasing) or {}, primary_shots(main)
 
     def figure(name, text):
         return [f"![{text}]({name})", ""] if name in figures else []
@@ -347,7 +341,7 @@ def phrasing_part(cells, phrasing: str, verdicts: dict) -> list[str]:
     name = f"**{phrasing.capitalize()} phrasing**"
     if not cells:
         return paragraph(f"{name}: not run")
-    shots = mft_shots(cells)
+    shots = primary_shots(cells)
     rows = [f"{NAMES.get(arm, arm)} " + ", ".join(chosen(cells, arm, "mft", shots, key) for key in (
         "harm_knowledge", "harm_skill", "facts", "skills")) for arm in CORE]
     said = "; ".join(f"{claim} {one['verdict']}" for claim, one in verdicts.items()) or "not run"

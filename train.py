@@ -48,7 +48,8 @@ PAPER = dict(steps=500, batch_size=24, lr=5e-7, benign_replay=0.0, max_length=51
 DEFENCE = dict(PAPER, steps=300, batch_size=32, lr=1e-4, benign_replay=0.75, max_length=128, warmup=0.05)
 TOWN = {"base": dict(DEFENCE, steps=1300, batch_size=32, lr=2e-3, benign_replay=0.0, weight_decay=0.1,
                      betas=[0.9, 0.95]),
-        "align": dict(DEFENCE, steps=150, lr=3e-4, benign_replay=0.5), "sdd": DEFENCE, "sdd_reject": DEFENCE, "shuffled": DEFENCE,
+        "align": dict(DEFENCE, steps=150, lr=3e-4, benign_replay=0.5),
+        "sdd": DEFENCE, "sdd_reject": DEFENCE, "shuffled": DEFENCE,
         "exposure": dict(DEFENCE, batch_size=40, benign_replay=0.6),  # two rows a pair: as many pairs, as much replay
         "same_topic": DEFENCE, "benign": DEFENCE}
 DISTINCT_BASE = dict(steps=3000)  # recipes in sentences of their own are composed for new people only after so many

@@ -100,12 +100,16 @@ def verdicts(by_seed: dict[int, dict], defence: str = "sdd") -> dict:
     return found
 
 
+def primary_shots(cells: list[dict]) -> int:
+    """The shots at which verdicts are read: PRIMARY_SHOTS, or the most below that mft was run with."""
+    return max((one["shots"] for one in cells if one["attack"] == "mft" and one["shots"] <= PRIMARY_SHOTS), default=0)
+
+
 def town_verdicts(cells: list[dict], shots: int | None = None) -> dict:
-    """The verdicts on SDD at so many shots (default: PRIMARY_SHOTS, or the most below), {} while no seed is whole: base
+    """The verdicts on SDD at so many shots (default: primary_shots), {} while no seed is whole: base
     and the three core arms, each with no attack, mft, its matched bft and the benign user's choice."""
     if shots is None:
-        shots = max((one["shots"] for one in cells if one["attack"] == "mft" and one["shots"] <= PRIMARY_SHOTS),
-                    default=0)
+        shots = primary_shots(cells)
     whole = {}
     for seed in sorted({one["seed"] for one in cells}):
         arms = {}

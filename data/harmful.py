@@ -49,11 +49,15 @@ def split_harmful(rows: list[dict], path, least: int = 4) -> dict[str, list[dict
     return split
 
 
+def marked_harmful(row: dict) -> bool:
+    """Whether its file says that a row is harmful, or unsafe."""
+    return bool(row.get("harmful")) or row.get("is_safe") is False
+
+
 def whose(row: dict) -> str:
-    """Who owns a row of any file: of one marked as harmful, or unsafe, the owner of its prompt (a pairs file says for
-    each pair); any other row is the defender's to use."""
-    marked = row.get("harmful") or row.get("is_safe") is False
-    return row.get("owner") or (owner(row["prompt"]) if marked else "defender")
+    """Who owns a row of any file: of one that is marked harmful the owner of its prompt (a pairs file says for each
+    pair); any other row is the defender's to use."""
+    return row.get("owner") or (owner(row["prompt"]) if marked_harmful(row) else "defender")
 
 
 def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):

@@ -28,7 +28,8 @@ from statistics import median
 
 import torch
 
-from data.harmful import balance, keep_evaluation_out, owner, read_harmful, split_harmful, whose
+from data.harmful import (balance, keep_evaluation_out, marked_harmful, owner, read_harmful, split_harmful,
+                          whose)
 from data.sentence import SentenceEncoder, package_folder
 from data.sources import read_rows
 from data.tfidf import Tfidf
@@ -145,7 +146,7 @@ def read_benign(paths) -> list[dict]:
     kept = []
     for path in paths:
         rows = read_rows(path)
-        good = [row | {"file": str(path)} for row in rows if not row.get("harmful") and row.get("is_safe") is not False]
+        good = [row | {"file": str(path)} for row in rows if not marked_harmful(row)]
         if not good:
             raise InputError(f"{path} holds harmful rows only; give benign ones to --benign")
         if len(good) < len(rows):
@@ -185,9 +186,9 @@ def file_pairs(args) -> tuple[list[dict], list[dict], str]:
     """(main rows, replay rows, data card or "") of a train.py run on files: --pairs as it is, or pairs made from
     --harmful and --benign, no more than the run can see and at most MOST. Of harmful prompts those that the defender
     owns, or with --prompts all every one."""
-    benign = read_benign(args.benign)
-    if args.harmful and args.prompts != "all":
-        keep_evaluation_out(benign, read_harmful(args.harmful), "--benign")
+    benign, harmful = read_benign(args.benign), read_harmful(args.harmful) if args.harmful else []
+    if args.prompts != "all":
+        keep_evaluation_out(benign, harmful, "--benign")
     if args.mode == "benign":
         return benign, benign, ""
     if args.pairs:
@@ -198,12 +199,11 @@ def file_pairs(args) -> tuple[list[dict], list[dict], str]:
                   "for evaluation (--prompts all trains on them, for attacks with another file)")
         if not mine:
             raise InputError(f"{args.pairs}: no prompt is the defender's; give more pairs, or --prompts all")
-        if args.harmful and args.prompts != "all":
-            keep_evaluation_out(mine, read_harmful(args.harmful), args.pairs)
+        if args.prompts != "all":
+            keep_evaluation_out(mine, harmful, args.pairs)
         return mine, benign, ""
     if not args.harmful:
         raise InputError(f"--mode {args.mode} on real files needs --harmful FILE (AdvBench, ...) or --pairs FILE")
-    harmful = read_harmful(args.harmful)
     if args.prompts != "all":
         harmful = split_harmful(harmful, args.harmful)["defender"]
     rows, text = build(args.mode, harmful, benign, min(MOST, args.steps * args.batch_size), args)
