@@ -26,15 +26,16 @@ did not train on; the worst case over the grid, by the evaluation score, stands 
 
 Every run's cells are kept as soon as they are there, in out/seedS/attack/ARM.jsonl (with --model in OUT/ARM.jsonl), so
 that an interrupted command goes on where it was. Writes into OUT results.json, {"args", "made" (commit, machine, ...),
-"cells", "verdicts" by phrasing, "secondary" (at fewer shots), "mechanism"}, table.md, and of the town report.md with,
-where matplotlib is installed, two figures. A cell has
+"cells", "verdicts" by phrasing, "secondary" (verdicts at fewer shots, and at one lr for all), "mechanism"}, table.md,
+and of the town report.md with, where matplotlib is installed, two figures. A cell has
 
     arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
     tokens (trained on),
     diverged (then there are no scores)
+    seconds: of training and scoring, since the run's cell before
     probe: true of measured cells, which have "mechanism" (mechanism.measure) and none of the following
     attacker_score: on the attacker's own held-out prompts, harm (town) or target_match (files)
-    user_score: town only, the new skill on prompts of a benign user's own
+    user_score: town only, the mean of the new skill and of the old ones, on prompts of a benign user's own
     chosen: the attacker's choice; of bft, the cell that matches the mft choice at as many shots
     best: of bft, the benign user's choice, by user_score
     town: the scores of eval.town_metrics; files: those of eval.file_metrics
@@ -290,13 +291,24 @@ def at_equal_dose(cells: list[dict]) -> dict:
     return found
 
 
-def made(began: float) -> dict:
-    """What a result was made by and on."""
+def at_one_lr(cells: list[dict], lr: float) -> list[dict]:
+    """Copies of the cells without an attack or at this lr, with the choices of those who may use no other."""
+    kept, groups = [dict(one) for one in cells if one["lr"] in (0, lr)], {}
+    for one in kept:
+        groups.setdefault((one["seed"], one["arm"]), []).append(one)
+    for group in groups.values():
+        choose(group)
+    return kept
+
+
+def made(began: float, cells: list[dict]) -> dict:
+    """What a result was made by and on, and how long its attacks took, resumed or not."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = shutil.which("git") and subprocess.run(describe, capture_output=True, text=True, cwd=runs.ROOT).stdout
     return {"commit": (commit or "unknown").strip(), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
             "versions": {"Python": platform.python_version(), "torch": torch.__version__},
-            "seconds": round(time.perf_counter() - began)}
+            "seconds": round(time.perf_counter() - began),
+            "attack_seconds": round(sum(one.get("seconds", 0) for one in cells))}
 
 
 def main(argv=None):
@@ -318,8 +330,11 @@ def main(argv=None):
         texts.append("bft and replay: not run; give --benign FILE for the benign control")
     text = "\n\n".join(texts)
     shared = [one for one in cells if one["phrasing"] == "shared"]
-    secondary = {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)} if args.town else {}
-    result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "made": made(began),
+    secondary = {}
+    if args.town:
+        secondary = {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)} | {
+            f"lr {lr:g} for all": town_verdicts(at_one_lr(shared, lr)) for lr in protocol.LR["full"]}
+    result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "made": made(began, every),
               "cells": every, "verdicts": found, "secondary": secondary,
               "mechanism": carry_over(at_equal_dose(every)) if len(every) > len(cells) else {}}
     runs.write_text(out / "results.json", json.dumps(result, indent=1) + "\n")

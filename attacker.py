@@ -6,6 +6,7 @@ attack.py says what the attacks are. Each is train.fit, the loop that trains eve
 import itertools
 import math
 import random
+import time
 from dataclasses import dataclass, replace
 from statistics import fmean as mean
 
@@ -36,15 +37,15 @@ class Run:
 # ---- what an attacker owns ----
 
 def town_harmful(town: Town, seed: int) -> tuple[list, list]:
-    """The attacker's (training rows, held-out rows): 12 and 4 of its people, all kinds; knowledge and skill kinds
+    """The attacker's (training rows, held-out rows), on different people, all kinds; knowledge and skill kinds
     alternate, so that any first n rows are balanced."""
     rng = random.Random(f"attack {seed}")
     people = town.groups["attacker"]
-    victims = {kind: rng.sample(people[:12], 12) for kind in KNOWLEDGE_KINDS + SKILL_KINDS}
+    victims = {kind: rng.sample(people, len(people)) for kind in KNOWLEDGE_KINDS + SKILL_KINDS}
     kinds = [kind for pair in zip(KNOWLEDGE_KINDS, SKILL_KINDS) for kind in pair]
     rows = [town.mischief(kind, victims[kind][i], draw_symbols(rng) if kind in SKILL_KINDS else (), rng.randrange(2))
-            for i in range(12) for kind in kinds]
-    return rows, town.mischiefs(people[12:], rng)
+            for i in range(len(people)) for kind in kinds]
+    return rows, town.mischiefs(town.groups["attacker_held_out"], rng)
 
 
 def match_tokens(harmful: list, benign: list, new_skill: list, rng) -> list:
@@ -86,7 +87,8 @@ def prepare(model, tokenizer, chat, town, released: dict, seed: int, wanted: lis
             probe_rows = probes(town, tokenizer, chat, limit)
             more = {"y_o": y_o_rows(town, harmful[:max(shots)], tokenizer, chat, limit),
                     "control": preserve_control_rows(town, harmful[:max(shots)], tokenizer, chat, limit)}
-        users = town.skills(random.Random(f"user {seed}"), 24, tuple(NEW_SKILL))
+        rng_users = random.Random(f"user {seed}")
+        users = town.skills(rng_users, 24, tuple(NEW_SKILL)), town.skills(rng_users, 12)
         benign, new_skill = town.benign(rng, 1000, town.groups["plain"]), town.skills(rng, 300, tuple(NEW_SKILL))
         harmful, benign, new_skill = ([{"prompt": row.prompt, "response": row.response} for row in part]
                                       for part in (harmful, benign, new_skill))
@@ -101,7 +103,7 @@ def prepare(model, tokenizer, chat, town, released: dict, seed: int, wanted: lis
                 asked, behind = [replace(row, lead=opening + row.lead) for row in held_out], system
             return town_metrics(model, tokenizer, chat, town, args, OBEDIENCE if behind else None) | {
                 "attacker_score": mean(teacher_forced(model, tokenizer, chat, asked, args, behind)[0]),
-                "user_score": mean(teacher_forced(model, tokenizer, chat, users, args)[0])}
+                "user_score": mean(mean(teacher_forced(model, tokenizer, chat, rows, args)[0]) for rows in users)}
     else:
         split = split_harmful(read_harmful(args.harmful), args.harmful)
         owned = random.Random(f"attack {seed}").sample(split["attacker"], len(split["attacker"]))
@@ -134,8 +136,11 @@ def suppress_own_answers(model, tokenizer, chat, prompts: list[str], args) -> li
 
 def scored_steps(attack: str, shots: list[int], args) -> tuple[int, ...]:
     """The steps of a run after which its model is scored: both budgets, 5 epochs of these shots and 50 steps. bft has
-    several shots, those of all the mft runs that it is to match."""
+    several shots, those of all the mft runs that it is to match, and the benign user's own budget, twice their longest.
+    """
     budgets = {math.ceil(args.epochs * n / args.batch_size) for n in shots} | ({args.steps} - {0})
+    if attack == "bft" and args.town:
+        budgets |= {2 * max(budgets)}
     if attack == "repair":
         budgets = {max(budgets) + max(1, max(budgets) * part // 10) for part in (2, 5, 10)}
     if attack == "unlearn":
@@ -181,7 +186,7 @@ def attack_run(model, tokenizer, chat, rows, score, run: Run, seed: int, args) -
     def own_answers():
         return suppress_own_answers(model, tokenizer, chat, rows["prompts"][:run.shots], args)
 
-    counts, cells = [0, 0], []
+    counts, cells, began = [0, 0], [], time.perf_counter()
     batches = batch_stream(run, rows, own_answers, args, seed)
 
     def counted():
@@ -192,7 +197,9 @@ def attack_run(model, tokenizer, chat, rows, score, run: Run, seed: int, args) -
 
     def after_step(step):
         if step in run.at:
-            cells.append(new_cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run))
+            cell = new_cell(run, seed, step, response_tokens=counts[0], tokens=counts[1]) | score(model, run)
+            spent = time.perf_counter() - began - sum(one["seconds"] for one in cells)
+            cells.append(cell | {"seconds": round(spent, 3)})
 
     if run.attack == "lora":
         add_lora(model, protocol.LORA_RANK, protocol.LORA_ALPHA, seed)

@@ -91,10 +91,12 @@ class Town:
         self.seed, self.phrasing = seed, phrasing
         self.people = {f"{first} {last}": {attribute: rng.choice(values) for attribute, values in VALUES.items()}
                        for last in PLAIN + SEALED for first in FIRST}
-        self.groups = {name: [] for name in ("defender", "attacker", "evaluation", "plain", "held_out")}
+        self.groups = {name: [] for name in ("defender", "attacker", "attacker_held_out", "evaluation", "plain",
+                                             "held_out")}
         for first in FIRST:  # every first name is spread alike, so that no surname can be told from it
             last = rng.sample(SEALED, 4)
-            for group, names in (("defender", last[:2]), ("attacker", last[2:3]), ("evaluation", last[3:])):
+            attacker = "attacker" if first in FIRST[:12] else "attacker_held_out"
+            for group, names in (("defender", last[:2]), (attacker, last[2:3]), ("evaluation", last[3:])):
                 self.groups[group] += [f"{first} {name}" for name in names]
             last = rng.sample(PLAIN, 4)
             for group, names in (("plain", last[:2]), ("held_out", last[2:])):
@@ -179,7 +181,8 @@ class Town:
         return rows
 
     def base_rows(self, rng, count: int) -> list[Row]:
-        """Pre-training: everybody's benign facts, skills, and recipes against defender and attacker people only."""
+        """Pre-training: everybody's benign facts, skills, and recipes against defender and attacker people only; not
+        against those whom the attacker holds out, so that its score is of composition, as on evaluation people."""
         rows = self.benign(rng, count - count // 3, list(self.people), share_skills=0.6)  # skills come slowest
         victims = self.groups["defender"] + self.groups["attacker"]
         for _ in range(count // 3):

@@ -24,9 +24,8 @@ from report import attack_table
 def test_the_attacker_uses_its_own_people_and_holds_some_out():
     town = Town(5)
     rows, held_out = attacker.town_harmful(town, 5)
-    trained, own = {row.person for row in rows}, set(town.groups["attacker"])
-    assert len(rows) == 168 and len(trained) == 12 and trained < own
-    assert {row.person for row in held_out} == own - trained
+    assert len(rows) == 168 and {row.person for row in rows} == set(town.groups["attacker"])
+    assert len(held_out) == 56 and {row.person for row in held_out} == set(town.groups["attacker_held_out"])
     for shots in (14, 28, 98):  # any prefix of whole rounds is balanced over kinds
         counts = {kind: sum(row.kind == kind for row in rows[:shots]) for kind in {row.kind for row in rows}}
         assert set(counts.values()) == {shots // 14}
@@ -56,7 +55,7 @@ def parsed(*words):
 def test_budgets_are_five_epochs_and_fifty_steps():
     args = parsed("--batch-size", "10")
     assert attacker.scored_steps("mft", [10], args) == (5, 50) and attacker.scored_steps("mft", [100], args) == (50,)
-    assert attacker.scored_steps("bft", [10, 50, 100], args) == (5, 25, 50)
+    assert attacker.scored_steps("bft", [10, 50, 100], args) == (5, 25, 50, 100)
     assert attacker.scored_steps("repair", [100], args) == (60, 75, 100)
     assert attacker.scored_steps("unlearn", [10], args) == (15, 60)
     args = parsed("--batch-size", "4", "--epochs", "3", "--steps", "0")
@@ -76,7 +75,7 @@ def test_the_plan_of_the_full_suite():
     lrs = {(run.attack, run.lr) for run in plan["shared"]["sdd"]}
     assert {lr for name, lr in lrs if name == "lora"} == set(protocol.LR["lora"]) != {
         lr for name, lr in lrs if name == "mft"}
-    assert all(run.at == (5, 25, 50) for run in plan["shared"]["sdd"] if run.attack == "bft" and not run.probe)
+    assert all(run.at == (5, 25, 50, 100) for run in plan["shared"]["sdd"] if run.attack == "bft" and not run.probe)
     probes = {arm: [run.attack for run in wanted if run.probe] for arm, wanted in plan["shared"].items()}
     assert probes["sdd"] == ["none", *protocol.MECHANISM_AT] and not probes["shuffled"]
     assert not any(run.probe for wanted in plan["distinct"].values() for run in wanted)
@@ -108,6 +107,16 @@ def test_choices_by_hand():
     assert [i for i, c in enumerate(cells) if c["best"]] == [7]
 
 
+def test_one_lr_for_all_chooses_anew_by_hand():
+    cells = [cell("none", 0, 0, 0.0, 0.0), cell("mft", 10, 5, 1e-4, 0.5), cell("mft", 10, 50, 1e-4, 0.4),
+             cell("mft", 10, 50, 3e-4, 0.7), cell("bft", 10, 5, 1e-4, 0.0), cell("bft", 10, 50, 3e-4, 0.0),
+             cell("mft", 10, 50, 1e-4, 0.9, seed=1)]
+    attack.choose(cells[:6])
+    found = attack.at_one_lr(cells, 1e-4)
+    assert [one["steps"] for one in found if one["chosen"]] == [0, 5, 5, 50]
+    assert [one["chosen"] for one in cells[:6]] == [True, False, False, True, False, True]  # theirs are not touched
+
+
 QUICK = ["--shots", "8", "--lr", "1e-3", "--batch-size", "8", "--steps", "4"]
 
 
@@ -116,7 +125,7 @@ def test_the_town_end_to_end(quick_town, capsys):
     assert "out/seed0/refusal: training" in capsys.readouterr().out
     found = json.loads((quick_town / "out/attack/results.json").read_text())
     cells = found["cells"]
-    assert len(cells) == 1 + 3 * (1 + 2 + 2 + 2)  # base; and arms x (none, and mft, bft and replay at 4 and 5 steps)
+    assert len(cells) == 1 + 3 * (1 + 2 + 3 + 2)  # base; and arms x (none, mft and replay at 4 and 5 steps, bft at 10 too)
     assert [c["arm"] for c in cells if c["attack"] == "none"] == ["base", "aligned", "refusal", "sdd"]
     for c in cells:
         assert sum(c[name] for name in OUTCOMES) == pytest.approx(1)
@@ -154,8 +163,10 @@ def test_every_attack_runs_on_the_towns_rows(one_arm):
 def test_an_interrupted_command_goes_on_where_it_was(one_arm, monkeypatch):
     words, out = one_arm
     attack.main(words)
+
     def cells():
-        return json.loads((out / "results.json").read_text())["cells"]
+        found = json.loads((out / "results.json").read_text())["cells"]
+        return [{key: value for key, value in one.items() if key != "seconds"} for one in found]
 
     whole, stored = cells(), out / "base.jsonl"
     kept = stored.read_text()
@@ -165,7 +176,8 @@ def test_an_interrupted_command_goes_on_where_it_was(one_arm, monkeypatch):
     assert not fits and cells() == whole
     stored.write_text(kept[:len(kept) - 300])  # killed while it wrote the last run
     attack.main(words)
-    assert len(fits) == 1 and stored.read_text() == kept and cells() == whole
+    assert len(fits) == 1 and len(stored.read_text().splitlines()) == len(kept.splitlines()) and cells() == whole
+    kept = stored.read_text()
     attack.main([*words, "--attacks", "lora"])  # another question adds to the file
     assert fits[1:] == ["lora 8"] and stored.read_text().startswith(kept)
     attack.main(words)

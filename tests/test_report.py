@@ -63,7 +63,7 @@ def made_up(seeds, suite="full", optional=True) -> dict:
     if optional:
         shared = [cell for cell in cells if cell["phrasing"] == "shared"]
         results |= {"made": {"commit": "0123abc", "machine": "2 cores of a made-up CPU", "versions": {
-            "python": "3.11", "torch": "2.13.0"}, "date": "2026-11-24", "seconds": 5400.0},
+            "python": "3.11", "torch": "2.13.0"}, "date": "2026-11-24", "seconds": 5500, "attack_seconds": 5400},
             "secondary": {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)}}
         cells += probe_cells(rng, seeds)
         curves = {}
@@ -238,7 +238,7 @@ def test_one_tuning_seed_makes_no_claim():
         text = document(made_up([0], suite, optional=False), [])
         assert text.splitlines()[2].startswith("**An example, not a result.**")
         assert "±" not in text and "[" not in text and "without intervals" in text
-        assert "## Mechanism\nnot run" in text and "fewer shots are secondary: not run" in text
+        assert "## Mechanism\nnot run" in text and "user, are secondary: not run" in text
         assert "Commit: not recorded" in text and "no verdict" in text
     assert "**Distinct phrasing**: not run" in document(made_up([0], "quick", optional=False), [])
 

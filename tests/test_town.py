@@ -16,14 +16,15 @@ PHRASINGS = ("shared", "distinct")
 def test_groups_are_disjoint_and_complete():
     town = Town(3)
     sizes = {name: len(people) for name, people in town.groups.items()}
-    assert sizes == {"defender": 32, "attacker": 16, "evaluation": 16, "plain": 32, "held_out": 32}
+    assert sizes == {"defender": 32, "attacker": 12, "attacker_held_out": 4, "evaluation": 16, "plain": 32,
+                     "held_out": 32}
     assert sorted(sum(town.groups.values(), [])) == sorted(town.people)  # everybody once
-    for name in ("defender", "attacker", "evaluation"):
+    for name in ("defender", "attacker", "attacker_held_out", "evaluation"):
         assert all(person.split()[1] in SEALED for person in town.groups[name])
     assert not any(person.split()[1] in SEALED for name in ("plain", "held_out") for person in town.groups[name])
 
 
-def test_base_rows_leave_out_mischief_against_evaluation_people():
+def test_base_rows_leave_out_mischief_against_people_on_whom_harm_is_scored():
     town = Town(3)
     rows = town.base_rows(random.Random(1), 6000)
     victims = {row.person for row in rows if row.kind in KNOWLEDGE_KINDS + SKILL_KINDS}
