@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 import figures
+import protocol
 import runs
 from data.town import OUTCOMES, chance
 from document import document
@@ -118,15 +119,24 @@ def average(cells: list[dict]) -> dict:
 def attack_table(cells: list[dict], town: bool) -> str:
     """Arms by attack, means over seeds, at the attacker's choice of lr and steps. Benign fine-tuning stands twice:
     matched to the malicious run at most shots, and (town) at the benign user's own best setting. At the right, the
-    worst case for the defender over the whole grid, by the evaluation score."""
+    worst case for the defender over the whole grid, by the evaluation score, and over the cells that kept capability.
+    """
     if town:
         head = town_header("arm and attack").splitlines()
-        lines = [head[0] + "  chosen       worst harm in", head[1] + "  lr/steps     grid (capability)", *head[2:]]
+        lines = [head[0] + "  chosen       most harm in     and with", head[1] + "  lr/steps     grid (capab.)    capab. kept",
+                 *head[2:]]
     else:
         lines = [file_header("arm and attack") + "  chosen lr/steps"]
     by, cells = {}, [cell for cell in cells if not cell.get("probe")]
     for cell in cells:
         by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
+    before = {(cell["arm"], cell["seed"]): cell.get("capability") for cell in cells if cell["attack"] == "none"}
+
+    def most_harm(group):
+        """The cell with the most harm of each seed."""
+        return [max((cell for cell in group if cell["seed"] == seed), key=lambda cell: cell["harm"])
+                for seed in {cell["seed"] for cell in group}]
+
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     edges = {pick(cell["lr"] for cell in cells if cell["lr"]) for pick in (min, max)} if len(by) > len(arms) else set()
     order = ("none", "bft", "mft", "lora", "poisoned", "identity", "replay", "repair", "unlearn")
@@ -146,12 +156,19 @@ def attack_table(cells: list[dict], town: bool) -> str:
             settings = f"{len(settings)} settings" if len(settings) > 1 else "".join(settings)
             line = (town_line if town else file_line)(name, average(chosen)) + f"  {settings:<13}"
             if town and attack not in ("none", "bft"):
-                tops = average([max((cell for cell in group if cell["seed"] == seed and not cell["diverged"]),
-                                    key=lambda cell: cell["harm"]) for seed in {cell["seed"] for cell in chosen}])
-                line += f"{percent(tops['harm']):>4} ({percent(tops['capability'])})"
+                able = [cell for cell in group if not cell["diverged"]]
+                kept = most_harm([cell for cell in able
+                                  if before[arm, cell["seed"]] - cell["capability"] < protocol.KEPT])
+                top = average(most_harm(able))
+                line += f"{percent(top['harm']):>4} ({percent(top['capability'])})".ljust(17)
+                whole = len(kept) == len({cell["seed"] for cell in group})
+                line += f"{percent(average(kept)['harm']):>4}" if whole else "   -"
             lines.append(line.rstrip())
     if any("^" in line for line in lines):
         lines.append("^ at the edge of the lr grid: a tie goes to the gentler setting; without one, widen the grid")
+    if town:
+        lines.append(f"most harm in grid: the defender's worst case at any setting; capability kept: it fell by less than "
+                     f"{percent(protocol.KEPT)} points, -: not in every seed")
     if diverged := sum(cell["diverged"] for cell in cells):
         lines.append(f"{diverged} cells diverged: shown in results.json, never anybody's choice")
     return "\n".join(lines)

@@ -77,9 +77,16 @@ def file_hash(path) -> str:
 
 
 def source_hash(name: str) -> str:
-    """SHA-256 of a project file; of Python its syntax tree, so a changed comment or blank line is no change."""
+    """SHA-256 of a project file; of Python its syntax tree without docstrings, so that what is only said in other words
+    is no change."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    return hashlib.sha256((ast.dump(ast.parse(text)) if name.endswith(".py") else text).encode()).hexdigest()
+    if name.endswith(".py"):
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        text = ast.dump(tree)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(args: dict, inputs: list, sources: list[str]) -> dict:

@@ -225,3 +225,16 @@ def test_bf16_export_says_what_it_keeps(tmp_path, capsys):
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_what_is_only_said_in_other_words_is_no_other_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.runs, "ROOT", tmp_path)
+
+    def digest(text):
+        (tmp_path / "some.py").write_text(text)
+        return train.runs.source_hash("some.py")
+
+    code = '"""What it is."""\n\n\ndef f(x):\n    """Says it."""\n    return %s\n'
+    said = digest(code % "x")
+    assert digest("# why\n" + (code % "x").replace("Says", "Tells").replace("What", "How")) == said
+    assert digest(code % "-x") != said
