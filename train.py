@@ -45,12 +45,12 @@ SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", 
 # lr and replay by tune.py on seeds 0 to 4, see LOG.md; base and align on seed 0.
 PAPER = dict(steps=500, batch_size=24, lr=5e-7, benign_replay=0.0, max_length=512, weight_decay=0.0,
              betas=[0.9, 0.999], warmup=0.0)
-DEFENCE = dict(PAPER, steps=300, batch_size=32, lr=1e-4, benign_replay=0.75, max_length=128, warmup=0.05)
+DEFENCE = dict(PAPER, steps=300, batch_size=32, lr=3e-4, benign_replay=0.95, max_length=128, warmup=0.05)
 TOWN = {"base": dict(DEFENCE, steps=1300, batch_size=32, lr=2e-3, benign_replay=0.0, weight_decay=0.1,
                      betas=[0.9, 0.95]),
         "align": dict(DEFENCE, steps=150, lr=3e-4, benign_replay=0.5),
         "sdd": DEFENCE, "sdd_reject": DEFENCE, "shuffled": DEFENCE,
-        "exposure": dict(DEFENCE, batch_size=40, benign_replay=0.6),  # two rows a pair: as many pairs, as much replay
+        "exposure": dict(DEFENCE, batch_size=34, benign_replay=30 / 34),  # two rows a pair: as many pairs and replayed
         "same_topic": DEFENCE, "benign": DEFENCE}
 DISTINCT_BASE = dict(steps=3000)  # recipes in sentences of their own are composed for new people only after so many
 TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
@@ -59,7 +59,7 @@ TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, n
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARMS = {  # arm on the town: (mode, the arm it starts from, settings that are not its mode's own)
     "base": ("base", None, {}), "aligned": ("align", "base", {}), "refusal": ("align", "aligned", DEFENCE),
-    "no_replay": ("sdd", "aligned", dict(DEFENCE, batch_size=8, benign_replay=0.0)),  # as many pairs a step as SDD
+    "no_replay": ("sdd", "aligned", dict(DEFENCE, batch_size=2, benign_replay=0.0)),  # as many pairs a step as SDD
     **{mode: (mode, "aligned", {}) for mode in ("sdd", "sdd_reject", "shuffled", "exposure", "same_topic", "benign")}}
 
 

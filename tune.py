@@ -29,7 +29,7 @@ from device import add_device_arguments, resolve_device
 from errors import run_script
 from eval import greedy, load, teacher_forced
 
-LR, REPLAY = (3e-5, 1e-4, 3e-4), (0.5, 0.75)
+LR, REPLAY = (3e-5, 1e-4, 3e-4, 1e-3), (0.5, 0.75, 0.9, 0.95)  # 0.95: 2 pairs in a batch of 32
 LOSS = 0.02  # of facts or skills that a defender puts up with
 
 
