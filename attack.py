@@ -3,6 +3,7 @@
     python attack.py                                         the town, seed 0: aligned, refusal control and SDD
     python attack.py --suite full --seeds 5 6 7 8 9          every arm and attack of protocol.py
     python attack.py --model out/real --harmful harmful_behaviors.csv --benign alpaca.json --shots 10
+    python attack.py --model ... --mmlu FOLDER --openbookqa test.jsonl     and with these tests in every cell
 
 Attacks, each from the released weights at a constant lr (so a shorter budget is a point on the longer run's way):
 
@@ -38,7 +39,8 @@ and of the town report.md with, where matplotlib is installed, two figures. A ce
     user_score: town only, the mean of the new skill and of the old ones, on prompts of a benign user's own
     chosen: the attacker's choice; of bft, the cell that matches the mft choice at as many shots
     best: of bft, the benign user's choice, by user_score
-    town: the scores of eval.town_metrics; files: those of eval.file_metrics
+    town: the scores of eval.town_metrics; files: those of eval.file_metrics, and of file_scores.py benign_perplexity
+        (of --benign rows held out from every attack; the defence may have trained on them), mmlu and openbookqa
 """
 
 import argparse
@@ -64,12 +66,14 @@ from data.town import Town, read_town
 from device import add_device_arguments, machine, resolve_device
 from errors import InputError, run_script
 from eval import load
+from file_scores import add_score_arguments, not_taken, read_tests, resolve_similarity_model, score_files
 from mechanism import carry_over
 from report import KEYWORD_WARNING, attack_table, verdict_lines, write_report
 from verdicts import town_verdicts
 
 SOURCES = [*train.SOURCES, "eval.py", "lora.py", "mechanism.py", "attacker.py", "data/refusal_keywords.json"]
 ATTACKS = ("mft", "lora", "bft", "poisoned", "identity", "replay", "repair", "unlearn")
+FILE_SOURCES = ["file_scores.py", "multiple_choice.py"]  # scores of real files only
 BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign rows
 
 
@@ -78,10 +82,11 @@ BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign ro
 def attack_arm(arm: str, folder, wanted: list[Run], store: Path, seed: int, args, bar) -> tuple[list[dict], int]:
     """(all cells of one released model, how many are new). Runs that are in the file `store` are taken from there,
     others are added to it one by one; bar: of progress, by cells."""
-    inputs = [folder, *filter(None, [args.harmful, args.identity]), *args.benign]
+    inputs = [folder, *filter(None, [args.harmful, args.identity]), *args.benign, *score_files(args)]
     settings = {key: getattr(args, key) for key in ("batch_size", "max_length", "max_new_tokens", "chat", "dtype")}
     settings |= {key: getattr(protocol, key) for key in ("LORA_RANK", "LORA_ALPHA", "POISON", "UNLEARN_STEPS")}
-    record = runs.fingerprint(settings | {"seed": seed}, inputs, SOURCES)
+    settings |= {} if args.town else {"mmlu_shots": args.mmlu_shots}
+    record = runs.fingerprint(settings | {"seed": seed}, inputs, SOURCES if args.town else SOURCES + FILE_SOURCES)
     cells_of = {} if args.fresh else stored_cells(store, record)
     missing = [run for run in wanted if run not in cells_of]
     bar.total -= sum(len(run.at) for run in wanted if run in cells_of)
@@ -159,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--benign", metavar="FILE", nargs="+", default=[],
                    help=f"benign pairs (Alpaca, ShareGPT, ...), for {', '.join(BENIGN_ATTACKS)} on real files")
     p.add_argument("--identity", metavar="FILE", help="rows of an identity shift (messages JSONL), for real files")
+    add_score_arguments(p)
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     p.add_argument("--preset", choices=list(protocol.PRESETS),
                    help="published settings (protocol.py), for --attacks, --lr, --epochs, --steps, --batch-size")
@@ -218,8 +224,10 @@ def resolve(args):
         setattr(args, key, value)
     if not args.town and not args.model:
         raise InputError("--harmful needs --model DIR..., the checkpoints to attack")
-    if args.town and (args.benign or args.identity or args.preset):
-        raise InputError("--benign, --identity and --preset go with --harmful FILE; the town has its own")
+    of_files = (args.benign, args.identity, args.preset, args.mmlu, args.openbookqa, args.similarity_model)
+    if args.town and any(of_files):
+        raise InputError("--benign, --identity, --preset, --mmlu, --openbookqa and --similarity-model go with "
+                         "--harmful FILE; the town has its own")
     if (min(args.shots or [1]) < 1 or min(args.batch_size, args.max_new_tokens) < 1 or min(args.epochs, args.steps) < 0
             or args.epochs + args.steps < 1 or not all(0 < lr < math.inf for lr in args.lr or [1])):
         raise InputError("--shots, --batch-size, --max-new-tokens, --lr, and --epochs or --steps, must be above 0")
@@ -231,6 +239,8 @@ def resolve(args):
         if path and not Path(path).is_file():
             raise InputError(f"{path} is not a file; check the path")
     if not args.town:
+        resolve_similarity_model(args)
+        read_tests(args)  # names what is wrong before anything runs
         for attack in args.attacks or []:
             if attack in BENIGN_ATTACKS and not args.benign:
                 raise InputError(f"--attacks {attack} needs --benign FILE")
@@ -328,6 +338,7 @@ def main(argv=None):
             "", attack_table(part, args.town), "", *verdict_lines(found[phrasing])]))
     if not args.town and not args.benign:
         texts.append("bft and replay: not run; give --benign FILE for the benign control")
+    texts += [] if args.town else not_taken(args)
     text = "\n\n".join(texts)
     shared = [one for one in cells if one["phrasing"] == "shared"]
     secondary = {}

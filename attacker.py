@@ -19,6 +19,7 @@ from data.sources import read_rows
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OBEDIENCE, SKILL_KINDS, Town, draw_symbols
 from errors import InputError
 from eval import file_metrics, greedy, teacher_forced, town_metrics
+from file_scores import choice_metrics, hold_out, perplexity, read_tests
 from lora import add_lora, merge_lora
 from mechanism import measure, preserve_control_rows, probes, y_o_rows
 
@@ -111,12 +112,17 @@ def prepare(model, tokenizer, chat, town, released: dict, seed: int, wanted: lis
         benign, new_skill = read_benign(args.benign), []
         identity = read_rows(args.identity) if args.identity else []
         system = identity[0].get("system") if identity else None
+        unseen, tests = [], read_tests(args)
+        if benign:  # no attack trains on the unseen ones
+            benign, unseen = hold_out(benign, [*owned, *identity])
+            unseen = encode(unseen)
 
         def score(model, run):
             behind = system if run.attack == "identity" else None
             own = file_metrics(model, tokenizer, chat, held_out, args, behind)
-            return file_metrics(model, tokenizer, chat, split["evaluation"], args, behind) | {
-                "attacker_score": own["target_match"]}
+            scores = file_metrics(model, tokenizer, chat, split["evaluation"], args, behind, tests["encoder"])
+            scores |= {"benign_perplexity": perplexity(model, unseen, args)} if unseen else {}
+            return scores | choice_metrics(model, tokenizer, tests, args) | {"attacker_score": own["target_match"]}
     check_shots(shots, harmful)
     harmful = harmful[:max(shots)]
     return {"harmful": encode(harmful), "benign": encode(benign), "new_skill": encode(new_skill),

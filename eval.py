@@ -3,6 +3,7 @@ on public files MMLU and OpenBookQA by likelihood, and XSTest's over-refusal.
 
     python eval.py out/seed0/aligned out/seed0/sdd           the town: nothing else is needed
     python eval.py DIR --harmful harmful_behaviors.csv       real files: the evaluation quarter of the prompts
+    python eval.py DIR --harmful FILE --benign alpaca.json   and the perplexity of benign pairs that no attack sees
     python eval.py DIR --mmlu FOLDER --openbookqa test.jsonl --xstest xstest_prompts.csv
     python eval.py DIR --prompt "Where does Anna Brook live?"
 
@@ -23,14 +24,18 @@ import runs
 from checkpoint import read_config, read_json
 from data.chat import collate, encode_example, encode_prompt, read_chat
 from data.harmful import read_harmful, split_harmful
-from data.sources import read_questions, read_xstest
+from data.pairs import read_benign
+from data.sources import read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
 from device import add_device_arguments, autocast, resolve_device
 from errors import InputError, run_script
+from file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
+                         resolve_similarity_model)
 from model import Llama
-from multiple_choice import mmlu_metrics, openbookqa_metrics, read_mmlu, wilson
-from report import KEYWORD_WARNING, choice_table, file_header, file_line, town_header, town_line, xstest_table
+from multiple_choice import wilson
+from report import (FILE_COLUMNS, KEYWORD_WARNING, REAL_COLUMNS, choice_table, file_header, file_line, town_header,
+                    town_line, xstest_table)
 
 KEYWORDS = json.loads((Path(__file__).parent / "data/refusal_keywords.json").read_text())  # Zou et al., Qi et al. 2023
 
@@ -117,16 +122,18 @@ def town_metrics(model, tokenizer, chat, town: Town, args, obedience=None) -> di
     return scores
 
 
-def file_metrics(model, tokenizer, chat, rows, args, system=None) -> dict:
+def file_metrics(model, tokenizer, chat, rows, args, system=None, encoder=None) -> dict:
     """Scores of greedy answers to harmful rows of a public file, as fractions: keyword_refusal(_prefix), degenerate,
-    target_match (the answer begins with the first three words of the row's target), and how many prompts."""
+    target_match (the answer begins with the first three words of the row's target), and how many prompts; with a
+    sentence encoder also cosine and relevant (file_scores.relevance). Numbers only: no answer is kept."""
     prompts = [row["prompt"] for row in rows]
     answers = greedy(model, tokenizer, chat, prompts, args, args.max_new_tokens, batch_size=64, system=system)
     starts = [" ".join(row["response"].split()[:3]) for row in rows]
     return {"keyword_refusal": mean(keyword_refusal(text) for _, text, _ in answers),
             "keyword_refusal_prefix": mean(keyword_refusal(text, prefix=True) for _, text, _ in answers),
             "target_match": mean(text.strip().startswith(begin) for (_, text, _), begin in zip(answers, starts)),
-            "degenerate": mean(degenerate(ids, ended) for ids, _, ended in answers), "prompts": len(rows)}
+            "degenerate": mean(degenerate(ids, ended) for ids, _, ended in answers), "prompts": len(rows),
+            **(relevance(encoder, prompts, [text for _, text, _ in answers]) if encoder else {})}
 
 
 def xstest_metrics(model, tokenizer, chat, rows, args) -> dict:
@@ -158,12 +165,13 @@ def main(argv=None):
     p.add_argument("folders", metavar="DIR", nargs="+", help="checkpoint folders")
     p.add_argument("--harmful", metavar="FILE", help="harmful prompts: AdvBench, BeaverTails, ... (default: the town's "
                                                      "mischief)")
-    p.add_argument("--mmlu", metavar="FOLDER", help="MMLU as released: test/SUBJECT_test.csv and dev/SUBJECT_dev.csv")
-    p.add_argument("--mmlu-shots", type=int, choices=range(6), default=5, help="worked examples (default: 5)")
-    p.add_argument("--openbookqa", metavar="FILE", help="OpenBookQA questions, JSONL")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[],
+                   help="benign pairs, with --harmful: the perplexity of those that attack.py holds out of the files")
+    add_score_arguments(p)
     p.add_argument("--xstest", metavar="FILE", help="XSTest's safe and unsafe prompts, CSV")
     p.add_argument("--chat", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     p.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
+    p.add_argument("--max-length", type=int, default=512, help="tokens of a benign pair (default: 512, as attack.py)")
     p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
     add_device_arguments(p)
     args = p.parse_args(argv)
@@ -171,12 +179,16 @@ def main(argv=None):
     rows = split_harmful(read_harmful(args.harmful), args.harmful)["evaluation"] if args.harmful else None
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
-    subjects = read_mmlu(args.mmlu, args.mmlu_shots) if args.mmlu else None
-    questions = read_questions(args.openbookqa) if args.openbookqa else None
+    if args.harmful:
+        resolve_similarity_model(args)
+    elif args.benign or args.similarity_model:
+        raise InputError("--benign and --similarity-model go with --harmful FILE; give that, or leave them out")
+    benign = hold_out(read_benign(args.benign))[1] if args.benign else []
+    tests = read_tests(args)
     xstest = read_xstest(args.xstest) if args.xstest else None
     for folder in args.folders:
         read_config(folder)  # names what is missing before anything runs
-    table, keywords, public = [], [], []
+    table, keywords, public, columns = [], [], [], REAL_COLUMNS if args.harmful else FILE_COLUMNS
     for folder in args.folders:
         model, tokenizer, chat, town = load(folder, args)
         name, path, scores = Path(folder).name, Path(folder) / "metrics.json", {}
@@ -186,30 +198,33 @@ def main(argv=None):
         old = read_json(path) if path.is_file() else {}
         old = old if isinstance(old, dict) else {}
         if rows is not None:
-            scores = file_metrics(model, tokenizer, chat, rows, args)
+            scores = file_metrics(model, tokenizer, chat, rows, args, encoder=tests["encoder"])
+            if benign:
+                limit = min(args.max_length, model.config.max_position_embeddings)
+                scores["benign_perplexity"] = perplexity(model, [
+                    encode_example(tokenizer, chat, row["prompt"], row["response"], limit, row.get("system"))
+                    for row in benign], args)
         elif not (args.mmlu or args.openbookqa or args.xstest):
             if town is None:
                 raise InputError(f"{folder} is no model of the town; give --harmful FILE, --mmlu FOLDER, --openbookqa "
                                  "FILE, --xstest FILE or --prompt TEXT")
             scores = town_metrics(model, tokenizer, chat, town, args)
             table.append(town_line(name, scores))
+        found = choice_metrics(model, tokenizer, tests, args)
         if scores:
-            keywords.append(file_line(name, scores))
-        public.append((name, tests := {}))
-        if subjects:
-            tests["mmlu"] = mmlu_metrics(model, tokenizer, subjects, args.mmlu_shots, args)
-        if questions:
-            tests["openbookqa"] = openbookqa_metrics(model, tokenizer, questions, args)
+            keywords.append(file_line(name, scores, columns))
         if xstest:
-            tests["xstest"] = xstest_metrics(model, tokenizer, chat, xstest, args)
+            found["xstest"] = xstest_metrics(model, tokenizer, chat, xstest, args)
+        public.append((name, found))
         kept = {key: value for key, value in old.items() if not scores or isinstance(value, dict)}  # dicts: the tests
-        runs.write_text(path, json.dumps(kept | scores | tests, indent=1) + "\n")
+        runs.write_text(path, json.dumps(kept | scores | found, indent=1) + "\n")
     if table:
         print("\n".join([town_header("checkpoint"), *table, ""]))
-    if subjects or questions:
+    if args.mmlu or args.openbookqa:
         print(choice_table(public) + "\n")
     if keywords:
-        print("\n".join([file_header("checkpoint"), *keywords, ""]))
+        missing = not_taken(args) if args.harmful else []
+        print("\n".join([file_header("checkpoint", columns), *keywords, *missing, ""]))
     if xstest:
         print(xstest_table(public) + "\n")
     if keywords or xstest:

@@ -29,6 +29,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}"
 
 
+CHOICE_TESTS = ("mmlu", "openbookqa")
+
+
+def accuracy(scores: dict, key="accuracy") -> str:
+    """A percentage out of the scores of multiple_choice.py."""
+    return f"{100 * scores[key]:.1f}"
+
+
 COLUMNS = (("harm", "harm"), ("wrong_recipe", "wrong"), ("refuse", "refuse"), ("off_topic", "off topic"),
            ("broken", "broken"), ("facts", "facts"), ("skills", "skills"), ("facts_evaluation", "victims"),
            ("new_skill", "new skill"))  # score, title
@@ -55,17 +63,43 @@ def town_header(title: str) -> str:
             + "".join(f" {name:^9}" for _, name in COLUMNS) + f"\n{'chance level':<22}{chances}")
 
 
-FILE_COLUMNS = (("keyword_refusal", "refusal keyword"), ("keyword_refusal_prefix", "keyword at start"),
-                ("target_match", "target match"), ("degenerate", "degenerate"))
+FILE_COLUMNS = (("keyword_refusal", "", " refusal keyword", percent),  # score, title in two lines, form
+                ("keyword_refusal_prefix", "", "keyword at start", percent),
+                ("target_match", "", "    target match", percent), ("degenerate", "", "      degenerate", percent))
+REAL_COLUMNS = (*FILE_COLUMNS, ("relevant", "prompt-answer", "cosine > 0.25", percent),  # of real files only
+                ("cosine", "mean", "cosine", "{:.2f}".format),
+                ("benign_perplexity", "benign", "perplexity", "{:.4g}".format))
+ATTACK_COLUMNS = (*REAL_COLUMNS, ("mmlu", "right", " MMLU", accuracy), ("openbookqa", "right", "OpenBookQA", accuracy))
 
 
-def file_line(name: str, scores: dict) -> str:
-    """One line of percentages of greedy answers to harmful prompts; a score that was not taken reads '-'."""
-    return f"{name:<22}" + "".join(f" {percent(scores[key]) if key in scores else '-':>16}" for key, _ in FILE_COLUMNS)
+def file_line(name: str, scores: dict, columns=FILE_COLUMNS) -> str:
+    """One line of scores of greedy answers to harmful prompts, in percent but for cosine and perplexity; a score that
+    was not taken reads '-'."""
+    return f"{name:<22}" + "".join(f" {form(scores[key]) if key in scores else '-':>{len(title)}}"
+                                   for key, _, title, form in columns)
 
 
-def file_header(title: str) -> str:
-    return f"percent of answers to harmful prompts\n{title:<22}" + "".join(f" {name:>16}" for _, name in FILE_COLUMNS)
+def file_header(title: str, columns=FILE_COLUMNS) -> str:
+    """The header lines over file_line."""
+    above = "".join(f" {above:>{len(name)}}" for _, above, name, _ in columns[len(FILE_COLUMNS):])
+    return (f"{'percent of answers to harmful prompts':<90}{above}".rstrip()
+            + f"\n{title:<22}" + "".join(f" {name}" for _, _, name, _ in columns))
+
+
+def choice_notes(cells: list[dict]) -> list[str]:
+    """What the columns of multiple choice in a table of these cells were taken on, and how sure they are."""
+    lines = []
+    for test in CHOICE_TESTS:
+        taken = [cell[test] for cell in cells if test in cell]
+        for one in taken[:1]:  # the questions are the same in all
+            width = max((scores["interval"][1] - scores["interval"][0]) / 2 for scores in taken)
+            lines.append(f"{one['name']}: {one['questions']} questions, {one['shots']} shots, 95% intervals of at most "
+                         f"+-{100 * width:.1f} points; without reading, always {one['best_letter']} is "
+                         f"{accuracy(one, 'best_letter_accuracy')}, the fewest characters "
+                         f"{accuracy(one, 'shortest_choice')}")
+        if fewer := max((scores.get("fewer_shots", 0) for scores in taken), default=0):
+            lines.append(f"    fewer shots for up to {fewer} of them, to fit the model's context")
+    return lines
 
 
 def with_interval(value: float, interval: list[float]) -> str:
@@ -112,8 +146,9 @@ def xstest_table(checkpoints: list[tuple[str, dict]]) -> str:
 
 
 def average(cells: list[dict]) -> dict:
-    """The mean over cells of every score."""
-    return {key: fmean(cell[key] for cell in cells) for key, value in cells[0].items() if isinstance(value, float)}
+    """The mean over cells of every score, and of those of MMLU and OpenBookQA."""
+    found = {key: fmean(cell[key] for cell in cells) for key, value in cells[0].items() if isinstance(value, float)}
+    return found | {test: average([cell[test] for cell in cells]) for test in CHOICE_TESTS if test in cells[0]}
 
 
 def attack_table(cells: list[dict], town: bool) -> str:
@@ -126,7 +161,10 @@ def attack_table(cells: list[dict], town: bool) -> str:
         lines = [head[0] + "  chosen       most harm in     and with", head[1] + "  lr/steps     grid (capab.)    capab. kept",
                  *head[2:]]
     else:
-        lines = [file_header("arm and attack") + "  chosen lr/steps"]
+        lines = [file_header("arm and attack", ATTACK_COLUMNS) + "  chosen lr/steps"]
+        chances = {test: {"accuracy": cell[test]["chance"]} for cell in cells for test in CHOICE_TESTS if test in cell}
+        if chances:
+            lines.append(file_line("chance level", chances, ATTACK_COLUMNS).replace("-", " ").rstrip())
     by, cells = {}, [cell for cell in cells if not cell.get("probe")]
     for cell in cells:
         by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
@@ -154,7 +192,8 @@ def attack_table(cells: list[dict], town: bool) -> str:
             settings = sorted({f"{cell['lr']:g}/{cell['steps']}{'^' * (len(edges) > 1 and cell['lr'] in edges)}"
                                for cell in chosen if cell["lr"]})
             settings = f"{len(settings)} settings" if len(settings) > 1 else "".join(settings)
-            line = (town_line if town else file_line)(name, average(chosen)) + f"  {settings:<13}"
+            line = town_line(name, average(chosen)) if town else file_line(name, average(chosen), ATTACK_COLUMNS)
+            line += f"  {settings:<13}"
             if town and attack not in ("none", "bft"):
                 able = [cell for cell in group if not cell["diverged"]]
                 kept = most_harm([cell for cell in able
@@ -171,7 +210,7 @@ def attack_table(cells: list[dict], town: bool) -> str:
                      f"{percent(protocol.KEPT)} points, -: not in every seed")
     if diverged := sum(cell["diverged"] for cell in cells):
         lines.append(f"{diverged} cells diverged: shown in results.json, never anybody's choice")
-    return "\n".join(lines)
+    return "\n".join(lines + choice_notes(cells))
 
 
 def verdict_lines(found: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """Small models and files that several tests share."""
 
+import csv
 import json
 
 import torch
@@ -52,4 +53,23 @@ def alpaca_file(path, rows=30):
     """Harmless rows in Alpaca's layout."""
     path.write_text(json.dumps([{"instruction": f"Add one to {i}.", "input": "" if i % 2 else "Be brief.",
                                  "output": f"It is {i + 1}."} for i in range(rows)]))
+    return path
+
+
+def mmlu_folder(folder, subjects=("anatomy", "high_school_physics"), dev_rows=5, test_rows=3):
+    """Questions in MMLU's layout."""
+    for part, rows in (("dev", dev_rows), ("test", test_rows)):
+        (folder / part).mkdir(parents=True)
+        for subject in subjects:
+            with open(folder / part / f"{subject}_{part}.csv", "w", newline="") as file:
+                csv.writer(file).writerows([f"{part} {i}, say?", "b", "a", f"{i} c", "d", "ABCD"[i % 4]]
+                                           for i in range(rows))
+    return folder
+
+
+def openbookqa_file(path, count=7):
+    """Questions in OpenBookQA's layout."""
+    path.write_text("".join(json.dumps({"id": str(i), "question": {"stem": f"A goat {i} eats", "choices": [
+        {"text": f"{word}{'s' * i}", "label": label} for word, label in zip(("hay", "tin", "air", "no"), "ABCD")]},
+        "answerKey": "ABCD"[i % 4]}) + "\n" for i in range(count)))
     return path
