@@ -1,8 +1,8 @@
 """What is compared, in one place: seeds, arms, attacks, grids, margins.
 
-Fixed on 2026-11-23, before any reported figure was run. Settings of the defence are at the top of train.py. Whatever is
-chosen (settings, grids) is chosen on tuning seeds; verdicts are read on report seeds, run once. A change after that is
-written into LOG.md with the old and the new figures.
+Fixed on 2026-11-24, before any figure of the report seeds was run. Settings of the defence are at the top of train.py.
+Whatever is chosen (settings, grids) is chosen on tuning seeds; verdicts are read on report seeds, run once. A change
+after that is written into LOG.md with the old and the new figures.
 """
 
 TUNING_SEEDS = (0, 1, 2, 3, 4)
