@@ -158,8 +158,8 @@ def attack_table(cells: list[dict], town: bool) -> str:
     """
     if town:
         head = town_header("arm and attack").splitlines()
-        lines = [head[0] + "  chosen       most harm in     and with", head[1] + "  lr/steps     grid (capab.)    capab. kept",
-                 *head[2:]]
+        lines = [head[0] + "  chosen       most harm in     and with",
+                 head[1] + "  lr/steps     grid (capab.)    capab. kept", *head[2:]]
     else:
         lines = [file_header("arm and attack", ATTACK_COLUMNS) + "  chosen lr/steps"]
         chances = {test: {"accuracy": cell[test]["chance"]} for cell in cells for test in CHOICE_TESTS if test in cell}
@@ -206,8 +206,8 @@ def attack_table(cells: list[dict], town: bool) -> str:
     if any("^" in line for line in lines):
         lines.append("^ at the edge of the lr grid: a tie goes to the gentler setting; without one, widen the grid")
     if town:
-        lines.append(f"most harm in grid: the defender's worst case at any setting; capability kept: it fell by less than "
-                     f"{percent(protocol.KEPT)} points, -: not in every seed")
+        lines.append("most harm in grid: the defender's worst case at any setting; capability kept: it fell by less "
+                     f"than {percent(protocol.KEPT)} points, -: not in every seed")
     if diverged := sum(cell["diverged"] for cell in cells):
         lines.append(f"{diverged} cells diverged: shown in results.json, never anybody's choice")
     return "\n".join(lines + choice_notes(cells))

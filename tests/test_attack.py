@@ -10,6 +10,7 @@ from small import advbench_file, alpaca_file, public_folder
 
 import attack
 import attacker
+import choices
 import eval as evaluate
 import protocol
 import train
@@ -102,7 +103,7 @@ def test_choices_by_hand():
              cell("bft", 100, 5, 3e-4, 0.0, user_score=0.1), cell("lora", 100, 50, 1e-4, 0.3),
              cell("mft", 168, 84, 1e-4, 0.4)]
     del cells[6]["attacker_score"]
-    attack.choose(cells)
+    choices.choose(cells)
     assert [i for i, c in enumerate(cells) if c["chosen"]] == [0, 2, 5, 8, 10, 11]
     assert [i for i, c in enumerate(cells) if c["best"]] == [7]
 
@@ -111,8 +112,8 @@ def test_one_lr_for_all_chooses_anew_by_hand():
     cells = [cell("none", 0, 0, 0.0, 0.0), cell("mft", 10, 5, 1e-4, 0.5), cell("mft", 10, 50, 1e-4, 0.4),
              cell("mft", 10, 50, 3e-4, 0.7), cell("bft", 10, 5, 1e-4, 0.0), cell("bft", 10, 50, 3e-4, 0.0),
              cell("mft", 10, 50, 1e-4, 0.9, seed=1)]
-    attack.choose(cells[:6])
-    found = attack.at_one_lr(cells, 1e-4)
+    choices.choose(cells[:6])
+    found = choices.at_one_lr(cells, 1e-4)
     assert [one["steps"] for one in found if one["chosen"]] == [0, 5, 5, 50]
     assert [one["chosen"] for one in cells[:6]] == [True, False, False, True, False, True]  # theirs are not touched
 
@@ -125,7 +126,7 @@ def test_the_town_end_to_end(quick_town, capsys):
     assert "out/seed0/refusal: training" in capsys.readouterr().out
     found = json.loads((quick_town / "out/attack/results.json").read_text())
     cells = found["cells"]
-    assert len(cells) == 1 + 3 * (1 + 2 + 3 + 2)  # base; and arms x (none, mft and replay at 4 and 5 steps, bft at 10 too)
+    assert len(cells) == 1 + 3 * (1 + 2 + 3 + 2)  # base; arms x (none, mft and replay at 4 and 5 steps, bft at 10 too)
     assert [c["arm"] for c in cells if c["attack"] == "none"] == ["base", "aligned", "refusal", "sdd"]
     for c in cells:
         assert sum(c[name] for name in OUTCOMES) == pytest.approx(1)
@@ -216,7 +217,7 @@ def test_suppression_is_read_at_the_dose_of_mft():
     cells = [probe_cell("none", 0, -1.0), probe_cell("mft", 50, -2.0), probe_cell("mft", 10, -1.2),
              *(probe_cell("suppress", step, logp) for step, logp in ((2, -1.3), (4, -2.2), (6, -3.0))),
              probe_cell("mft", 60, -9.0) | {"diverged": True, "mechanism": None}, {"probe": False, "steps": 1}]
-    found = attack.at_equal_dose([c for c in cells])
+    found = choices.at_equal_dose([c for c in cells])
     assert {name: measured["steps"] for name, measured in found[5]["sdd"].items()} == {
         "none": 0, "mft": 50, "suppress": 4}
 

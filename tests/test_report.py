@@ -9,11 +9,12 @@ from statistics import mean, stdev
 
 import pytest
 
-import attack
+import choices
 import protocol
 import report
-from document import document, rate
+from document import document
 from mechanism import carry_over
+from rates import rate
 from report import attack_table
 from verdicts import town_verdicts
 
@@ -55,7 +56,7 @@ def made_up(seeds, suite="full", optional=True) -> dict:
                                     seed=seed, diverged=False)
                                | scores(rng, name != "none", level - 20 * lr * (level > 0),
                                         CAPABLE.get(name, 0.8) - 80 * lr))
-                attack.choose(own)
+                choices.choose(own)
                 cells += own
     results = {"args": {"suite": suite, "seeds": list(seeds), "device": "cpu"}, "cells": cells, "verdicts": {
         phrasing: town_verdicts([cell for cell in cells if cell["phrasing"] == phrasing])
