@@ -28,7 +28,7 @@ def test_the_people_set_aside_are_the_defenders_and_are_not_trained_on():
 def test_the_rule(facts, wanted):
     means = {"aligned": {"facts": 1.0, "skills": 0.97}} | {
         f"lr {lr:g} replay {replay:g}": {"facts": facts[2 * i + j], "skills": 0.96}
-        for i, lr in enumerate(tune.LR) for j, replay in enumerate(tune.REPLAY)}
+        for i, lr in enumerate((3e-5, 1e-4, 3e-4)) for j, replay in enumerate((0.5, 0.75))}
     assert tune.choose(means) == wanted
     means[wanted]["skills"] = 0.5
     assert tune.choose(means) != wanted
@@ -37,6 +37,7 @@ def test_the_rule(facts, wanted):
 def test_the_command(quick_town, monkeypatch, capsys):
     monkeypatch.setattr(train, "DEFENCE", train.DEFENCE | dict(steps=1, batch_size=4))
     monkeypatch.setattr(tune, "LR", (1e-4,))
+    monkeypatch.setattr(tune, "REPLAY", (0.5, 0.75))
     tune.main(["--seeds", "3"])
     result = json.loads((quick_town / "out/tune.json").read_text())
     assert list(result["scores"][0]) == ["aligned", "lr 0.0001 replay 0.5", "lr 0.0001 replay 0.75"]
