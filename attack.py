@@ -27,7 +27,7 @@ did not train on; the worst case over the grid, by the evaluation score, stands 
 
 Every run's cells are kept as soon as they are there, in out/seedS/attack/ARM.jsonl (with --model in OUT/ARM.jsonl), so
 that an interrupted command goes on where it was. Writes into OUT results.json, {"args", "made" (commit, machine, ...),
-"cells", "verdicts" by phrasing, "secondary" (verdicts at fewer shots, and at one lr for all), "mechanism"}, table.md,
+"cells", "verdicts" by phrasing, "secondary" (at fewer shots, and at any lr that was chosen for all), "mechanism"}, table.md,
 and of the town report.md with, where matplotlib is installed, two figures. A cell has
 
     arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
@@ -298,8 +298,9 @@ def main(argv=None):
     shared = [one for one in cells if one["phrasing"] == "shared"]
     secondary = {}
     if args.town:
+        chosen = {one["lr"] for one in shared if one["attack"] == "mft" and one["arm"] in protocol.CORE and one["chosen"]}
         secondary = {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)} | {
-            f"lr {lr:g} for all": town_verdicts(at_one_lr(shared, lr)) for lr in protocol.LR["full"]}
+            f"lr {lr:g} for all": town_verdicts(at_one_lr(shared, lr)) for lr in sorted(chosen)}
     result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "made": made(began, every),
               "cells": every, "verdicts": found, "secondary": secondary,
               "mechanism": carry_over(at_equal_dose(every)) if len(every) > len(cells) else {}}

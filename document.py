@@ -147,7 +147,8 @@ def verdict_part(found: dict, secondary: dict, seeds, shots: int) -> list[str]:
     rows = [row(f"{claim}, {shots} shots" if claim in ("resistance", "selective collapse") else claim, part)
             for claim, part in found.items()]
     at_fewer = [row(f"{claim}, {at}", part[claim]) for at, part in secondary.items() if part
-                for claim in ("resistance", "selective collapse")]
+                for claim in ("resistance", "selective collapse")
+                if claim == "selective collapse" or not at.startswith("lr")]  # harm by lr: see the worst cases
     gates = "".join(f" {claim}: {part['verdict']}." for claim, part in found.items() if "(gate" in part["verdict"])
     if "prior_loss" in found["resistance"]:
         lost = 100 * found["resistance"]["prior_loss"]
@@ -264,13 +265,14 @@ def mechanism_part(argument: dict, probes: list[dict]) -> list[str]:
                "distance": ("distance", 1, False)}
     rows = [[f"{NAMES.get(arm, arm)}, {attack}", *(change(arm, attack, *column) for column in columns.values())]
             for arm in CORE for attack in ("mft", "bft", "suppress", "preserve", "preserve control")
-            if select(probes, arm=arm, attack=attack)]
+            if select(probes, arm=arm, attack=attack) and (arm == "sdd" or attack in ("mft", "bft"))]
     said = f"{argument['verdict']} ({argument['reason']})" if argument else "not run"
     example = "" if has_interval(seeds_of(probes), seeds_of(probes)) else " An example: tuning seeds, or one seed."
     return ["## Mechanism", *paragraph(
         f"**The paper's argument, that what MFT does to y_o carries its damage: {said}.**{example} It needs "
         "log p(y_o|own prompt) to fall most in SDD, suppressing y_o to do half of MFT's damage, and preserving y_o "
-        f"to prevent half. Below, changes from before an attack to its end, lr {max(cell['lr'] for cell in probes):g}, "
+        "to prevent half (causal tests: on SDD). Below, changes from before an attack to its end, lr "
+        f"{max(cell['lr'] for cell in probes):g}, "
         "of suppress to where log p(y_o|x) is nearest to MFT's: log p in nats a token (other: benign answers, never "
         f"y_o), facts in points, distance of weights in L2 norm. {diverged(probes)} measurements diverged."),
         *table(["arm, attack", *columns], rows)]

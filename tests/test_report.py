@@ -65,7 +65,8 @@ def made_up(seeds, suite="full", optional=True) -> dict:
         shared = [cell for cell in cells if cell["phrasing"] == "shared"]
         results |= {"made": {"commit": "0123abc", "machine": "2 cores of a made-up CPU", "versions": {
             "python": "3.11", "torch": "2.13.0"}, "date": "2026-11-24", "seconds": 5500, "attack_seconds": 5400},
-            "secondary": {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)}}
+            "secondary": {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)} | {
+                f"lr {lr:g} for all": town_verdicts(choices.at_one_lr(shared, lr)) for lr in protocol.LR["full"][:3]}}
         cells += probe_cells(rng, seeds)
         curves = {}
         for cell in cells:
@@ -139,6 +140,7 @@ def test_intervals_by_hand():
 def test_the_full_suite_fits_and_its_numbers_are_those_of_the_cells(full):
     text = document(full, ["harm.png", "mechanism.png"])
     assert len(text.splitlines()) < 100
+    assert row(text, "selective collapse, lr 0.0001 for all (+5)")[1] and "resistance, lr" not in text
     order = ["# What SDD does", "Commit: 0123abc", "## Verdicts", "resistance, 50 shots", "## Arms", "Worst case",
              "harm.png", "Other attacks", "Answers", "## Mechanism", "mechanism.png", "Distinct phrasing", "not show",
              "Reported"]
