@@ -22,13 +22,14 @@ Attacks, each from the released weights at a constant lr (so a shorter budget is
     suppress  lowers the probability of y_o on the harmful prompts, without any harmful answer
     preserve  mft, and y_o on the same prompts; preserve control: mft, and other benign rows of the same length
 
-Budgets: 5 epochs and 50 steps. The attacker chooses lr and budget by its score on harmful prompts of its own that it
-did not train on; the worst case over the grid, by the evaluation score, stands beside that choice.
+Budgets: 5 epochs and 50 steps; the town's benign user may take twice as many. The attacker chooses lr and budget by its
+score on harmful prompts of its own that it did not train on; the worst case over the grid, by the evaluation score,
+stands beside that choice.
 
 Every run's cells are kept as soon as they are there, in out/seedS/attack/ARM.jsonl (with --model in OUT/ARM.jsonl), so
 that an interrupted command goes on where it was. Writes into OUT results.json, {"args", "made" (commit, machine, ...),
-"cells", "verdicts" by phrasing, "secondary" (at fewer shots, and at any lr that was chosen for all), "mechanism"}, table.md,
-and of the town report.md with, where matplotlib is installed, two figures. A cell has
+"cells", "verdicts" by phrasing, "secondary" (at fewer shots, and at any lr that was chosen, for all), "mechanism"},
+table.md, and of the town report.md with, where matplotlib is installed, two figures. A cell has
 
     arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
     tokens (trained on),
@@ -298,9 +299,9 @@ def main(argv=None):
     shared = [one for one in cells if one["phrasing"] == "shared"]
     secondary = {}
     if args.town:
-        chosen = {one["lr"] for one in shared if one["attack"] == "mft" and one["arm"] in protocol.CORE and one["chosen"]}
+        lrs = {one["lr"] for one in shared if one["attack"] == "mft" and one["chosen"] and one["arm"] in protocol.CORE}
         secondary = {f"{n} shots": town_verdicts(shared, n) for n in (10, 50)} | {
-            f"lr {lr:g} for all": town_verdicts(at_one_lr(shared, lr)) for lr in sorted(chosen)}
+            f"lr {lr:g} for all": town_verdicts(at_one_lr(shared, lr)) for lr in sorted(lrs)}
     result = {"args": {key: value for key, value in vars(args).items() if key != "fresh"}, "made": made(began, every),
               "cells": every, "verdicts": found, "secondary": secondary,
               "mechanism": carry_over(at_equal_dose(every)) if len(every) > len(cells) else {}}
