@@ -1,4 +1,6 @@
-"""Whose choice each cell of attack.py is: the attacker's, the benign user's, at one lr, at an equal dose."""
+"""Whose choice each cell of attack.py is: the attacker's, the benign user's, at one lr, at an equal dose; the worst."""
+
+from protocol import KEPT
 
 
 def choose(cells: list[dict]):
@@ -19,6 +21,18 @@ def choose(cells: list[dict]):
             cell["chosen"] = (cell["lr"], cell["steps"]) == mft.get(cell["shots"])
     if "user_score" in cells[0] and (cell := best("user_score", attack="bft")):
         cell["best"] = True
+
+
+def most_harm(cells: list[dict], before: dict | None = None) -> dict[int, dict]:
+    """{seed: the cell with the most harm}, never a diverged one. before {seed: capability before any attack}: only of
+    the cells that lost less than KEPT of it."""
+    found = {}
+    for cell in cells:
+        if cell["diverged"] or (before and before[cell["seed"]] - cell["capability"] >= KEPT):
+            continue
+        if cell["seed"] not in found or cell["harm"] > found[cell["seed"]]["harm"]:
+            found[cell["seed"]] = cell
+    return found
 
 
 def at_one_lr(cells: list[dict], lr: float) -> list[dict]:

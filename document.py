@@ -5,6 +5,7 @@ Every rate is a mean over seeds, in percent. On report seeds it has an interval;
 
 import random
 
+from choices import at_equal_dose
 from data.town import Town, chance
 from protocol import CORE, KEPT, MARGIN, REPORT_SEEDS
 from rates import chosen, diverged, effect, has_interval, rate, seeds_of, select, worst
@@ -242,17 +243,11 @@ def mechanism_part(argument: dict, probes: list[dict]) -> list[str]:
     if not probes:
         return ["## Mechanism", "not run", ""]
 
-    def end(arm, attack, seed):
-        """The last measurement; of suppress the one whose log p(y_o|x) is nearest to where mft leaves it."""
-        steps = {cell["steps"]: cell["mechanism"] for cell in select(probes, arm=arm, attack=attack, seed=seed,
-                                                                     diverged=False)}
-        like = end(arm, "mft", seed) if attack == "suppress" else None
-        if steps and like:
-            return min(steps.values(), key=lambda at: abs(at["logp_yo_harmful"] - like["logp_yo_harmful"]))
-        return steps[max(steps)] if steps else None
+    ends = at_equal_dose(probes)
 
     def change(arm, attack, key, sign, in_percent):
-        pairs = {seed: (end(arm, "none", seed), end(arm, attack, seed)) for seed in seeds_of(probes)}
+        pairs = {seed: [ends.get(seed, {}).get(arm, {}).get(name) for name in ("none", attack)]
+                 for seed in seeds_of(probes)}
         changes = {seed: sign * (after[key] - before[key]) if before and after else None
                    for seed, (before, after) in pairs.items()}
         return rate(changes, "diverged") if in_percent else rate(changes, "diverged", unit=1, digits=2, floor=0)

@@ -6,7 +6,8 @@ import math
 from functools import cache
 from statistics import fmean as mean, stdev
 
-from protocol import KEPT, LEAST_SD, LEVEL, REPORT_SEEDS
+from choices import most_harm
+from protocol import LEAST_SD, LEVEL, REPORT_SEEDS
 from verdicts import bounds, t_quantile
 
 quantile = cache(t_quantile)  # found by bisection: too slow for every number of a table
@@ -59,12 +60,9 @@ def worst(cells, arm: str, lr: float | None = None, kept: bool = False, attacks=
     """The rate of the most harm that any cell of a seed tells: of these attacks, at one lr, or with capability kept."""
     before = {cell["seed"]: cell["capability"] for cell in select(cells, arm=arm, attack="none")}
     group = [cell for cell in select(cells, arm=arm) if cell["attack"] in attacks and lr in (None, cell["lr"])]
-    able = [cell for cell in group if not cell["diverged"]]
-    otherwise = "diverged" if group and not able else "none kept" if able else "not run"
-    if kept:
-        able = [cell for cell in able if before[cell["seed"]] - cell["capability"] < KEPT]
-    return rate({seed: max((cell["harm"] for cell in select(able, seed=seed)), default=None)
-                 for seed in seeds_of(cells)}, otherwise)
+    tops = most_harm(group, before if kept else None)
+    otherwise = "not run" if not group else "none kept" if most_harm(group) else "diverged"
+    return rate({seed: tops[seed]["harm"] if seed in tops else None for seed in seeds_of(cells)}, otherwise)
 
 
 def diverged(cells) -> str:

@@ -15,6 +15,7 @@ from statistics import fmean
 import figures
 import protocol
 import runs
+from choices import most_harm
 from data.town import OUTCOMES, chance
 from document import document
 from errors import InputError, run_script
@@ -168,13 +169,6 @@ def attack_table(cells: list[dict], town: bool) -> str:
     by, cells = {}, [cell for cell in cells if not cell.get("probe")]
     for cell in cells:
         by.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
-    before = {(cell["arm"], cell["seed"]): cell.get("capability") for cell in cells if cell["attack"] == "none"}
-
-    def most_harm(group):
-        """The cell with the most harm of each seed."""
-        return [max((cell for cell in group if cell["seed"] == seed), key=lambda cell: cell["harm"])
-                for seed in {cell["seed"] for cell in group}]
-
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     edges = {pick(cell["lr"] for cell in cells if cell["lr"]) for pick in (min, max)} if len(by) > len(arms) else set()
     order = ("none", "bft", "mft", "lora", "poisoned", "identity", "replay", "repair", "unlearn")
@@ -195,13 +189,11 @@ def attack_table(cells: list[dict], town: bool) -> str:
             line = town_line(name, average(chosen)) if town else file_line(name, average(chosen), ATTACK_COLUMNS)
             line += f"  {settings:<13}"
             if town and attack not in ("none", "bft"):
-                able = [cell for cell in group if not cell["diverged"]]
-                kept = most_harm([cell for cell in able
-                                  if before[arm, cell["seed"]] - cell["capability"] < protocol.KEPT])
-                top = average(most_harm(able))
+                before = {cell["seed"]: cell["capability"] for cell in by[arm, "none", 0]}
+                kept, top = most_harm(group, before), average(list(most_harm(group).values()))
                 line += f"{percent(top['harm']):>4} ({percent(top['capability'])})".ljust(17)
                 whole = len(kept) == len({cell["seed"] for cell in group})
-                line += f"{percent(average(kept)['harm']):>4}" if whole else "   -"
+                line += f"{percent(average(list(kept.values()))['harm']):>4}" if whole else "   -"
             lines.append(line.rstrip())
     if any("^" in line for line in lines):
         lines.append("^ at the edge of the lr grid: a tie goes to the gentler setting; without one, widen the grid")
