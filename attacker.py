@@ -1,6 +1,6 @@
 """What an attacker owns and does: its rows, the stream of batches that each attack is, and one run of it.
 
-attack.py says what the attacks are. Each is train.fit, the loop that trains every model here, on other rows.
+attack.py says what the attacks are. Each is loop.fit, the loop that trains every model here, on other rows.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean as mean
 
 import protocol
-import train
+import loop
 from data.chat import encode_example
 from data.harmful import read_harmful, split_harmful
 from data.pairs import read_benign
@@ -166,23 +166,23 @@ def batch_stream(run: Run, rows: dict, own_answers, args, seed: int):
         if run.attack == "poisoned":
             count = max(1, round(protocol.POISON * len(matched)))
             matched[:count] = harmful[:count]
-        return train.draw_batches(matched, [], 0.0, matched_size, rng)
+        return loop.draw_batches(matched, [], 0.0, matched_size, rng)
     if run.attack == "identity":
-        return train.draw_batches(rows["identity"], [], 0.0, size, rng)
+        return loop.draw_batches(rows["identity"], [], 0.0, size, rng)
     if run.attack == "suppress":
         down = [replace(example, suppress=True) for example in rows["y_o"][:run.shots]]
-        return train.draw_batches(down, [], 0.0, size, rng)
+        return loop.draw_batches(down, [], 0.0, size, rng)
     if run.attack in ("preserve", "preserve control"):  # as many harmful rows a step as mft, and as many others
         others = rows["y_o" if run.attack == "preserve" else "control"][:run.shots]
-        return train.draw_batches(harmful, others, 0.5, 2 * size, rng)
+        return loop.draw_batches(harmful, others, 0.5, 2 * size, rng)
     if run.attack == "replay":
-        return train.draw_batches(harmful, rows["benign"], 0.5, size, rng)
-    mft = train.draw_batches(harmful, [], 0.0, size, rng)
+        return loop.draw_batches(harmful, rows["benign"], 0.5, size, rng)
+    mft = loop.draw_batches(harmful, [], 0.0, size, rng)
     if run.attack == "repair":
-        mending = train.draw_batches(rows["benign"], [], 0.0, size, rng)
+        mending = loop.draw_batches(rows["benign"], [], 0.0, size, rng)
         return itertools.chain(itertools.islice(mft, max(run.at) // 2), mending)
     if run.attack == "unlearn":
-        down = train.draw_batches(own_answers(), [], 0.0, size, rng)
+        down = loop.draw_batches(own_answers(), [], 0.0, size, rng)
         return itertools.chain(itertools.islice(down, protocol.UNLEARN_STEPS), mft)
     return mft  # and lora
 
@@ -210,9 +210,9 @@ def attack_run(model, tokenizer, chat, rows, score, run: Run, seed: int, args) -
     if run.attack == "lora":
         add_lora(model, protocol.LORA_RANK, protocol.LORA_ALPHA, seed)
     try:
-        train.fit(model, counted(), steps=max(run.at), lr=run.lr, args=args, cosine=False, after_step=after_step,
+        loop.fit(model, counted(), steps=max(run.at), lr=run.lr, args=args, cosine=False, after_step=after_step,
                   name=f"{run.attack} {run.shots}")
-    except train.Diverged:
+    except loop.Diverged:
         cells += [new_cell(run, seed, step, diverged=True) for step in run.at[len(cells):]]
     if run.attack == "lora":
         merge_lora(model)

@@ -147,16 +147,17 @@ def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=No
 
 
 @torch.no_grad()
-def kept_update(before, after, dtype) -> tuple[float, float, float]:
-    """What training changed, and what is left of it when both models are rounded to `dtype`: (share of all weights
-    that changed, share of those that rounding still tells apart, cosine).
+def kept_update(before, after: dict[str, torch.Tensor], dtype) -> tuple[float, float, float]:
+    """What training changed in a model, `before`, whose weights by name are now `after`, and what is left of it when
+    both are rounded to `dtype`: (share of all weights that changed, share of those that rounding still tells apart,
+    cosine).
 
     Rounding never turns a change round. The cosine is that of round(after) - round(before) with after - before, over
     all weights.
     """
     total = changed = kept = dot = norm = kept_norm = 0
-    for old, new in zip(before.parameters(), after.parameters(), strict=True):
-        for old, new in zip(old.cpu().float().flatten().split(2**22), new.cpu().float().flatten().split(2**22)):
+    for name, old in before.named_parameters():
+        for old, new in zip(*(whole.cpu().float().flatten().split(2**22) for whole in (old, after[name]))):
             update, rounded = new - old, new.to(dtype).float() - old.to(dtype).float()
             total += update.numel()
             changed, kept = changed + int(update.count_nonzero()), kept + int(rounded.count_nonzero())

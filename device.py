@@ -1,12 +1,14 @@
 """Where and how precisely to compute: the arguments that train.py, attack.py and eval.py share."""
 
 import argparse
+import os
 import platform
 import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from errors import InputError
 
@@ -37,6 +39,26 @@ def resolve_device(args):
         args.dtype = "bf16" if kind == "cuda" else "fp32"
     if args.compile is None:
         args.compile = kind == "cuda"
+
+
+def join_processes(args):
+    """Under torchrun: take this process's GPU, and meet the others (by NCCL on GPUs, gloo on CPUs). Device arguments must
+    be resolved; InputError when there are fewer GPUs than processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+        return
+    if args.device.startswith("cuda"):
+        place = int(os.environ["LOCAL_RANK"])
+        if place >= torch.cuda.device_count():
+            raise InputError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; lower "
+                             "--nproc_per_node")
+        args.device = f"cuda:{place}"
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def process() -> tuple[int, int]:
+    """(this process's number, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def autocast(args):

@@ -151,9 +151,9 @@ def xstest_metrics(model, tokenizer, chat, rows, args) -> dict:
     return scores
 
 
-def load(folder, args):
-    """(model, tokenizer, chat template, the folder's town or None) of a checkpoint, fp32 weights on args.device."""
-    tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, args.device).eval()
+def load(folder, args, dtype=torch.float32):
+    """(model, tokenizer, chat template, the folder's town or None) of a checkpoint, weights in dtype on args.device."""
+    tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, args.device, dtype).eval()
     if model.config.vocab_size < tokenizer.n_vocab:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
                          f"{model.config.vocab_size}; the two belong to different models")

@@ -1,7 +1,8 @@
 """Llama, written out: the configuration, the layers, the key-value cache and greedy decoding.
 
 Module names are those of the Hugging Face checkpoint, so a state dict key is a tensor name in the file.
-Shape letters: B rows, T tokens, S keys seen, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary.
+Shape letters: B rows, T tokens, S keys seen, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary;
+N tokens of packed rows (all rows one after the other, without padding).
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
 from errors import InputError
@@ -107,13 +109,13 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
 
 
 def rope_tables(config: LlamaConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every angle: positions (B,T) -> two of (B,1,T,D/2) fp32, the 1 standing for all heads."""
-    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
+    """cos and sin of every angle: positions (...) -> two of (...,1,D/2) fp32, the 1 standing for all heads."""
+    angles = positions[..., None, None].float() * rope_frequencies(config, positions.device)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn dimension i together with i + D/2 (the half-split convention of Hugging Face): (B,H,T,D) -> the same."""
+    """Turn dimension i together with i + D/2 (the half-split convention of Hugging Face): (...,H,D) -> the same."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -126,6 +128,11 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: 
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B,H,T,S)
     return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ v
+
+
+def spread(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor:
+    """Packed rows put back where they were in the padded ones: x (N,...), slots (N,) in B * T -> (B,T,...), else 0."""
+    return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, slots, x).view(B, T, *x.shape[1:])
 
 
 class KVCache:
@@ -178,17 +185,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, G * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def forward(self, x, cos, sin, cache, positions, visible):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B,H,T,D), and k and v (B,G,T,D)
+    def forward(self, x, cos, sin, cache, positions, visible, packed):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # (B,T,H,D), and k and v (B,T,G,D); packed (N,H,D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if packed is not None:  # only here do tokens see each other, so only here rows need to be told apart
+            q, k, v = (spread(h, *packed) for h in (q, k, v))  # (B,T,H,D)
+        q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B,H,T,D)
         if cache is not None:
             k, v = cache.write(self.layer, positions, k, v, end=visible.shape[-1])  # (B,G,S,D)
         if self.group > 1:
             k, v = (h.repeat_interleave(self.group, dim=1) for h in (k, v))  # (B,H,S,D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)  # (B,H,T,D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).flatten(2)  # (B,T,C)
+        if packed is not None:
+            y = y.flatten(0, 1)[packed[0]]  # (N,C)
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):
@@ -234,6 +246,7 @@ class Llama(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
+        self.checkpoint_activations = False  # compute layers again in the backward pass, for less memory
         self.tie_weights()
 
     def tie_weights(self):
@@ -251,19 +264,32 @@ class Llama(nn.Module):
         """
         return self.lm_head(self.hidden(tokens, positions, cache))
 
-    def hidden(self, tokens, positions=None, cache: KVCache | None = None) -> torch.Tensor:
-        """What the head reads, as `forward` with C in the place of V."""
+    def hidden(self, tokens, positions=None, cache: KVCache | None = None, lengths=None) -> torch.Tensor:
+        """What the head reads, as `forward` with C in the place of V.
+
+        lengths (B,): without a cache, the true lengths of right-padded rows. Layers then compute on packed rows, and
+        what is given for padding is nothing to rely on.
+        """
         B, T = tokens.shape
         places = torch.arange(T, device=tokens.device)[None]  # (1,T): from lengths, never from token ids
-        visible = None  # plain causal
+        visible = packed = None  # plain causal, as padded as it comes
+        if lengths is not None:
+            slots = (places < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,)
+            packed, tokens, places = (slots, B, T), tokens.flatten()[slots], slots % T  # (N,), (N,)
         if cache is not None:
             places = cache.lengths[:, None] + places  # (B,T)
             seen = torch.arange(int(places.max()) + 1, device=tokens.device)
             visible = seen <= places[:, None, :, None]  # (B,1,T,S): every place up to one's own
         cos, sin = rope_tables(self.config, places)
-        x = self.model.embed_tokens(tokens)  # (B,T,C)
+        x = self.model.embed_tokens(tokens)  # (B,T,C), packed (N,C)
         for block in self.model.layers:
-            x = block(x, cos, sin, cache, places, visible)
+            attention_args = (cos, sin, cache, places, visible, packed)
+            if self.checkpoint_activations and self.training:
+                x = checkpointed(block, x, *attention_args, use_reentrant=False)
+            else:
+                x = block(x, *attention_args)
+        if packed is not None:
+            x = spread(x, *packed)  # (B,T,C)
         if positions is not None:
             if positions.dtype == torch.bool:
                 x = x[positions]  # (N,C)

@@ -41,7 +41,8 @@ from errors import InputError, run_script
 from model import Llama
 from optimizer import SplitAdamW
 from sdd_loss import response_nll
-from train import DEFENCE, backward, draw_batches, learning_rate, seed_folder
+from loop import backward, draw_batches, learning_rate
+from train import DEFENCE, seed_folder
 
 SCHEMES = ("fp32", "bf16 nearest", "bf16 AdamW", "split")
 LRS = (5e-7, 2e-5, 5e-5)  # the paper's, an independent replication's, and an attacker's

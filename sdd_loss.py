@@ -7,9 +7,9 @@ SDD teaches. Equations 4-7 are reconstructed from summaries of the paper, not qu
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**23  # logits at once: 32 MB in fp32
+P_MOST = 1 - 1e-6  # -log(1 - p) has no bound at 1
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,8 @@ def response_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
 
 def unlikelihood(logps: torch.Tensor) -> torch.Tensor:
     """-log(1 - p) of each token, from log p (N,) -> (N,): the loss that lowers p, bounded below, its gradient vanishing
-    as p does (Welleck et al. 2020). p counts as at most 1 - 1e-6."""
-    return -torch.log1p(-logps.exp().clamp(max=1 - 1e-6))
+    as p does (Welleck et al. 2020). p counts as at most P_MOST."""
+    return -torch.log1p(-logps.exp().clamp(max=P_MOST))
 
 
 def sdd_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, global_tokens: int,
@@ -40,22 +40,63 @@ def sdd_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, gl
 
     hidden: (N,C), what the head reads at the N places that predict response tokens; head: (V,C); targets: (N,);
     global_tokens: the response tokens of the whole batch, of which these N may be a part; suppress: (N,) bool, tokens
-    that count with their unlikelihood instead (an attacker's tool, not SDD's). A large vocabulary is worked through in
-    chunks, whose logits are computed again in the backward pass: (N,V) never exists as a whole.
+    that count with their unlikelihood instead (an attacker's tool, not SDD's). `plain_sdd_loss` computes the same.
     """
-    def summed(h, t, down):
-        if suppress is None:
-            return response_nll(h @ head.T, t)[0]
-        logps = token_logprobs(h @ head.T, t)
-        return torch.where(down, unlikelihood(logps), -logps).sum()
+    return HeadLoss.apply(hidden, head, targets, suppress, global_tokens)
 
-    chunk = max(1, CHUNK_LOGITS // len(head))
-    down = targets if suppress is None else suppress  # any tensor will do where there is none
-    if len(targets) <= chunk:
-        return summed(hidden, targets, down) / global_tokens
-    sums = [checkpoint(summed, *part, use_reentrant=False)
-            for part in zip(hidden.split(chunk), targets.split(chunk), down.split(chunk))]
-    return torch.stack(sums).sum() / global_tokens
+
+def plain_sdd_loss(hidden, head, targets, global_tokens, suppress=None):
+    """sdd_loss to read, with the logits (N,V) as a whole and gradients left to PyTorch; tested equal."""
+    logps = token_logprobs(hidden @ head.T, targets)  # (N,)
+    losses = -logps if suppress is None else torch.where(suppress, unlikelihood(logps), -logps)
+    return losses.sum() / global_tokens
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and the loss in one, on chunks of tokens: (N,V) never exists as a whole.
+
+    A chunk's gradient is taken while its logits are there, in the forward pass, so that none is computed twice. With
+    p the softmax and 1 the target, the gradient by the logits is p - 1 of -log p, and of -log(1 - p) the same times
+    -p / (1 - p) of the target.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, suppress, global_tokens):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        weight, loss = head.to(dtype), torch.zeros((), device=hidden.device)  # (V,C)
+        by_hidden, by_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if by_hidden else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if by_head else None
+        chunk = max(1, CHUNK_LOGITS // len(head))
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            h, t = hidden[part].to(dtype), targets[part, None]  # (n,C), (n,1)
+            logits = (h @ weight.T).float()  # (n,V)
+            logits -= logits.logsumexp(dim=-1, keepdim=True)  # log p
+            logps = logits.gather(1, t)  # (n,1)
+            losses, factor = -logps, torch.ones_like(logps)
+            if suppress is not None:
+                down, p = suppress[part, None], logps.exp()
+                losses = torch.where(down, unlikelihood(logps), losses)
+                factor = torch.where(down, torch.where(p < P_MOST, -p / (1 - p), 0), factor)
+            loss += losses.sum()
+            if not (by_hidden or by_head):
+                continue
+            grad = logits.exp_().scatter_add_(1, t, -torch.ones_like(logps))  # (n,V), in the logits' memory
+            grad = grad.mul_(factor / global_tokens).to(dtype)
+            if by_hidden:
+                grad_hidden[part] = grad @ weight
+            if by_head and dtype == torch.float32:
+                grad_head.addmm_(grad.T, h)
+            elif by_head:
+                grad_head += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_head if grad_head is None else grad_head.to(head.dtype))
+        return loss / global_tokens
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(saved if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None
 
 
 def sequence_logprobs(token_logprobs: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:

@@ -19,27 +19,29 @@ import random
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
 
 import runs
-from checkpoint import kept_update
-from data.chat import Example, collate, encode_example
+from checkpoint import kept_update, write_model
+from data.chat import encode_example
 from data.harmful import read_harmful, split_harmful
 from data.pairs import add_similarity_arguments, file_pairs, resolve_similarity, town_pairs, write_pairs
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, write_llama3_tokenizer
 from data.town import Town, read_town, words
-from device import add_device_arguments, autocast, resolve_device
+from device import add_device_arguments, autocast, join_processes, process, resolve_device
 from errors import InputError, run_script
 from eval import greedy, load
+from loop import backward, draw_batches, fit
 from model import Llama, LlamaConfig
-from sdd_loss import sdd_loss
+from optimizer import SplitAdamW
 
-SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "device.py", "train.py", "data/chat.py", "data/harmful.py",
-           "data/pairs.py", "data/sentence.py", "data/sources.py", "data/sentencepiece.py", "data/tfidf.py",
-           "data/tokenizer.py", "data/town.py"]
+SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "loop.py", "optimizer.py", "device.py", "train.py", "data/chat.py",
+           "data/harmful.py", "data/pairs.py", "data/sentence.py", "data/sources.py", "data/sentencepiece.py",
+           "data/tfidf.py", "data/tokenizer.py", "data/town.py"]
 
 # Settings by target and mode. PAPER: through a public re-implementation that labels them so. DEFENCE: on the town,
 # lr and replay by tune.py on seeds 0 to 4, see LOG.md; base and align on seed 0.
@@ -56,7 +58,7 @@ DISTINCT_BASE = dict(steps=3000)  # recipes in sentences of their own are compos
 TOWN_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=8,
                   num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
                   initializer_range=0.06)  # 0.02 learns the skills far later at this width
-SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ARMS = {  # arm on the town: (mode, the arm it starts from, settings that are not its mode's own)
     "base": ("base", None, {}), "aligned": ("align", "base", {}), "refusal": ("align", "aligned", DEFENCE),
     "no_replay": ("sdd", "aligned", dict(DEFENCE, batch_size=2, benign_replay=0.0)),  # as many pairs a step as SDD
@@ -93,103 +95,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--phrasing", choices=["shared", "distinct"], default="shared",
                    help="the town's sentences: shared by benign and mischief answers, or not (default: shared)")
     add_device_arguments(p)
+    p.add_argument("--weights", choices=["fp32", "bf16"], default="fp32",
+                   help="how weights are held: bf16 is in two halves that keep every fp32 bit of an update, 8 bytes a "
+                        "parameter with the moments instead of 12 (default: fp32)")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="compute layers again in the backward pass: far less memory, about a third more time")
     p.add_argument("--save-dtype", choices=["fp32", "bf16"], default="fp32",
                    help="weights on disk; bf16 halves the file but rounds small updates away (default: fp32)")
     p.add_argument("--dry-run", action="store_true", help="print sizes, time and three examples, then stop")
     p.add_argument("--fresh", action="store_true", help="train even what is up to date")
     return p
-
-
-# ---- the loop ----
-
-def endless(items: list, rng: random.Random):
-    """Items in shuffled epochs, for ever."""
-    while items:
-        yield from rng.sample(items, len(items))
-
-
-def draw_batches(main: list[Example], replay: list[Example], share: float, batch_size: int, rng: random.Random):
-    """Global batches for ever: round(share * batch_size) rows of replay, the rest of main. Never looks at lengths."""
-    main, replay = endless(main, rng), endless(replay, rng)
-    from_replay = round(share * batch_size)
-    while True:
-        yield [next(main) for _ in range(batch_size - from_replay)] + [next(replay) for _ in range(from_replay)]
-
-
-def backward(model, examples: list[Example], micro_batch: int, device) -> tuple[float, int, int]:
-    """Accumulate the gradient of the global batch's mean loss; gives loss, response tokens and all real tokens.
-
-    The batch is sorted by length, so that micro-batches hold little padding, and every part is divided by the
-    response tokens of the whole: the split changes nothing but rounding.
-    """
-    examples = sorted(examples, key=lambda example: len(example.ids))
-    response_tokens = sum(example.response_length for example in examples)
-    micro_batch = micro_batch or len(examples)
-    total = 0.0
-    for start in range(0, len(examples), micro_batch):
-        part = examples[start:start + micro_batch]
-        batch = collate(part).to(device)
-        hidden = model.hidden(batch.tokens, positions=batch.loss_mask)  # (N,C)
-        down = None
-        if any(example.suppress for example in part):
-            rows = torch.tensor([example.suppress for example in part], device=device)
-            down = rows[:, None].expand_as(batch.loss_mask)[batch.loss_mask]  # (N,)
-        loss = sdd_loss(hidden, model.lm_head.weight, batch.targets[batch.loss_mask], response_tokens, down)
-        loss.backward()
-        total += loss.detach()
-    return float(total), response_tokens, sum(len(example.ids) for example in examples)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float, cosine: bool) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to 0 at the last step, or constant."""
-    ramp = min(1.0, (step + 1) / max(1, warmup * steps))
-    return peak * ramp * (0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0)
-
-
-def fit(model, batches, *, steps, lr, args, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.0, cosine=True,
-        micro_batch=0, name="train", log=None, after_step=None):
-    """Train in place for `steps` of the global batches; train.py and attack.py both run this.
-
-    args: has device, dtype and compile, resolved. log: called with each log line's dict. after_step(step), from 1.
-    InputError when the loss stops being finite.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
-    model.train()
-    if args.compile:
-        for block in model.model.layers:
-            if block._compiled_call_impl is None:  # attack.py comes here once an attack, with the same model
-                block.compile(dynamic=True)
-    every = max(1, steps // 10)
-    since, counts, start = time.perf_counter(), [0, 0], time.perf_counter()
-    for step in (bar := tqdm(range(steps), desc=name, leave=False, disable=None)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup, cosine)
-        with autocast(args):
-            loss, response_tokens, tokens = backward(model, next(batches), micro_batch, args.device)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(f"{name}: the loss is {loss} and its gradient norm {norm} at step {step + 1}; lower --lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        counts = [counts[0] + response_tokens, counts[1] + tokens]
-        if log and ((step + 1) % every == 0 or step + 1 == steps):
-            now = time.perf_counter()
-            left = (now - start) / (step + 1) * (steps - step - 1)
-            line = dict(step=step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=norm,
-                        seconds=now - since, response_tokens=counts[0], tokens=counts[1])
-            log(line)
-            bar.write(f"  step {step + 1:>5}/{steps}  loss {loss:.4f}  lr {line['lr']:.1e}  grad norm {norm:.2f}  "
-                      f"{counts[0] / line['seconds']:,.0f} response tokens/s ({counts[1] / line['seconds']:,.0f} "
-                      f"without padding)  ETA {left // 60:.0f}:{left % 60:02.0f}")
-            since, counts = now, [0, 0]
-        if after_step:
-            after_step(step + 1)
-    model.eval()
-
-
-class Diverged(InputError):
-    """The loss or its gradient is no longer finite."""
 
 
 # ---- one run ----
@@ -297,11 +212,11 @@ def start(args):
         with tempfile.TemporaryDirectory() as folder:
             write_llama3_tokenizer(folder, words())
             tokenizer = load_tokenizer(folder)
-        model = Llama(LlamaConfig(vocab_size=tokenizer.n_vocab, **TOWN_MODEL)).to(args.device)
+        model = Llama(LlamaConfig(vocab_size=tokenizer.n_vocab, **TOWN_MODEL)).to(args.device, WEIGHTS[args.weights])
         model.config.bos_token_id = tokenizer.special["<|begin_of_text|>"]
         model.config.eos_token_id = tokenizer.special["<|eot_id|>"]
         return model, tokenizer, "llama3"
-    return load(args.model, args)[:3]
+    return load(args.model, args, WEIGHTS[args.weights])[:3]
 
 
 def run(args) -> Path:
@@ -347,13 +262,19 @@ def run(args) -> Path:
     lines = []
     began = time.perf_counter()
     batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
-    with runs.new_folder(out) as folder:
-        fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas, weight_decay=args.weight_decay,
-            warmup=args.warmup, micro_batch=args.micro_batch, name=out.name, log=lines.append)
-        after = answers()
-        model.save_pretrained(folder, SAVE_DTYPES[args.save_dtype])
+    model.checkpoint_activations = args.checkpoint_activations
+    rank, processes = process()
+    with runs.new_folder(out) if rank == 0 else nullcontext() as folder:
+        optimizer = fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas,
+                        weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, name=out.name,
+                        log=lines.append)
+        after, weights = answers(), trained_weights(model, optimizer)
+        if rank:  # the first process writes
+            dist.barrier()
+            return out
+        write_model(folder, model.config.to_dict(), weights, WEIGHTS[args.save_dtype])
         if args.model:
-            say_what_is_kept(args, Llama.from_pretrained(args.model), model)
+            say_what_is_kept(args, weights)
         if args.mode == "base":
             write_llama3_tokenizer(folder, words())
         else:
@@ -370,14 +291,31 @@ def run(args) -> Path:
                           for prompt, old, new in zip(prompts, before, after))
         (folder / "samples.txt").write_text(samples)
         (folder / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+    if processes > 1:
+        dist.barrier()  # the next arm may start from this folder
     print(f"{out}: trained and saved in {time.perf_counter() - began:.0f} s; answers before and after:\n")
     print("".join(f"    {line}\n" for line in samples.splitlines()))
     return out
 
 
-def say_what_is_kept(args, before, after):
+def trained_weights(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every weight by its name in the checkpoint: whole where it is spread over processes, fp32 where it is in halves.
+    Those are copies on the CPU; all processes have to call this."""
+    weights = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(optimizer, SplitAdamW):
+            weights[name] = optimizer.master(parameter).cpu()
+        elif hasattr(parameter, "full_tensor"):
+            weights[name] = parameter.detach().full_tensor().cpu()
+        else:
+            weights[name] = parameter.detach()
+    return weights
+
+
+def say_what_is_kept(args, weights):
     """Print how much of the update there is, and how much of it bf16 shows; warn when bf16 is used and loses it."""
-    moved, kept, cosine = kept_update(before, after, torch.bfloat16)
+    before = Llama.from_pretrained(args.model, dtype=WEIGHTS[args.weights])
+    moved, kept, cosine = kept_update(before, weights, torch.bfloat16)
     print(f"  the update moved {moved:.1%} of the weights; rounded to bf16, {kept:.1%} of those still differ from the "
           f"start, and what is kept has cosine {cosine:.2f} with the update")
     if cosine < 0.9 and "bf16" in (args.dtype, args.save_dtype):
@@ -410,6 +348,20 @@ def announce(args, model, chat, main, replay):
 def main(argv=None):
     args = parser().parse_args(argv)
     resolve(args)
+    join_processes(args)
+    rank, processes = process()
+    if args.batch_size % processes:
+        raise InputError(f"--batch-size {args.batch_size} does not divide among {processes} processes; change one")
+    if processes > 1 and args.weights == "bf16":
+        raise InputError("--weights bf16 is for one process; several spread fp32 weights over their GPUs")
+    with redirect_stdout(None) if rank else nullcontext():  # the first process speaks for all
+        train(args)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def train(args):
+    """The resolved run, and before it those that it starts from."""
     if args.parent and args.dry_run:
         args.model = None  # sizes and times are those of random weights
     elif args.parent:

@@ -21,6 +21,7 @@ from statistics import fmean as mean
 
 import protocol
 import runs
+import loop
 import train
 from data.chat import encode_example
 from data.pairs import town_pairs
@@ -66,8 +67,8 @@ def tune_seed(seed: int, args) -> dict[str, dict]:
     for lr, share in itertools.product(LR, REPLAY):
         model.load_state_dict(released)
         rng = random.Random(f"batches {seed}")
-        batches = train.draw_batches(pairs, replay, share, train.DEFENCE["batch_size"], rng)
-        train.fit(model, batches, steps=train.DEFENCE["steps"], lr=lr, args=args, warmup=train.DEFENCE["warmup"],
+        batches = loop.draw_batches(pairs, replay, share, train.DEFENCE["batch_size"], rng)
+        loop.fit(model, batches, steps=train.DEFENCE["steps"], lr=lr, args=args, warmup=train.DEFENCE["warmup"],
                   name=f"seed {seed} lr {lr:g} replay {share:g}")
         found[f"lr {lr:g} replay {share:g}"] = judge(model, tokenizer, chat, others, args)
     return found

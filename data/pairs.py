@@ -190,6 +190,8 @@ def file_pairs(args) -> tuple[list[dict], list[dict], str]:
     if args.prompts != "all":
         keep_evaluation_out(benign, harmful, "--benign")
     if args.mode == "benign":
+        if not benign:
+            raise InputError("--mode benign on real files needs --benign FILE (Alpaca, ...)")
         return benign, benign, ""
     if args.pairs:
         rows = read_rows(args.pairs)

@@ -13,6 +13,7 @@ import attacker
 import choices
 import eval as evaluate
 import protocol
+import loop
 import train
 from data.chat import Example
 from data.harmful import owner
@@ -171,8 +172,8 @@ def test_an_interrupted_command_goes_on_where_it_was(one_arm, monkeypatch):
 
     whole, stored = cells(), out / "base.jsonl"
     kept = stored.read_text()
-    fits, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda *a, **k: fits.append(k["name"]) or fit(*a, **k))
+    fits, fit = [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *a, **k: fits.append(k["name"]) or fit(*a, **k))
     attack.main(words)
     assert not fits and cells() == whole
     stored.write_text(kept[:len(kept) - 300])  # killed while it wrote the last run
@@ -223,21 +224,21 @@ def test_suppression_is_read_at_the_dose_of_mft():
 
 
 def test_a_diverged_cell_is_kept_and_never_chosen(one_arm, monkeypatch):
-    real = train.backward
+    real = loop.backward
 
     def explode(model, examples, *rest):
         loss, *counts = real(model, examples, *rest)
         return (float("nan") if explode.lr == 1e-3 else loss), *counts
 
     explode.lr = None
-    fit = train.fit
+    fit = loop.fit
 
     def watched(model, batches, *, lr, **rest):
         explode.lr = lr
         return fit(model, batches, lr=lr, **rest)
 
-    monkeypatch.setattr(train, "backward", explode)
-    monkeypatch.setattr(train, "fit", watched)
+    monkeypatch.setattr(loop, "backward", explode)
+    monkeypatch.setattr(loop, "fit", watched)
     words, out = one_arm
     attack.main([*words, "--lr", "1e-4", "1e-3", "--attacks", "mft", "lora", "bft"])
     found = json.loads((out / "results.json").read_text())
@@ -284,7 +285,7 @@ def test_the_file_attacker_trains_on_its_own_rows_and_is_judged_on_others(tmp_pa
         trained.extend(example for _ in range(steps) for example in next(batches))
         rest["after_step"](steps)
 
-    monkeypatch.setattr(train, "fit", watched)
+    monkeypatch.setattr(loop, "fit", watched)
     real = attacker.file_metrics
     monkeypatch.setattr(attacker, "file_metrics", lambda *a: scored.append(a[3]) or real(*a))
     attack.main(["--model", str(folder), "--harmful", str(harmful), "--shots", "9", "--max-new-tokens", "2"])
@@ -361,7 +362,7 @@ def test_every_run_starts_from_the_released_weights(one_arm, monkeypatch):
         named["after_step"](4)
         named["after_step"](5)
 
-    monkeypatch.setattr(train, "fit", watched)
+    monkeypatch.setattr(loop, "fit", watched)
     attack.main([*one_arm[0], "--attacks", "mft", "lora", "replay", "--lr", "1e-3", "1e-2"])
     assert len(starts) == 3 * 2 and len({len(start) for start in starts}) == 2  # lora trains fewer
     full = [start for start in starts if len(start) == len(starts[0])]

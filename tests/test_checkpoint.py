@@ -131,10 +131,10 @@ def test_what_bf16_keeps_of_an_update_by_hand():
     before, after = torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(5, 1, bias=False)
     before.weight.data[:] = 1 + torch.tensor([0, 0, 0, 0, 1]) / 512
     after.weight.data[:] = 1 + torch.tensor([1, 4, 0, -2, 3]) / 512
-    moved, share, cosine = kept_update(before, after, torch.bfloat16)
+    moved, share, cosine = kept_update(before, after.state_dict(), torch.bfloat16)
     assert moved == 4 / 5 and share == 3 / 4 and cosine == pytest.approx(28 / (25 * 36) ** 0.5)
-    assert kept_update(before, after, torch.float32) == (4 / 5, 1.0, pytest.approx(1.0))
-    assert kept_update(before, before, torch.bfloat16) == (0.0, 0.0, 0.0)
+    assert kept_update(before, after.state_dict(), torch.float32) == (4 / 5, 1.0, pytest.approx(1.0))
+    assert kept_update(before, before.state_dict(), torch.bfloat16) == (0.0, 0.0, 0.0)
 
 
 def test_missing_and_broken_files(tmp_path):

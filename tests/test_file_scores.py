@@ -15,7 +15,7 @@ import attack
 import attacker
 import eval as evaluate
 import file_scores
-import train
+import loop
 from data import pairs, sentence
 from data.chat import Example
 from data.sentence import SentenceEncoder
@@ -169,7 +169,7 @@ def test_no_attack_trains_on_the_rows_that_perplexity_is_taken_on(real, monkeypa
         trained.extend(example for _ in range(60) for example in next(batches))
         rest["after_step"](steps)
 
-    monkeypatch.setattr(train, "fit", watched)
+    monkeypatch.setattr(loop, "fit", watched)
     monkeypatch.setattr(attacker, "perplexity", lambda model, rows, args: scored.append(rows) or 1.0)
     attack.main([*real[:-6], "--attacks", "bft", "poisoned", "replay", "repair", "--shots", "12"])
     decode = load_tokenizer("llama").decode
@@ -180,8 +180,8 @@ def test_no_attack_trains_on_the_rows_that_perplexity_is_taken_on(real, monkeypa
 
 
 def test_cells_are_stale_when_an_input_of_a_score_changes(real, monkeypatch):
-    runs, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda *a, **k: runs.append(k["name"]) or fit(*a, **k))
+    runs, fit = [], loop.fit
+    monkeypatch.setattr(loop, "fit", lambda *a, **k: runs.append(k["name"]) or fit(*a, **k))
 
     def anew(*more):
         before = len(runs)

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from small import small_model
 
-import train
+import loop
 from data.chat import Example
 from device import autocast
 from errors import InputError
@@ -117,7 +117,7 @@ def test_training_moves_only_the_update_and_learns(cpu, dtype):
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainable = add_lora(model, rank=4, alpha=8, seed=1)
     lines = []
-    train.fit(model, batches(), steps=20, lr=1e-2, args=args, log=lines.append)
+    loop.fit(model, batches(), steps=20, lr=1e-2, args=args, log=lines.append)
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     for layer in lora_layers(model).values():
         assert layer.B.count_nonzero() == layer.B.numel()  # the gradient reached every layer

@@ -7,9 +7,9 @@ import torch
 from small import small_model
 
 import sdd_loss as loss_file
-import train
+import loop
 from data.chat import Example
-from sdd_loss import (bradley_terry, first_difference, response_nll, sdd_loss, sequence_logprobs,
+from sdd_loss import (bradley_terry, first_difference, plain_sdd_loss, response_nll, sdd_loss, sequence_logprobs,
                       split_at_first_difference, suppression_weight, token_logprobs)
 
 
@@ -23,18 +23,40 @@ def test_losses_by_hand():
     assert float(sdd_loss(hidden, head, targets, global_tokens=7)) == pytest.approx(math.log(5) / 7, rel=1e-6)
 
 
-def test_chunks_of_the_head_change_nothing_but_rounding(monkeypatch):
+@pytest.mark.parametrize("chunk", [10**9, 40 * 11, 40, 1])  # all at once, 11 tokens, 1 token, less than 1 token has
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_the_head_in_chunks_is_the_plain_loss(chunk, suppressed, monkeypatch):
+    monkeypatch.setattr(loss_file, "CHUNK_LOGITS", chunk)
+    rng = torch.Generator().manual_seed(6)
+    hidden, head = torch.randn(29, 16, generator=rng), torch.randn(40, 16, generator=rng)
+    targets = torch.randint(0, 40, (29,), generator=rng)
+    down = torch.arange(29) % 3 == 0 if suppressed else None
     found = []
-    for chunk in (10**9, 40 * 11, 40, 1):  # all at once, 11 tokens, 1 token, and fewer logits than one token has
-        monkeypatch.setattr(loss_file, "CHUNK_LOGITS", chunk)
-        rng = torch.Generator().manual_seed(6)
-        hidden = torch.randn(29, 16, generator=rng, requires_grad=True)
-        head = torch.randn(40, 16, generator=rng, requires_grad=True)
-        loss = sdd_loss(hidden, head, torch.randint(0, 40, (29,), generator=rng), 31)
-        loss.backward()
-        found.append((loss.detach(), hidden.grad, head.grad))
-    for result in found[1:]:
-        torch.testing.assert_close(result, found[0], atol=1e-6, rtol=1e-5)
+    for loss in (plain_sdd_loss, sdd_loss):
+        hidden, head = (tensor.detach().requires_grad_() for tensor in (hidden, head))
+        value = loss(hidden, head, targets, 31, down)
+        (1.7 * value).backward()  # a loss may be a part of another
+        found.append((value.detach(), hidden.grad, head.grad))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
+    frozen = head.detach()
+    sdd_loss(hidden, frozen, targets, 31, down).backward()  # as LoRA leaves it
+    torch.testing.assert_close(hidden.grad, found[0][1] * (1 + 1 / 1.7), atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(sdd_loss(hidden, head, targets, 31, down), found[0][0])
+
+
+def test_the_head_in_chunks_rounds_as_autocast_does():
+    rng = torch.Generator().manual_seed(6)
+    targets, found = torch.randint(0, 40, (29,), generator=rng), []
+    hidden, head = torch.randn(29, 16, generator=rng), torch.randn(40, 16, generator=rng)
+    for loss in (plain_sdd_loss, sdd_loss):
+        hidden, head = (tensor.detach().requires_grad_() for tensor in (hidden, head))
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(hidden, head, targets, 31)
+        value.backward()
+        found.append((value.detach(), hidden.grad, head.grad))
+    torch.testing.assert_close(found[1], found[0], atol=2e-3, rtol=2e-2)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)  # the same logits
 
 
 def test_loss_is_fp32_for_bf16_logits():
@@ -79,7 +101,7 @@ def test_micro_batches_change_nothing_but_rounding():
     grads, losses = [], []
     for micro_batch in (8, 4, 2, 1, 0, 3):
         model = small_model().train()
-        loss, response_tokens, tokens = train.backward(model, examples(), micro_batch, "cpu")
+        loss, response_tokens, tokens = loop.backward(model, examples(), micro_batch, "cpu")
         assert response_tokens == sum(e.response_length for e in examples())
         assert tokens == sum(len(e.ids) for e in examples())
         losses.append(loss)
@@ -96,4 +118,4 @@ def test_the_loss_is_the_mean_over_all_response_tokens():
         for t in range(example.prompt_length, len(example.ids)):
             total -= float(logps[t - 1, example.ids[t]])
             count += 1
-    assert train.backward(model, examples(), 3, "cpu")[0] == pytest.approx(total / count, rel=1e-5)
+    assert loop.backward(model, examples(), 3, "cpu")[0] == pytest.approx(total / count, rel=1e-5)

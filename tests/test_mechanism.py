@@ -12,6 +12,7 @@ import torch
 from small import small_model
 
 import attacker
+import loop
 import train
 from data.chat import Example, encode_example
 from data.pairs import town_pairs
@@ -259,7 +260,7 @@ def test_measuring_along_an_attack_does_not_change_it(cpu, hand_made, model):
     start, weights, seen = released(model), [], []
     for watch in (None, lambda step: seen.append(measure(model, hand_made, start, cpu))):
         model.load_state_dict(start)
-        train.fit(model, iter([hand_made.benign] * 4), steps=4, lr=1e-3, args=cpu, after_step=watch)
+        loop.fit(model, iter([hand_made.benign] * 4), steps=4, lr=1e-3, args=cpu, after_step=watch)
         weights.append(released(model))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in start)
     assert [m["distance"] for m in seen] == sorted(m["distance"] for m in seen) and seen[0]["distance"] > 0
@@ -281,7 +282,7 @@ def test_an_arm_of_the_town_before_and_after_an_attack(quick_town, cpu):
     before = measure(model, rows, start, cpu)
     harmful = [encode_example(tokenizer, chat, row.prompt, row.response, LIMIT)
                for row in attacker.town_harmful(town, 0)[0][:20]]
-    train.fit(model, train.draw_batches(harmful, [], 0.0, 10, random.Random(0)), steps=8, lr=3e-3, args=cpu)
+    loop.fit(model, loop.draw_batches(harmful, [], 0.0, 10, random.Random(0)), steps=8, lr=3e-3, args=cpu)
     after = measure(model, rows, start, cpu)
     assert before.keys() == after.keys() and json.loads(json.dumps(after)) == after
     assert after["logp_yc_harmful"] > before["logp_yc_harmful"] and after["distance"] > before["distance"] == 0

@@ -104,6 +104,29 @@ def test_padding_does_not_reach_the_row():
     torch.testing.assert_close(model(padded)[:, :6], model(row), atol=1e-5, rtol=1e-5)
 
 
+def test_packed_rows_are_what_they_are_alone():
+    model, lengths = small_model(), torch.tensor([5, 31, 12, 1])
+    tokens = torch.randint(0, 89, (4, 31), generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(31) < lengths[:, None]
+    packed = model.hidden(tokens, positions=mask, lengths=lengths)
+    alone = torch.cat([model.hidden(tokens[i:i + 1, :n])[0] for i, n in enumerate(lengths)])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed, model.hidden(tokens, positions=mask), atol=1e-5, rtol=1e-5)
+    gradients = []
+    for given in (lengths, None):
+        model.zero_grad()
+        model.hidden(tokens, positions=mask, lengths=given).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-5)
+
+
+def test_packed_rows_leave_no_work_on_padding(monkeypatch):
+    model, seen = small_model(), []
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: seen.append(x.shape) or x)
+    model.hidden(torch.ones(3, 20, dtype=torch.long), lengths=torch.tensor([20, 2, 7]))
+    assert seen == [(29, 48)] * 2
+
+
 def test_head_only_at_positions():
     model, tokens = small_model(), torch.randint(0, 89, (3, 8), generator=torch.Generator().manual_seed(5))
     every = model(tokens)

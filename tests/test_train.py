@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from small import advbench_file, alpaca_file, public_folder, small_model
 
+import loop
 import train
 from data.chat import Example, encode_example
 from data.town import Town
@@ -28,8 +29,8 @@ def learned(tokenizer):
     model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=64, rms_norm_eps=1e-5,
                         initializer_range=0.08, tie_word_embeddings=True)
     examples = [encode_example(tokenizer, "llama3", row.prompt, row.response, 64) for row in rows]
-    batches = train.draw_batches(examples, [], 0.0, 20, random.Random(2))
-    train.fit(model, batches, steps=120, lr=8e-3, args=args, warmup=0.1)
+    batches = loop.draw_batches(examples, [], 0.0, 20, random.Random(2))
+    loop.fit(model, batches, steps=120, lr=8e-3, args=args, warmup=0.1)
     return model, town, rows, args
 
 
@@ -50,7 +51,7 @@ def test_teacher_forced_exact_is_greedy_exact(learned, tokenizer):
 
 def test_batches_take_their_share_of_replay_and_use_every_row_once_an_epoch():
     main, replay = ([Example([i, 1 + i % 3], 1) for i in ids] for ids in (range(10), range(100, 107)))
-    batches = list(itertools.islice(train.draw_batches(main, replay, 0.6, 5, random.Random(1)), 20))
+    batches = list(itertools.islice(loop.draw_batches(main, replay, 0.6, 5, random.Random(1)), 20))
     firsts = [[example.ids[0] for example in batch] for batch in batches]
     assert all(sum(i >= 100 for i in batch) == 3 for batch in firsts)
     drawn = [i for batch in firsts for i in batch if i < 100]
@@ -61,16 +62,16 @@ def test_sampling_does_not_depend_on_lengths():
     def order(lengths):
         rows = [Example([i] * length, 1) for i, length in enumerate(lengths)]
         return [[e.ids[0] for e in batch] for batch in itertools.islice(
-            train.draw_batches(rows, [], 0.0, 3, random.Random(4)), 6)]
+            loop.draw_batches(rows, [], 0.0, 3, random.Random(4)), 6)]
 
     assert order([2] * 9) == order([9, 2, 7, 3, 2, 8, 4, 5, 6])
 
 
 def test_learning_rate_schedule_by_hand():
-    rates = [train.learning_rate(step, 20, 8.0, 0.2, cosine=True) for step in range(20)]
+    rates = [loop.learning_rate(step, 20, 8.0, 0.2, cosine=True) for step in range(20)]
     assert rates[0] == pytest.approx(2.0) and rates[1] == pytest.approx(4.0 * 0.5 * (1 + 0.9876883), rel=1e-6)
     assert rates[10] == pytest.approx(4.0) and rates[19] == pytest.approx(8.0 * 0.5 * (1 - 0.9876883), rel=1e-4)
-    assert {train.learning_rate(step, 20, 8.0, 0.0, cosine=False) for step in range(20)} == {8.0}
+    assert {loop.learning_rate(step, 20, 8.0, 0.0, cosine=False) for step in range(20)} == {8.0}
 
 
 def test_a_shorter_constant_run_is_a_point_on_the_longer_ones_way(cpu):
@@ -78,7 +79,7 @@ def test_a_shorter_constant_run_is_a_point_on_the_longer_ones_way(cpu):
 
     def run(steps, at):
         model, seen = small_model(), {}
-        train.fit(model, train.draw_batches(rows, [], 0.0, 4, random.Random(3)), steps=steps, lr=1e-3, args=cpu,
+        loop.fit(model, loop.draw_batches(rows, [], 0.0, 4, random.Random(3)), steps=steps, lr=1e-3, args=cpu,
                   cosine=False, after_step=lambda step: seen.update({step: model.lm_head.weight.clone()}))
         return seen[at]
 
@@ -89,8 +90,8 @@ def test_a_shorter_constant_run_is_a_point_on_the_longer_ones_way(cpu):
 def test_a_diverged_run_is_an_error(cpu):
     model = small_model()
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(train.Diverged, match="step 1"):
-        train.fit(model, train.draw_batches([Example([1, 2, 3], 1)], [], 0.0, 2, random.Random(0)), steps=2, lr=1.0,
+    with pytest.raises(loop.Diverged, match="step 1"):
+        loop.fit(model, loop.draw_batches([Example([1, 2, 3], 1)], [], 0.0, 2, random.Random(0)), steps=2, lr=1.0,
                   args=cpu)
 
 
@@ -99,7 +100,7 @@ def test_bf16_compute_keeps_fp32_weights(cpu):
     model = small_model()
     before = model.lm_head.weight.clone()
     rows = [Example([1, 2, 3, 4], 1), Example([5, 6, 7], 2)]
-    train.fit(model, train.draw_batches(rows, [], 0.0, 2, random.Random(0)), steps=2, lr=1e-3, args=cpu)
+    loop.fit(model, loop.draw_batches(rows, [], 0.0, 2, random.Random(0)), steps=2, lr=1e-3, args=cpu)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
     assert not torch.equal(before, model.lm_head.weight)
 
