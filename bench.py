@@ -1,134 +1,312 @@
-"""Measure speed, beside what one would do instead.
+"""Measure speed and memory, beside what one would run instead.
 
+    python bench.py train --harmful harmful_behaviors.csv --benign alpaca.json --tokenizer FOLDER
+    python bench.py decode --benign alpaca.json --tokenizer FOLDER
+    python bench.py town
     python bench.py pairs --harmful harmful_behaviors.csv --benign alpaca.json
 
-pairs: 8,000 pairs from a pool of 52,000 responses, as many as in the paper and in Alpaca. Files with fewer rows are
-grown to that size by mixing their sentences. Whole `python -m data.pairs` processes, with an empty cache and again,
-beside the obvious way on the same encoder: embed the whole pool, then one prompt at a time.
+train: steps on harmful prompts with random benign answers, beside trl's SFTTrainer on the same weights and batches.
+decode: greedy answers to 100 benign prompts of unequal lengths, beside transformers' generate; then one prompt alone,
+beside the speed at which this machine copies memory. Both on random weights, of --shape; peers that are not installed
+are said to be so. town: line 1 of the README, whole processes. pairs: data.pairs, see bench_pairs.py.
 
-Prints a table and writes out/bench.json. Compare figures of one run only.
+Whoever is compared takes turns, a fresh process each time; model loading and a warm-up are not timed. Prints a table of
+medians (lowest to highest) and writes it to out/bench.json. Compare figures of one run only.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
-import re
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from bench_pairs import bench_pairs
+from data.chat import encode_example, encode_prompt
 from data.harmful import read_harmful
-from data.pairs import MOST, add_similarity_arguments, read_benign, resolve_similarity
-from data.sentence import SentenceEncoder
-from device import machine
+from data.pairs import MOST, add_similarity_arguments, read_benign
+from data.tokenizer import load_tokenizer
+from device import add_device_arguments, machine, resolve_device
 from errors import InputError, run_script
+from model import Llama, LlamaConfig
 from runs import write_text
 
 ROOT = Path(__file__).parent
+SHAPES = {  # small: about SmolLM2 with a fifth of its layers and the vocabulary of Llama 3
+    "small": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
+                  num_key_value_heads=3, tie_word_embeddings=True),
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, tie_word_embeddings=True),  # Llama-3.2-1B
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)}  # Llama-2-7b
+PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # bf16 without sparsity, as the data sheets say
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of those it has waited for: less moved than the clock by what else is running."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+# ---- what is run ----
+
+def measure(job: dict, args) -> dict:
+    """The figures of one job of bench_runs.py, run in a fresh process; InputError with its last line when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job | {"scratch": folder, "device": args.device, "dtype": args.dtype,
+                                          "compile": args.compile}))
+        done = subprocess.run([sys.executable, ROOT / "bench_runs.py", path], capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"{job['run']}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        return json.loads(path.with_suffix(".out").read_text())
 
 
-def grow(texts: list[str], count: int, rng: random.Random) -> list[str]:
-    """`count` texts: the first are these, the rest have their sentences mixed, as many as a random one of them has."""
-    sentences = [re.split(r"(?<=[.!?])\s+", text) for text in texts]
-    every = [sentence for part in sentences for sentence in part]
-    mixed = [" ".join(rng.choices(every, k=len(rng.choice(sentences)))) for _ in range(count - len(texts))]
-    return (texts + mixed)[:count]
-
-
-def obvious_pairs(prompts: list[str], responses: list[str], threshold: float, encoder) -> list[tuple]:
-    """What draw_irrelevant gives at seed 0, the obvious way: all responses embedded, then prompt after prompt."""
-    pool = dict(zip(responses, encoder.embed(responses)))
-    found = []
-    for i, prompt in enumerate(prompts):
-        vector = encoder.embed([prompt])[0]
-        rng, tried = random.Random(f"irrelevant 0 {i}"), []
-        while True:
-            pick = rng.randrange(len(responses))
-            if pick in tried:
+def take_turns(jobs: dict[str, dict], args) -> dict[str, list[dict]]:
+    """The figures of every job, args.rounds of them, one after the other in each round; none for those that need a
+    package which is not installed."""
+    found = {}
+    for turn in range(args.rounds):
+        for name, job in jobs.items():
+            if any(importlib.util.find_spec(package) is None for package in job["needs"]):
+                found[name] = []
                 continue
-            tried.append(pick)
-            cosine = round(float(vector @ pool[responses[pick]]), 6)
-            if cosine <= threshold:
-                found.append((pick, cosine, len(tried)))
-                break
+            found.setdefault(name, []).append(measure(job, args))
+            print(f"  round {turn + 1}, {name}: {found[name][-1]['seconds']:.2f} s", flush=True)
     return found
 
 
-def bench_pairs(args) -> list[dict]:
-    """Rows {"what", "seconds", "cpu_seconds", "pairs_per_second"}; says whether both ways give the same pairs."""
-    if args.similarity != "minilm" or not args.harmful or not args.benign:
-        raise InputError("bench.py pairs needs --harmful FILE, --benign FILE... and --similarity minilm")
-    resolve_similarity(args)
-    rng = random.Random(0)
-    prompts = [row["prompt"] for row in read_harmful(args.harmful)]
-    more = (f"{' '.join(first[:len(first) // 2] + second[len(second) // 2:])} {number}" for number in range(args.pairs)
-            for first, second in [(rng.choice(prompts).split(), rng.choice(prompts).split())])
-    prompts = (prompts + list(more))[:args.pairs]  # numbered, so that no two are the same
-    responses = grow([row["response"] for row in read_benign(args.benign)], args.responses, rng)
-    taken = {}
+def spread(values: list[float], form: str) -> str:
+    """Median and, in brackets, lowest and highest."""
+    low, middle, high = (format(value, form) for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
-    def timed(what, function):
-        began, cpu = time.perf_counter(), cpu_seconds()
-        result = function()
-        taken[what] = time.perf_counter() - began, cpu_seconds() - cpu
-        print(f"  {what}: {taken[what][0]:.1f} s", flush=True)
-        return result
 
+def table(columns: list[str], rows: list[tuple[str, list[str]]]):
+    """Print rows of text under their columns."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *(cells for _, cells in rows))]
+    first = max(len(name) for name, _ in rows)
+    for name, cells in [("", columns), *rows]:
+        print("  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths))]).rstrip())
+
+
+def random_llama(args, tokenizer, folder) -> LlamaConfig:
+    """Save a Llama of args.shape with random weights for this tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=tokenizer.n_vocab, max_position_embeddings=2048, rope_theta=500000.0,
+                         **SHAPES[args.shape])
+    Llama(config).save_pretrained(folder)
+    return config
+
+
+# ---- train ----
+
+def useful_flops(config: LlamaConfig, batches: list[list]) -> float:
+    """FLOPs of one pass over these batches that no implementation can leave out: forward and backward are 6 for each
+    weight of a layer and token, 6 for each weight of the head and response token, and 6 layers * heads * head_dim *
+    T**2 for the causal attention of a row of T tokens (scores and values, half of the square each).
+
+    Recomputing, padding and logits of prompts do not count, so who does those has a lower model FLOPs utilisation:
+    these FLOPs / seconds / the machine's FLOP/s.
+    """
+    C, D = config.hidden_size, config.head_dim
+    H, G, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    layer_weights = layers * (2 * C * H * D + 2 * C * G * D + 3 * C * config.intermediate_size)
+    total = 0
+    for example in (example for batch in batches for example in batch):
+        T = len(example.ids) - 1  # the last token is only predicted
+        total += 6 * (layer_weights * T + config.vocab_size * C * example.response_length) + 6 * layers * H * D * T**2
+    return total
+
+
+def bench_train(args) -> dict:
+    """Steps of SDD's data at args.batch_size and at most args.max_length tokens."""
+    tokenizer, rng = load_tokenizer(args.tokenizer), random.Random(0)
+    prompts, benign = read_harmful(args.harmful), read_benign(args.benign)
+    batches = [[encode_example(tokenizer, "llama3", rng.choice(prompts)["prompt"], rng.choice(benign)["response"],
+                               args.max_length) for _ in range(args.batch_size)] for _ in range(args.batches)]
+    tokens = sum(len(example.ids) for batch in batches for example in batch)
+    responses = sum(example.response_length for batch in batches for example in batch)
+    padded = sum(args.batch_size * max(len(example.ids) for example in batch) for batch in batches)
+    print(f"{args.batches} batches of {args.batch_size} rows: {responses:,} response tokens of {tokens:,}, {padded:,} "
+          "with padding; once to warm up, once timed")
     with tempfile.TemporaryDirectory() as folder:
-        for name, texts in (("harmful", [(text, "Sure.") for text in prompts]),
-                            ("benign", [("Tell me.", text) for text in responses])):
-            write_text(Path(folder) / f"{name}.jsonl", "".join(
-                json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in texts))
-        command = [sys.executable, "-m", "data.pairs", "--harmful", "harmful.jsonl", "--benign", "benign.jsonl",
-                   "--out", "pairs.jsonl", "--similarity-model", str(Path(args.similarity_model).resolve()),
-                   "--similarity-threshold", str(args.similarity_threshold)]
-        for what in ("data.pairs", "data.pairs again, embeddings cached"):
-            result = timed(what, lambda: subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL,
-                                                        env=os.environ | {"PYTHONPATH": str(ROOT)}))
-            if result.returncode:
-                raise InputError("data.pairs failed, see its error above; mend that")
-        rows = [json.loads(line) for line in (Path(folder) / "pairs.jsonl").read_text().split("\n") if line]
-    encoder = SentenceEncoder(args.similarity_model, "cuda" if torch.cuda.is_available() else "cpu")
-    found = timed("the obvious way: whole pool, then one prompt at a time", lambda: obvious_pairs(
-        [row["prompt"] for row in rows], responses, args.similarity_threshold, encoder))
-    same = sum((row["benign_row"], row["tries"]) == (pick, tries) for row, (pick, _, tries) in zip(rows, found))
-    print(f"  {same:,} of {len(rows):,} pairs are the same both ways; highest cosine "
-          f"{max(row['cosine'] for row in rows):.4f}")
-    return [{"what": what, "seconds": wall, "cpu_seconds": cpu, "pairs_per_second": len(rows) / wall}
-            for what, (wall, cpu) in taken.items()]
+        config = random_llama(args, tokenizer, folder)
+        shared = dict(folder=folder, batches=[[asdict(example) for example in batch] for batch in batches],
+                      pad=tokenizer.n_vocab - 1)
+        ours = dict(shared, run="train_nanosdd", needs=[], checkpoint=False, weights="fp32")
+        peer = dict(shared, run="train_sft", needs=["trl", "transformers", "datasets"])
+        plain = {"gradient_checkpointing": False}
+        jobs = {"nanoSDD": ours, "nanoSDD, activations checkpointed": dict(ours, checkpoint=True),
+                "SFTTrainer, its defaults": dict(peer, settings={}),
+                "SFTTrainer, no checkpointing": dict(peer, settings=plain),
+                "SFTTrainer, that and padding-free": dict(peer, settings=plain | {
+                    "padding_free": True, "max_length": None})}
+        found = take_turns(jobs, args)
+        speed = measure(dict(run="machine_speed", size=8192 if args.device != "cpu" else 2048, bytes=2**29), args)
+    peak, whose = speed["flops"], f"of {speed['flops'] / 1e12:.2f} TFLOP/s, a measured matrix product"
+    if args.device != "cpu" and args.dtype == "bf16":
+        peak, whose = next(((flops, f"of {flops / 1e12:.0f} TFLOP/s, the data sheet's") for name, flops in
+                            PEAK_FLOPS.items() if name in machine()), (peak, whose))
+    useful, base = useful_flops(config, batches), found["SFTTrainer, its defaults"]
+    rows, losses = [], {}
+    for name, runs in found.items():
+        if not runs:
+            rows.append((name, ["not installed"]))
+            continue
+        seconds = [run["seconds"] for run in runs]
+        middle = statistics.median(seconds)
+        losses[name] = runs[0]["losses"]
+        rows.append((name, [
+            spread([responses / s for s in seconds], ",.0f"), f"{tokens / middle:,.0f}",
+            spread([s / args.batches for s in seconds], ".2f"),
+            f"{statistics.median(run['peak_bytes'] for run in runs) / 2**30:.2f}", f"{useful / middle / peak:.0%}",
+            f"{statistics.median(run['seconds'] for run in base) / middle:.2f}" if base else "-"]))
+    table(["response tokens/s", "all tokens/s", "s a step", "peak GiB", "MFU", "times as fast"],
+          [(name, cells + [""] * (6 - len(cells))) for name, cells in rows])
+    first = losses["nanoSDD"]
+    apart = max((abs(loss - first[step]) for other in losses.values() for step, loss in other.items() if step in first),
+                default=0.0)
+    print(f"MFU: model FLOPs utilisation, {whose}. Everybody's losses, step by step, differ by at most {apart:.1e}")
+    return {"response_tokens": responses, "tokens": tokens, "useful_flops": useful, "machine_speed": speed,
+            "runs": found}
+
+
+# ---- decode ----
+
+def same_answers(model, prompts, ours: list[list[int]], others: list[list[int]]) -> tuple[int, float]:
+    """(how many answers are the same, the largest distance of the two logits where one first differs): a tie within
+    rounding may go either way."""
+    widest, same = 0.0, 0
+    for prompt, a, b in zip(prompts, ours, others):
+        if a == b:
+            same += 1
+            continue
+        i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if i is None:
+            return same, float("inf")  # one goes on where the other has stopped
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + a[:i]]))[0, -1]
+        widest = max(widest, float((logits[a[i]] - logits[b[i]]).abs()))
+    return same, widest
+
+
+def bench_decode(args) -> dict:
+    """Answers to args.prompts prompts that may stop at one of --stop-share of the vocabulary, and one prompt alone."""
+    tokenizer, rng = load_tokenizer(args.tokenizer), random.Random(0)
+    rows = read_benign(args.benign)
+    texts = [row["prompt"] for row in rng.sample(rows, min(args.prompts, len(rows)))]
+    prompts = [encode_prompt(tokenizer, "llama3", text)[:args.max_length] for text in texts]
+    stop = rng.sample(range(tokenizer.n_vocab), round(args.stop_share * tokenizer.n_vocab))
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama(args, tokenizer, folder)
+        shared = dict(folder=folder, prompts=prompts, stop=stop, new_tokens=args.new_tokens, pad=tokenizer.n_vocab - 1)
+        ours = dict(shared, run="decode_nanosdd", needs=[])
+        peer = dict(shared, run="decode_generate", needs=["transformers"], sorted=False, batch=len(prompts))
+        one = dict(prompts=prompts[:1], stop=[])
+        several = {"nanoSDD": ours, "generate, one batch": peer,
+                   "generate, sorted, batches of 25": dict(peer, batch=25, sorted=True)}
+        found = take_turns(several, args)
+        single = take_turns({"nanoSDD, one prompt": ours | one, "generate, one prompt": peer | one}, args)
+        speed = measure(dict(run="machine_speed", size=2048, bytes=2**29), args)
+        model = Llama.from_pretrained(folder).eval()
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        answers = {name: runs[0]["answers"] for name, runs in (found | single).items() if runs}
+        lengths = sorted(map(len, answers["nanoSDD"]))
+        print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens; answers of "
+              f"{lengths[0]} to {lengths[-1]} tokens, {statistics.mean(lengths):.0f} in the mean")
+        rows = []
+        for name, runs in (found | single).items():
+            if not runs:
+                rows.append((name, ["not installed", "", "", "", ""]))
+                continue
+            alone = name in single
+            base = (single["generate, one prompt"] if alone else found["generate, one batch"])
+            reference = answers["nanoSDD, one prompt" if alone else "nanoSDD"]
+            seconds, tokens = [run["seconds"] for run in runs], sum(map(len, answers[name]))
+            middle = statistics.median(seconds)
+            same, gap = same_answers(model, prompts, reference, answers[name])
+            rows.append((name, [
+                spread([tokens / s for s in seconds], ",.1f"), f"{middle:.2f}",
+                f"{statistics.median(run['peak_bytes'] for run in runs) / 2**30:.2f}",
+                f"{statistics.median(run['seconds'] for run in base) / middle:.2f}" if base else "-",
+                f"{same} of {len(reference)}" + f", else ties within {gap:.0e}" * (same < len(reference))]))
+    table(["new tokens/s", "seconds", "peak GiB", "times as fast", "the same answers"], rows)
+    alone = statistics.median(run["seconds"] for run in single["nanoSDD, one prompt"])
+    read = weights * len(answers["nanoSDD, one prompt"][0]) / alone
+    print(f"one prompt: {read / 1e9:.1f} GB/s of weights are read; a copy on this machine reads and writes "
+          f"{speed['bytes_per_second'] / 1e9:.1f} GB/s")
+    return {"weight_bytes": weights, "machine_speed": speed, "runs": {
+        name: [{key: run[key] for key in ("seconds", "peak_bytes")} for run in runs]
+        for name, runs in (found | single).items()}}
+
+
+# ---- the town ----
+
+def bench_town(args) -> dict:
+    """Line 1 of the README, its two commands in an empty folder."""
+    found = {"train.py --mode sdd": [], "attack.py": []}
+    for turn in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for command, seconds in found.items():
+                began = time.perf_counter()
+                done = subprocess.run([sys.executable, *(str(ROOT / part) if part.endswith(".py") else part
+                                                         for part in command.split())],
+                                      cwd=folder, capture_output=True, text=True)
+                if done.returncode:
+                    raise InputError(f"{command}: {done.stderr.strip().splitlines()[-1]}")
+                seconds.append(time.perf_counter() - began)
+                print(f"  round {turn + 1}, {command}: {seconds[-1]:.0f} s", flush=True)
+    found["both"] = [sum(pair) for pair in zip(*found.values())]
+    table(["seconds"], [(command, [spread(seconds, ".0f")]) for command, seconds in found.items()])
+    return found
+
+
+# ---- the command ----
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["train", "decode", "town", "pairs"])
+    p.add_argument("--harmful", metavar="FILE", help="train, pairs: harmful prompts, AdvBench or BeaverTails")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="train, decode, pairs: benign rows, Alpaca")
+    p.add_argument("--tokenizer", metavar="FOLDER", help="train, decode: a folder with Llama 3's tokenizer.model")
+    p.add_argument("--shape", choices=list(SHAPES), default="small",
+                   help="train, decode: 6 layers x 576, Llama-3.2-1B or Llama-2-7b, random weights (default: small)")
+    p.add_argument("--rounds", type=int, default=3, help="times that everybody is measured (default: 3)")
+    p.add_argument("--batches", type=int, default=4, help="train: steps of a measurement (default: 4)")
+    p.add_argument("--batch-size", type=int, default=8, help="train: rows of a step (default: 8)")
+    p.add_argument("--max-length", type=int, default=512, help="train, decode: longer rows are cut (default: 512)")
+    p.add_argument("--prompts", type=int, default=100, help="decode: how many (default: 100)")
+    p.add_argument("--new-tokens", type=int, default=256, help="decode: of an answer, at most (default: 256)")
+    p.add_argument("--stop-share", type=float, default=1 / 64,
+                   help="decode: share of the vocabulary that ends an answer; 0: none does (default: 1/64)")
+    p.add_argument("--pairs", type=int, default=MOST, help=f"pairs: how many to draw (default: {MOST})")
+    p.add_argument("--responses", type=int, default=52000, help="pairs: size of the pool (default: 52000)")
+    add_similarity_arguments(p)
+    add_device_arguments(p)
+    return p
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["pairs"])
-    p.add_argument("--harmful", metavar="FILE", help="harmful prompts, AdvBench or BeaverTails")
-    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign rows, such as Alpaca")
-    p.add_argument("--pairs", type=int, default=MOST, help=f"pairs to draw (default: {MOST})")
-    p.add_argument("--responses", type=int, default=52000, help="size of the pool (default: 52000)")
-    add_similarity_arguments(p)
-    args = p.parse_args(argv)
-    if min(args.pairs, args.responses) < 1:
-        raise InputError("--pairs and --responses must be 1 or more")
-    print(f"{machine()}\n{args.pairs:,} pairs from {args.responses:,} responses")
-    rows = bench_pairs(args)
-    slowest = max(row["seconds"] for row in rows)
-    print(f"\n{'':<56}{'seconds':>9}{'of CPU':>9}{'pairs/s':>9}{'times as fast':>15}")
-    for row in rows:
-        print(f"{row['what']:<56}{row['seconds']:>9.1f}{row['cpu_seconds']:>9.1f}{row['pairs_per_second']:>9.0f}"
-              f"{slowest / row['seconds']:>15.1f}")
-    write_text("out/bench.json", json.dumps({"machine": machine(), "pairs": rows}, indent=1) + "\n")
-    print("\nwritten: out/bench.json")
+    args = parser().parse_args(argv)
+    resolve_device(args)
+    needed = {"train": ("harmful", "benign", "tokenizer"), "decode": ("benign", "tokenizer"),
+              "pairs": ("harmful", "benign"), "town": ()}[args.what]
+    missing = [f"--{name}" for name in needed if not getattr(args, name)]
+    if missing:
+        raise InputError(f"bench.py {args.what} needs {' and '.join(missing)}; see --help")
+    for name in ("rounds", "batches", "batch_size", "prompts", "new_tokens", "pairs", "responses"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
+    if not 0 <= args.stop_share <= 1:
+        raise InputError(f"--stop-share {args.stop_share} must be from 0 to 1")
+    print(f"{machine()}, {args.dtype}{', compiled' * args.compile}")
+    figures = {"train": bench_train, "decode": bench_decode, "town": bench_town, "pairs": bench_pairs}[args.what](args)
+    path = Path("out/bench.json")
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    write_text(path, json.dumps(kept | {args.what: {"machine": machine(), "args": vars(args), **figures}}, indent=1))
+    print(f"\nwritten: {path}")
 
 
 if __name__ == "__main__":
