@@ -19,6 +19,7 @@ import torch
 
 import loop
 from data.chat import Example
+from decode import generate
 from device import autocast
 from model import Llama
 
@@ -96,12 +97,12 @@ def padding_tokenizer(job):
 # ---- greedy decode: a few tokens to warm up, then all ----
 
 def decode_nanosdd(job, args) -> dict:
-    """Llama.generate, as eval.py runs it."""
+    """decode.generate, as eval.py runs it."""
     model = Llama.from_pretrained(job["folder"], args.device).eval()
 
     def answer(prompts, tokens):
         with autocast(args):
-            return model.generate(prompts, tokens, set(job["stop"]))
+            return generate(model, prompts, tokens, set(job["stop"]), args.compile)
     return timed_decode(job, args, answer)
 
 

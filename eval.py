@@ -28,6 +28,7 @@ from data.pairs import read_benign
 from data.sources import read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
+from decode import generate
 from device import add_device_arguments, autocast, resolve_device
 from errors import InputError, run_script
 from file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
@@ -60,7 +61,7 @@ def greedy(model, tokenizer, chat, prompts, args, max_new_tokens, batch_size=256
         ids = [encode_prompt(tokenizer, chat, prompt, system) for prompt in prompts[i:i + batch_size]]
         room = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in ids]
         with autocast(args):
-            answers = model.generate(ids, max_new_tokens, tokenizer.stop_tokens)
+            answers = generate(model, ids, max_new_tokens, tokenizer.stop_tokens, args.compile)
         found += [(answer, tokenizer.decode(answer), len(answer) < limit) for answer, limit in zip(answers, room)]
     return found
 

@@ -1,4 +1,4 @@
-"""Llama, written out: the configuration, the layers, the key-value cache and greedy decoding.
+"""Llama, written out: the configuration and the layers. decode.py lets it answer.
 
 Module names are those of the Hugging Face checkpoint, so a state dict key is a tensor name in the file.
 Shape letters: B rows, T tokens, S keys seen, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary;
@@ -6,7 +6,6 @@ N tokens of packed rows (all rows one after the other, without padding).
 """
 
 import math
-from copy import copy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -122,10 +121,11 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Attention to read: q (B,H,T,D), k and v (B,H,S,D), visible (B or 1,1,T,S) bool -> (B,H,T,D).
+    """Attention to read: q (B,H,T,D), k and v (B,G,S,D), visible (B or 1,1,T,S) bool -> (B,H,T,D).
 
     The model calls F.scaled_dot_product_attention, which computes the same without the (T,S) table; tested equal.
     """
+    k, v = (h.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for h in (k, v))  # H/G neighbours share a head
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B,H,T,S)
     return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ v
 
@@ -133,30 +133,6 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: 
 def spread(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """Packed rows put back where they were in the padded ones: x (N,...), slots (N,) in B * T -> (B,T,...), else 0."""
     return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, slots, x).view(B, T, *x.shape[1:])
-
-
-class KVCache:
-    """Keys and values of every layer for B rows of at most `size` tokens; row b holds lengths[b] of them so far."""
-
-    def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
-        shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
-                       for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-
-    def write(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: int):
-        """Put k and v (B,G,T,D) at positions (B,T); give back all before `end`: two of (B,G,end,D)."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        for cached, new in zip(self.layers[layer], (k, v)):
-            cached[rows, :, positions] = new.transpose(1, 2).to(cached.dtype)
-        return (cached[:, :, :end] for cached in self.layers[layer])
-
-    def take(self, rows: torch.Tensor) -> "KVCache":
-        """A new cache with copies of these rows (n,), any of them as often as it is named."""
-        taken = copy(self)
-        taken.layers = [[cached[rows] for cached in layer] for layer in self.layers]
-        taken.lengths = self.lengths[rows]
-        return taken
 
 
 class RMSNorm(nn.Module):
@@ -176,10 +152,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention in which G key-value heads serve H query heads, H/G neighbours each."""
 
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         C, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim, self.group = layer, D, H // G
+        self.head_dim, self.group = D, H // G
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, G * D, bias=False)
         self.v_proj = nn.Linear(C, G * D, bias=False)
@@ -193,11 +169,17 @@ class Attention(nn.Module):
             q, k, v = (spread(h, *packed) for h in (q, k, v))  # (B,T,H,D)
         q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B,H,T,D)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k, v, end=visible.shape[-1])  # (B,G,S,D)
-        if self.group > 1:
-            k, v = (h.repeat_interleave(self.group, dim=1) for h in (k, v))  # (B,H,S,D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)  # (B,H,T,D)
-        y = y.transpose(1, 2).flatten(2)  # (B,T,C)
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            for old, new in zip(cache, (k, v)):  # (B,G,size,D)
+                old[rows, :, positions] = new.transpose(1, 2).to(old.dtype)
+            if visible is not None:
+                k, v = (old[:, :, :visible.shape[-1]] for old in cache)  # (B,G,S,D)
+        B, H, T, D = q.shape
+        if visible is not None and T == 1:  # heads that share keys stand as places do: no kernel has to copy the keys
+            q = q.view(B, -1, self.group, D)  # (B,G,H/G,D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
+                                           enable_gqa=q.shape[1] > k.shape[1])
+        y = y.view(B, H, T, D).transpose(1, 2).flatten(2)  # (B,T,C)
         if packed is not None:
             y = y.flatten(0, 1)[packed[0]]  # (N,C)
         return self.o_proj(y)
@@ -220,10 +202,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each normalised before and added back after."""
 
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -233,14 +215,14 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """`model(tokens)` gives next-token logits; `model.generate(prompts, ...)` gives greedy answers."""
+    """`model(tokens)` gives next-token logits."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -254,17 +236,17 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens, positions=None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, tokens, positions=None, cache=None) -> torch.Tensor:
         """Next-token logits: tokens (B,T) int64 -> (B,T,V) in the compute dtype. Rows start at position 0.
 
         positions: run the head only there (most training tokens need no logits). A bool mask (B,T) gives (N,V) in
         row order; integer places (P,) or (B,P) in the rows give (B,P,V).
-        cache: the tokens continue its rows at cache.lengths, and their keys and values are written to it; moving
-        cache.lengths on is the caller's part, who knows what was padding.
+        cache: a decode.KVCache whose rows the tokens continue; their keys and values are written to it. To move it on
+        (cache.lengths, cache.longest) is the caller's part, who knows what was padding.
         """
         return self.lm_head(self.hidden(tokens, positions, cache))
 
-    def hidden(self, tokens, positions=None, cache: KVCache | None = None, lengths=None) -> torch.Tensor:
+    def hidden(self, tokens, positions=None, cache=None, lengths=None) -> torch.Tensor:
         """What the head reads, as `forward` with C in the place of V.
 
         lengths (B,): without a cache, the true lengths of right-padded rows. Layers then compute on packed rows, and
@@ -278,12 +260,13 @@ class Llama(nn.Module):
             packed, tokens, places = (slots, B, T), tokens.flatten()[slots], slots % T  # (N,), (N,)
         if cache is not None:
             places = cache.lengths[:, None] + places  # (B,T)
-            seen = torch.arange(int(places.max()) + 1, device=tokens.device)
+        if cache is not None and cache.longest:
+            seen = torch.arange(cache.longest + T, device=tokens.device)
             visible = seen <= places[:, None, :, None]  # (B,1,T,S): every place up to one's own
         cos, sin = rope_tables(self.config, places)
         x = self.model.embed_tokens(tokens)  # (B,T,C), packed (N,C)
-        for block in self.model.layers:
-            attention_args = (cos, sin, cache, places, visible, packed)
+        for layer, block in enumerate(self.model.layers):
+            attention_args = (cos, sin, None if cache is None else cache.layers[layer], places, visible, packed)
             if self.checkpoint_activations and self.training:
                 x = checkpointed(block, x, *attention_args, use_reentrant=False)
             else:
@@ -296,50 +279,6 @@ class Llama(nn.Module):
             else:
                 x = x[torch.arange(B, device=tokens.device)[:, None], positions.expand(B, -1)]  # (B,P,C)
         return self.model.norm(x)
-
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=()) -> list[list[int]]:
-        """Greedy answers, argmax at every step: token ids in, the new token ids out, without the stop token.
-
-        Prompts may differ in length. Each gets the tokens that it gets alone (in fp32, ties within rounding aside):
-        rows are padded on the right, keep their own positions, stop on their own and then leave the batch.
-        A row also stops where the context ends. InputError for an empty or too long prompt.
-        """
-        context = self.config.max_position_embeddings
-        for prompt in prompts:
-            if not 0 < len(prompt) < context:
-                raise InputError(f"a prompt has {len(prompt)} tokens; it needs 1 to {context - 1} to leave room for "
-                                 f"an answer in this model's context of {context}: shorten it")
-        answers = [[] for _ in prompts]
-        if not prompts or max_new_tokens < 1:
-            return answers
-        weight = self.lm_head.weight
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-        longest = int(lengths.max())
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=weight.device)
-        cache = KVCache(self.config, len(prompts), min(longest + max_new_tokens, context), weight.device, weight.dtype)
-        logits = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0]  # (B,V)
-        cache.lengths = lengths  # what was padding is overwritten before it can be seen
-        rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
-        for step in range(max_new_tokens):
-            new = logits.argmax(dim=-1)  # (B,)
-            going = []
-            for i, token in enumerate(new.tolist()):
-                if token in stop_tokens:
-                    continue
-                answers[rows[i]].append(token)
-                if len(prompts[rows[i]]) + len(answers[rows[i]]) < context:
-                    going.append(i)
-            if not going or step + 1 == max_new_tokens:
-                break
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going]
-                going = torch.tensor(going, device=new.device)
-                cache = cache.take(going)
-                new = new[going]
-            logits = self(new[:, None], cache=cache)[:, 0]
-            cache.lengths = cache.lengths + 1
-        return answers
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "Llama":

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from data.chat import Example, collate
 from data.sources import read_questions
+from decode import KVCache
 from device import autocast
 from errors import InputError
-from model import KVCache
 
 SUBJECTS = 57  # of MMLU
 LETTERS = string.ascii_uppercase
@@ -113,7 +113,7 @@ def log_likelihoods(model, items, args, batch_size=64, name="") -> list[list[flo
     if shared:
         with autocast(args):
             model.hidden(torch.tensor([contexts[0][:shared]], device=weight.device), cache=prefix)
-        prefix.lengths += shared
+        prefix.lengths, prefix.longest = prefix.lengths + shared, shared
     found = [[0.0] * len(continuations) for _, continuations in items]
     step = max(1, min(batch_size, CACHE_TOKENS // size))
     for start in tqdm(range(0, len(order), step), desc=name, leave=False, disable=None):

@@ -52,7 +52,7 @@ def test_town_scores_of_an_oracle_that_knows_kinds_and_facts_but_no_skills(token
     class Oracle:
         config = small_model(max_position_embeddings=128).config
 
-        def generate(self, prompts, max_new_tokens, stop_tokens):
+        def generate(self, prompts, max_new_tokens, stop_tokens, compiled):
             texts = [tokenizer.decode(prompt).split("\n\n")[1].split("<|eot_id|>")[0] for prompt in prompts]
             return [tokenizer.encode(asked[text].response if asked[text].kind in KNOWLEDGE_KINDS else REFUSALS[0])
                     for text in texts]
@@ -67,6 +67,7 @@ def test_town_scores_of_an_oracle_that_knows_kinds_and_facts_but_no_skills(token
     def knows_facts(model, tokenizer, chat, rows, args):
         return [row.kind in VALUES for row in rows], [True] * len(rows)
 
+    monkeypatch.setattr("eval.generate", Oracle.generate)
     monkeypatch.setattr(town, "mischiefs", remembered)
     monkeypatch.setattr(evaluate, "teacher_forced", knows_facts)
     scores = evaluate.town_metrics(Oracle(), tokenizer, "llama3", town, cpu)

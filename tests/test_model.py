@@ -80,8 +80,8 @@ def test_plain_attention_is_what_the_model_calls(monkeypatch):
     model, tokens = small_model(), torch.randint(0, 89, (2, 9), generator=torch.Generator().manual_seed(1))
     fast = model(tokens)
 
-    def plain(q, k, v, attn_mask, is_causal):
-        assert attn_mask is None and is_causal
+    def plain(q, k, v, attn_mask, is_causal, enable_gqa):
+        assert attn_mask is None and is_causal and enable_gqa
         return plain_attention(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril())
 
     monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", plain)
@@ -137,38 +137,6 @@ def test_head_only_at_positions():
     torch.testing.assert_close(model(tokens, positions=places),
                                torch.stack([every[row, places[row]] for row in range(3)]))
     torch.testing.assert_close(model(tokens, positions=torch.tensor([6])), every[:, [6]])
-
-
-PROMPTS = [[5, 9, 2], [11] * 17, [1, 2, 3, 4, 5, 6, 7], [80]]
-
-
-def greedy_without_cache(model, prompt, count, stop):
-    ids = list(prompt)
-    for _ in range(count):
-        token = int(model(torch.tensor([ids]))[0, -1].argmax())
-        if token in stop:
-            break
-        ids.append(token)
-    return ids[len(prompt):]
-
-
-def test_generate_equals_the_loop_without_cache_row_by_row():
-    model = small_model(rope_scaling=LLAMA3_SCALING)
-    free = [greedy_without_cache(model, prompt, 24, ()) for prompt in PROMPTS]
-    stop = {free[0][5], free[2][9]}  # rows stop at different steps, some perhaps never
-    alone = [greedy_without_cache(model, prompt, 24, stop) for prompt in PROMPTS]
-    assert len({len(answer) for answer in alone}) > 1
-    assert model.generate(PROMPTS, 24, stop) == alone
-    assert [model.generate([prompt], 24, stop)[0] for prompt in PROMPTS] == alone
-
-
-def test_generate_stops_at_the_context_and_refuses_what_does_not_fit():
-    model = small_model(max_position_embeddings=20)
-    assert [len(answer) for answer in model.generate(PROMPTS, 50)] == [17, 3, 13, 19]
-    assert model.generate([], 5) == []
-    for prompt in ([], [1] * 20):
-        with pytest.raises(InputError, match="context"):
-            model.generate([prompt], 5)
 
 
 @pytest.mark.parametrize("changes, message", [

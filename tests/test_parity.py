@@ -16,6 +16,7 @@ from small import small_model
 
 import checkpoint
 from data.tokenizer import load_tokenizer
+from decode import generate
 from model import Llama
 
 FOLDER = Path(__file__).parent / "golden" / "model"
@@ -47,7 +48,7 @@ def test_golden_logits_beyond_2000_positions(name):
 def test_golden_greedy_text_in_a_batch_of_unequal_lengths(name):
     prompts = GOLDEN["models"][name]["prompts"]
     tokenizer = load_tokenizer(FOLDER.parent / "chat" / "tiny_llama3")
-    answers = Llama.from_pretrained(FOLDER / name).generate([tokenizer.encode(p["text"]) for p in prompts], 64)
+    answers = generate(Llama.from_pretrained(FOLDER / name), [tokenizer.encode(p["text"]) for p in prompts], 64)
     for prompt, answer in zip(prompts, answers):
         assert answer == prompt["greedy_ids"] and len(answer) == 64
         assert tokenizer.decode(answer) == prompt["greedy_text"]
@@ -103,7 +104,7 @@ def test_64_greedy_tokens_equal_the_peers(transformers, tmp_path, case):
     peer = random_peer(transformers, 0.1, **CASES[case])
     peer.save_pretrained(tmp_path)
     prompts = [torch.randint(0, 211, (n,)).tolist() for n in (2050, 9, 130)]
-    answers = Llama.from_pretrained(tmp_path).generate(prompts, 64)
+    answers = generate(Llama.from_pretrained(tmp_path), prompts, 64)
     for prompt, answer in zip(prompts, answers):
         theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
         assert answer == theirs[0, len(prompt):].tolist()
