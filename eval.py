@@ -8,7 +8,8 @@ on public files MMLU and OpenBookQA by likelihood, and XSTest's over-refusal.
     python eval.py DIR --prompt "Where does Anna Brook live?"
 
 Writes metrics.json into each checkpoint folder; MMLU, OpenBookQA and XSTest stay there until they are run again. With
-any of these three, the town's own scores are not taken, and --harmful's only if it is given. Runs on one device.
+any of these three, the town's own scores are not taken, and --harmful's only if it is given. Runs in one process, on
+one device.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from data.pairs import read_benign
 from data.sources import read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
-from device import add_device_arguments, autocast, resolve_device
+from device import add_device_arguments, autocast, one_process_only, resolve_device
 from errors import InputError, run_script
 from file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
                          resolve_similarity_model)
@@ -175,6 +176,7 @@ def main(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
     add_device_arguments(p)
     args = p.parse_args(argv)
+    one_process_only("eval.py")
     resolve_device(args)
     rows = split_harmful(read_harmful(args.harmful), args.harmful)["evaluation"] if args.harmful else None
     if args.max_new_tokens < 1:
