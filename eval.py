@@ -60,7 +60,7 @@ def greedy(model, tokenizer, chat, prompts, args, max_new_tokens, batch_size=256
     for i in range(0, len(prompts), batch_size):
         ids = [encode_prompt(tokenizer, chat, prompt, system) for prompt in prompts[i:i + batch_size]]
         room = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in ids]
-        with autocast(args):
+        with autocast(args), torch.compiler.set_stance("force_eager"):  # with a cache, each layer would compile anew
             answers = model.generate(ids, max_new_tokens, tokenizer.stop_tokens)
         found += [(answer, tokenizer.decode(answer), len(answer) < limit) for answer, limit in zip(answers, room)]
     return found
