@@ -120,7 +120,10 @@ def resolve(args):
 
     Sets args.town (bool) and args.parent, the town's arm to start from, or None when --model names a folder.
     """
+    if args.weights == "bf16" and args.dtype == "fp32":
+        raise InputError("--weights bf16 computes in bf16, there is nothing finer to compute with; leave --dtype out")
     resolve_device(args)
+    args.dtype = "bf16" if args.weights == "bf16" else args.dtype
     files = bool(args.harmful or args.benign or args.pairs)
     args.town = not files and (args.model is None or (Path(args.model) / "town.json").is_file())
     args.parent = None

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=128, tie_word_embeddings=True
                 ).save_pretrained(tmp_path / "tied")
     rng = random.Random(0)
-    rows = [{"prompt": f"how {i}", "response": " ".join(rng.choices(["so", "it", "is", "red"], k=rng.choice([1, 3, 40])))}
+    rows = [{"prompt": f"how {i}", "response": " ".join(rng.choices(["so", "it", "red"], k=rng.choice([1, 3, 40])))}
             for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model, flags", [("untied", ["--micro-batch", "2"]), ("tied", ["--checkpoint-activations"])])
 def test_two_processes_train_what_one_does(folder, model, flags):
-    """Gradient norms of the log as well as weights: AdamW behind clipping would not notice a gradient of half the size."""
+    """In gradient norms as well as weights: AdamW behind clipping would not notice a gradient of half the size."""
     command = ["--mode", "benign", "--model", model, "--benign", "rows.jsonl", "--steps", "20", "--batch-size", "6",
                "--lr", "1e-3", "--weight-decay", "0.1", "--device", "cpu", *flags]
     train.main([*command, "--out", "one"])
