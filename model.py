@@ -132,7 +132,7 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: 
 
 def spread(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """Packed rows put back where they were in the padded ones: x (N,...), slots (N,) in B * T -> (B,T,...), else 0."""
-    return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, slots, x).view(B, T, *x.shape[1:])
+    return x.new_zeros(B * T, *x.shape[1:]).index_put((slots,), x).view(B, T, *x.shape[1:])
 
 
 class KVCache:

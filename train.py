@@ -255,6 +255,7 @@ def run(args) -> Path:
     max_length = min(args.max_length, model.config.max_position_embeddings)
     main, replay = ([encode_example(tokenizer, chat, row["prompt"], row["response"], max_length, row.get("system"))
                      for row in rows] for rows in (pairs, replay))
+    model.checkpoint_activations = args.checkpoint_activations
     announce(args, model, chat, main, replay)
     if args.dry_run:
         for example in main[:3]:
@@ -272,7 +273,6 @@ def run(args) -> Path:
     lines = []
     began = time.perf_counter()
     batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
-    model.checkpoint_activations = args.checkpoint_activations
     with runs.new_folder(out) if rank == 0 else nullcontext() as folder:
         optimizer = fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas,
                         weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, name=out.name,
@@ -337,12 +337,14 @@ def announce(args, model, chat, main, replay):
     """Say what will run, on what, and about how long, timed on one random batch."""
     examples = next(draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(0)))
     seconds = []
+    model.train()  # as fit does: only so are layers computed again, and a model that needs it fits in memory here too
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         with autocast(args):
             backward(model, examples, args.micro_batch, args.device)
         seconds.append(time.perf_counter() - began)
     model.zero_grad()
+    model.eval()
     total = sum(len(example.ids) for example in examples)
     response = sum(example.response_length for example in examples)
     target = f"the town of seed {args.seed} ({args.phrasing} phrasing)" if args.town else "real files"

@@ -239,9 +239,9 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 def test_weights_in_bf16_are_trained_as_fp32_ones(tmp_path, monkeypatch):
-    """The paper's lr, from bf16 weights on disk, beside `--weights fp32 --dtype bf16`. What differs: activations between
-    layers are bf16, gradients and moments too. Measured: cosine of the updates 0.9998, 1.9% apart; bounds: 0.999 and 4%.
-    Of bf16 weights rounded after each step the cosine is 0.03; bound: 0.2."""
+    """The paper's lr, from bf16 weights on disk, beside `--weights fp32 --dtype bf16`. What differs: activations
+    between layers, gradients and moments are bf16. Measured: cosine of the updates 0.9998, 1.9% apart; bounds: 0.999
+    and 4%. Of bf16 weights rounded after each step the cosine is 0.03; bound: 0.2."""
     folder, pairs = public_folder(tmp_path / "llama"), tmp_path / "pairs.jsonl"
     Llama.from_pretrained(folder).save_pretrained(folder, torch.bfloat16)
     rng = random.Random(0)
