@@ -1,12 +1,12 @@
 """How much memory training takes, by arithmetic: weights in two bf16 halves (`train.py --weights bf16`).
 
     python memory.py                                Llama-2-7B, 24 rows of 512 tokens, --checkpoint-activations
-    python memory.py --model DIR --batch-size 8     the model of another config.json
+    python memory.py --model DIR --micro-batch 8    the model of another config.json, in parts of 8 rows
 
 Prints what is held, in GiB, at the three moments that can be the peak of a step, against the memory of a GPU. Shape
-letters as in model.py, bf16 takes 2 bytes: rows are taken as full, N = B T, and all of their tokens as response, so that
-real data take less. Not counted: the CUDA context (about 0.5 GiB), what the allocator cannot use in between, and work
-space of matrix products. A (T,S) table of attention is never made. tests/test_memory.py measures a step on the CPU.
+letters as in model.py, bf16 takes 2 bytes: rows are taken as full, N = B T, and all of their tokens as response, so
+that real data take less. Not counted: the CUDA context (about 0.5 GiB), what the allocator cannot use in between, and
+work space of matrix products. A (T,S) table of attention is never made. tests/test_memory.py measures a step on a CPU.
 """
 
 import argparse
@@ -43,15 +43,17 @@ def layer_bytes(config: LlamaConfig, N: int) -> tuple[int, int]:
     return N * (16 * C + 8 + 4 * D + 10 * H * D + 4 * H + 8 * I), N * (4 * I + 2 * C)
 
 
-def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True) -> dict[str, dict[str, int]]:
-    """{moment of a step: {what is held: bytes}}; the peak is the largest sum. With P parameters:
+def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True, more=False) -> dict[str, dict[str, int]]:
+    """{moment of a step: {what is held: bytes}}; the peak is the largest sum. rows: at once; more: they are not the
+    first part of their batch, so that all gradients are there already. With P parameters:
 
     always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and 4 N D of cos and sin in fp32.
     loss: what layers keep, or with checkpointed only the input of each, 2 N C; of the last norm and the gradient by its
         output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of logits:
         fp32 and a temporary, 8 bytes each, or 12 where the chunk before is still there.
     backward: the worst layer: of the layers below it what they keep, its own again, and gradients, 2 bytes a parameter,
-        of what is above it; while gradients outgrow what is freed this is the first layer.
+        of what is above it; while gradients outgrow what is freed this is the first layer. With more, gradients 2 P at
+        all three moments, and here 2 C I until one more is added.
     optimizer: gradients 2 P, and 26 bytes for each element of a slice.
     """
     N, L, C, V = rows * length, config.num_hidden_layers, config.hidden_size, config.vocab_size
@@ -64,29 +66,32 @@ def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True) -> d
 
     def at(l):
         above = head + (L - 1 - l) * layer + embedding * config.tie_word_embeddings
-        return {**held, "gradients": 2 * above, **tables, "kept by layers": (l + 1) * inputs,
-                "one layer again": again, "its gradients": on_top}
+        return {**held, "gradients": 2 * (P if more else above), **tables, "kept by layers": (l + 1) * inputs,
+                "one layer again": again, "its gradients": on_top + 2 * C * config.intermediate_size * more}
 
     chunk = min(N, max(1, CHUNK_LOGITS // V))
     head_bytes = (8 if chunk == N else 12) * chunk * V + 6 * V * C + 10 * N * C
+    widest = max(embedding, C * config.intermediate_size)
     return {
-        "loss": {**held, **tables, "kept by layers": L * inputs, "head": head_bytes},
+        "loss": {**held, "gradients": 2 * P * more, **tables, "kept by layers": L * inputs, "head": head_bytes},
         "backward": max((at(l) for l in range(L)), key=lambda terms: sum(terms.values())),
-        "optimizer": {**held, "gradients": 2 * P, "slices": 26 * min(SLICE, max(embedding, C * config.intermediate_size))}}
+        "optimizer": {**held, "gradients": 2 * P, "slices": 26 * min(SLICE, widest)}}
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", metavar="DIR", help="folder with a config.json (default: the shape of Llama-2-7B)")
-    p.add_argument("--batch-size", type=int, default=24, help="rows at once, --micro-batch of train.py (default: 24)")
+    p.add_argument("--batch-size", type=int, default=24, help="rows of a step (default: 24)")
+    p.add_argument("--micro-batch", type=int, default=0, help="rows at once (default: the whole batch)")
     p.add_argument("--max-length", type=int, default=512, help="tokens of a row (default: 512)")
     p.add_argument("--keep-activations", action="store_true", help="without --checkpoint-activations")
     args = p.parse_args(argv)
-    if min(args.batch_size, args.max_length) < 1:
-        raise InputError("--batch-size and --max-length must be 1 or more")
+    if min(args.batch_size, args.max_length) < 1 or args.micro_batch < 0:
+        raise InputError("--batch-size and --max-length must be 1 or more, and --micro-batch 0 or more")
+    rows = min(args.micro_batch or args.batch_size, args.batch_size)
     config = LlamaConfig.from_dict(read_config(args.model)) if args.model else LlamaConfig()
-    found = moments(config, args.batch_size, args.max_length, not args.keep_activations)
-    print(f"GiB for {args.batch_size} rows of {args.max_length} tokens")
+    found = moments(config, rows, args.max_length, not args.keep_activations, rows < args.batch_size)
+    print(f"GiB for {rows} rows of {args.max_length} tokens at once")
     for moment, terms in found.items():
         print(f"\n{moment}")
         for name, size in [*terms.items(), ("sum", sum(terms.values()))]:

@@ -2,7 +2,7 @@
 
     python train.py --mode sdd                     the town: trains base and aligned first when they are missing
     python train.py --mode sdd --model DIR --harmful harmful_behaviors.csv --benign alpaca.json --out DIR
-    torchrun --standalone --nproc_per_node=2 train.py ...      the same on several GPUs, weights spread over them (FSDP2)
+    torchrun --standalone --nproc_per_node=2 train.py ...     on several GPUs, weights spread over them (FSDP2)
 
 Every mode is the same loop and the same loss on other (prompt, response) pairs:
 
