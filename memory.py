@@ -36,24 +36,25 @@ def layer_bytes(config: LlamaConfig, N: int) -> tuple[int, int]:
     4 N of scales; bf16 cos and sin for q and k, 4 N D; of attention q, k, v (k and v once for each of the H heads) and
     the output, 8 N H D, what it adds up to for o_proj, 2 N H D, and the softmax's scale, 4 N H; of the MLP the gate,
     silu(gate), up and their product, 8 N I.
-    On top: gradients of silu(gate) and up, 4 N I (that of the product takes the product's place), and of the layer's
-    output, 2 N C.
+    On top, where the MLP's product is undone: gradients of silu(gate) and up, 4 N I (that of the product takes the
+    product's place), of the layer's output, 2 N C, and of down_proj, 2 C I.
     """
     C, I, H, D = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
-    return N * (16 * C + 8 + 4 * D + 10 * H * D + 4 * H + 8 * I), N * (4 * I + 2 * C)
+    return N * (16 * C + 8 + 4 * D + 10 * H * D + 4 * H + 8 * I), N * (4 * I + 2 * C) + 2 * C * I
 
 
 def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True, more=False) -> dict[str, dict[str, int]]:
     """{moment of a step: {what is held: bytes}}; the peak is the largest sum. rows: at once; more: they are not the
     first part of their batch, so that all gradients are there already. With P parameters:
 
-    always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and 4 N D of cos and sin in fp32.
-    loss: what layers keep, or with checkpointed only the input of each, 2 N C; of the last norm and the gradient by its
-        output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of logits:
+    always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and until the gradients are there 4 N D of cos and sin
+        in fp32.
+    loss: what layers keep, or with checkpointed only the input of each, 2 N C; of the last norm and the gradient by
+        its output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of logits:
         fp32 and a temporary, 8 bytes each, or 12 where the chunk before is still there.
     backward: the worst layer: of the layers below it what they keep, its own again, and gradients, 2 bytes a parameter,
-        of what is above it; while gradients outgrow what is freed this is the first layer. With more, gradients 2 P at
-        all three moments, and here 2 C I until one more is added.
+        of what is above it; while gradients outgrow what is freed this is the first layer. The loop still holds what
+        the head read, 2 N C. With more, gradients are 2 P at all three moments.
     optimizer: gradients 2 P, and 26 bytes for each element of a slice.
     """
     N, L, C, V = rows * length, config.num_hidden_layers, config.hidden_size, config.vocab_size
@@ -67,7 +68,7 @@ def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True, more
     def at(l):
         above = head + (L - 1 - l) * layer + embedding * config.tie_word_embeddings
         return {**held, "gradients": 2 * (P if more else above), **tables, "kept by layers": (l + 1) * inputs,
-                "one layer again": again, "its gradients": on_top + 2 * C * config.intermediate_size * more}
+                "one layer again": again, "its gradients": on_top, "what the head read": 2 * N * C}
 
     chunk = min(N, max(1, CHUNK_LOGITS // V))
     head_bytes = (8 if chunk == N else 12) * chunk * V + 6 * V * C + 10 * N * C
@@ -95,7 +96,7 @@ def main(argv=None):
     for moment, terms in found.items():
         print(f"\n{moment}")
         for name, size in [*terms.items(), ("sum", sum(terms.values()))]:
-            print(f"  {name:<16}{size / 2**30:>8.2f}")
+            print(f"  {name:<20}{size / 2**30:>8.2f}")
     peak = max(sum(terms.values()) for terms in found.values()) / 2**30
     print(f"\npeak {peak:.1f} GiB: {'fits' if peak <= GPU else 'does not fit'} in {GPU} GiB")
 

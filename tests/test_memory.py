@@ -107,7 +107,7 @@ def measured_peak(config, rows, length, checkpointed, micro_batch) -> int:
     ({"intermediate_size": 80, "num_key_value_heads": 2}, 9, 90, False, "loss"),
     ({"vocab_size": 4000}, 9, 70, True, "loss")])
 def test_a_steps_peak_is_that_of_the_arithmetic(changes, rows, length, checkpointed, moment):
-    """What is beyond weights and optimizer state within 5%; measured: 3.5%."""
+    """What is beyond weights and optimizer state within 5%; measured: backward 0.1%, loss 3.5%."""
     micro_batch = changes.get("micro_batch", 0)
     changes = {key: value for key, value in changes.items() if key != "micro_batch"}
     config = small_config(**dict(dict(vocab_size=300, hidden_size=64, intermediate_size=176, num_hidden_layers=6,
@@ -132,7 +132,7 @@ def test_parameters_are_counted():
 def test_seven_billion_fit_with_checkpointing_only(capsys):
     memory.main([])
     printed = capsys.readouterr().out
-    assert "weights            12.55" in printed and "peak 65.1 GiB: fits in 74 GiB" in printed
+    assert "weights                12.55" in printed and "peak 65.2 GiB: fits in 74 GiB" in printed
     memory.main(["--keep-activations"])
     assert "does not fit" in capsys.readouterr().out
     memory.main(["--micro-batch", "8"])
