@@ -43,8 +43,8 @@ def resolve_device(args):
 
 
 def join_processes(args):
-    """Under torchrun: take this process's GPU, and meet the others (by NCCL on GPUs, gloo on CPUs). Device arguments must
-    be resolved; InputError when there are fewer GPUs than processes."""
+    """Under torchrun: take this process's GPU, and meet the others (by NCCL on GPUs, gloo on CPUs). Device arguments
+    must be resolved; InputError when there are fewer GPUs than processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         return
     if args.device.startswith("cuda"):

@@ -47,11 +47,11 @@ def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True, more
     """{moment of a step: {what is held: bytes}}; the peak is the largest sum. rows: at once; more: they are not the
     first part of their batch, so that all gradients are there already. With P parameters:
 
-    always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and until the gradients are there 4 N D of cos and sin
+    always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and up to the optimizer's part 4 N D of cos and sin
         in fp32.
     loss: what layers keep, or with checkpointed only the input of each, 2 N C; of the last norm and the gradient by
-        its output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of logits:
-        fp32 and a temporary, 8 bytes each, or 12 where the chunk before is still there.
+        its output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of
+        logits: fp32 and a temporary, 8 bytes each, or 12 where the chunk before is still there.
     backward: the worst layer: of the layers below it what they keep, its own again, and gradients, 2 bytes a parameter,
         of what is above it; while gradients outgrow what is freed this is the first layer. The loop still holds what
         the head read, 2 N C. With more, gradients are 2 P at all three moments.
