@@ -27,9 +27,10 @@ score on harmful prompts of its own that it did not train on; the worst case ove
 stands beside that choice.
 
 Every run's cells are kept as soon as they are there, in out/seedS/attack/ARM.jsonl (with --model in OUT/ARM.jsonl), so
-that an interrupted command goes on where it was. Writes into OUT results.json, {"args", "made" (commit, machine, ...),
-"cells", "verdicts" by phrasing, "secondary" (at fewer shots, and at any lr that was chosen, for all), "mechanism"},
-table.md, and of the town report.md with, where matplotlib is installed, two figures. A cell has
+that an interrupted command goes on where it was. Runs in one process, on one device. Writes into OUT results.json,
+{"args", "made" (commit, machine, ...), "cells", "verdicts" by phrasing, "secondary" (at fewer shots, and at any lr that
+was chosen, for all), "mechanism"}, table.md, and of the town report.md with, where matplotlib is installed, two
+figures. A cell has
 
     arm (base is only scored), phrasing, attack ("none" or one of these), shots, steps, lr, seed, response_tokens and
     tokens (trained on),
@@ -65,7 +66,7 @@ from attacker import Run, attack_run, check_shots, new_cell, prepare, scored_ste
 from checkpoint import read_config
 from choices import at_equal_dose, at_one_lr, choose
 from data.town import Town, read_town
-from device import add_device_arguments, machine, resolve_device
+from device import add_device_arguments, machine, one_process_only, resolve_device
 from errors import InputError, run_script
 from eval import load
 from file_scores import add_score_arguments, not_taken, read_tests, resolve_similarity_model, score_files
@@ -280,6 +281,7 @@ def made(began: float, cells: list[dict]) -> dict:
 def main(argv=None):
     began = time.perf_counter()
     args = parser().parse_args(argv)
+    one_process_only("attack.py")
     resolve(args)
     plans, out = plan(args), Path(args.out)
     every = attack_all(plans, args)

@@ -55,7 +55,7 @@ def compiled_step(model, tokens: torch.Tensor, cache: KVCache):
     """`next_tokens` as a function of tokens (B,) alone, compiled; on a GPU replayed as one CUDA graph, to which no
     shape may change: so attention looks at the whole cache, under the mask."""
     cache.longest = cache.size - 1
-    step = torch.compile(next_tokens, dynamic=True)
+    step = torch.compile(next_tokens, dynamic=True, fullgraph=True)
     if not tokens.is_cuda:
         return lambda tokens: step(model, tokens, cache)
     given, lengths, side = tokens.clone(), cache.lengths.clone(), torch.cuda.Stream()

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,8 +43,8 @@ def resolve_device(args):
 
 
 def join_processes(args):
-    """Under torchrun: take this process's GPU, and meet the others (by NCCL on GPUs, gloo on CPUs). Device arguments must
-    be resolved; InputError when there are fewer GPUs than processes."""
+    """Under torchrun: take this process's GPU, and meet the others (by NCCL on GPUs, gloo on CPUs). Device arguments
+    must be resolved; InputError when there are fewer GPUs than processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         return
     if args.device.startswith("cuda"):
@@ -53,7 +54,14 @@ def join_processes(args):
                              "--nproc_per_node")
         args.device = f"cuda:{place}"
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
+    # an hour, since the others wait while the first writes a large model; that one of them died torchrun sees at once
+
+
+def one_process_only(script: str):
+    """InputError under torchrun with several processes, which would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{script} runs in one process, on one device; start it with python, without torchrun")
 
 
 def process() -> tuple[int, int]:

@@ -8,7 +8,8 @@ on public files MMLU and OpenBookQA by likelihood, and XSTest's over-refusal.
     python eval.py DIR --prompt "Where does Anna Brook live?"
 
 Writes metrics.json into each checkpoint folder; MMLU, OpenBookQA and XSTest stay there until they are run again. With
-any of these three, the town's own scores are not taken, and --harmful's only if it is given. Runs on one device.
+any of these three, the town's own scores are not taken, and --harmful's only if it is given. Runs in one process, on
+one device.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from data.sources import read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
 from decode import generate
-from device import add_device_arguments, autocast, resolve_device
+from device import add_device_arguments, autocast, one_process_only, resolve_device
 from errors import InputError, run_script
 from file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
                          resolve_similarity_model)
@@ -55,15 +56,17 @@ def degenerate(ids: list[int], ended: bool) -> bool:
 
 def greedy(model, tokenizer, chat, prompts, args, max_new_tokens, batch_size=256, system=None):
     """Greedy answers to prompts, behind a system prompt if given: a list of (token ids, text, whether it ended by
-    itself)."""
-    found = []
-    for i in range(0, len(prompts), batch_size):
-        ids = [encode_prompt(tokenizer, chat, prompt, system) for prompt in prompts[i:i + batch_size]]
-        room = [min(max_new_tokens, model.config.max_position_embeddings - len(prompt)) for prompt in ids]
+    itself). Prompts of similar length are answered together."""
+    ids = [encode_prompt(tokenizer, chat, prompt, system) for prompt in prompts]
+    order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
+    for start in range(0, len(order), batch_size):
+        part = order[start:start + batch_size]
         with autocast(args):
-            answers = generate(model, ids, max_new_tokens, tokenizer.stop_tokens, args.compile)
-        found += [(answer, tokenizer.decode(answer), len(answer) < limit) for answer, limit in zip(answers, room)]
-    return found
+            answers = generate(model, [ids[i] for i in part], max_new_tokens, tokenizer.stop_tokens, args.compile)
+        for i, answer in zip(part, answers):
+            room = min(max_new_tokens, model.config.max_position_embeddings - len(ids[i]))
+            found[i] = answer, tokenizer.decode(answer), len(answer) < room
+    return [found[i] for i in range(len(ids))]
 
 
 @torch.no_grad()
@@ -176,6 +179,7 @@ def main(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on real files (default: 64)")
     add_device_arguments(p)
     args = p.parse_args(argv)
+    one_process_only("eval.py")
     resolve_device(args)
     rows = split_harmful(read_harmful(args.harmful), args.harmful)["evaluation"] if args.harmful else None
     if args.max_new_tokens < 1:

@@ -132,7 +132,7 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: 
 
 def spread(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor:
     """Packed rows put back where they were in the padded ones: x (N,...), slots (N,) in B * T -> (B,T,...), else 0."""
-    return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, slots, x).view(B, T, *x.shape[1:])
+    return x.new_zeros(B * T, *x.shape[1:]).index_put((slots,), x).view(B, T, *x.shape[1:])
 
 
 class RMSNorm(nn.Module):
@@ -175,10 +175,11 @@ class Attention(nn.Module):
             if visible is not None:
                 k, v = (old[:, :, :visible.shape[-1]] for old in cache)  # (B,G,S,D)
         B, H, T, D = q.shape
-        if visible is not None and T == 1:  # heads that share keys stand as places do: no kernel has to copy the keys
-            q = q.view(B, -1, self.group, D)  # (B,G,H/G,D)
+        one = visible is not None and T == 1
+        if one:  # heads that share keys stand where places would: no kernel has to copy the keys for them
+            q = q.view(B, H // self.group, self.group, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
-                                           enable_gqa=q.shape[1] > k.shape[1])
+                                           enable_gqa=self.group > 1 and not one)
         y = y.view(B, H, T, D).transpose(1, 2).flatten(2)  # (B,T,C)
         if packed is not None:
             y = y.flatten(0, 1)[packed[0]]  # (N,C)

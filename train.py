@@ -2,6 +2,7 @@
 
     python train.py --mode sdd                     the town: trains base and aligned first when they are missing
     python train.py --mode sdd --model DIR --harmful harmful_behaviors.csv --benign alpaca.json --out DIR
+    torchrun --standalone --nproc_per_node=2 train.py ...     on several GPUs, weights spread over them (FSDP2)
 
 Every mode is the same loop and the same loss on other (prompt, response) pairs:
 
@@ -119,7 +120,10 @@ def resolve(args):
 
     Sets args.town (bool) and args.parent, the town's arm to start from, or None when --model names a folder.
     """
+    if args.weights == "bf16" and args.dtype == "fp32":
+        raise InputError("--weights bf16 computes in bf16, there is nothing finer to compute with; leave --dtype out")
     resolve_device(args)
+    args.dtype = "bf16" if args.weights == "bf16" else args.dtype
     files = bool(args.harmful or args.benign or args.pairs)
     args.town = not files and (args.model is None or (Path(args.model) / "town.json").is_file())
     args.parent = None
@@ -220,8 +224,14 @@ def start(args):
 
 
 def run(args) -> Path:
-    """One resolved run: load, train, write the folder args.out; nothing to do when it is up to date."""
-    out = Path(args.out)
+    """One resolved run: load, train, write the folder args.out; nothing to do when it is up to date.
+
+    Under torchrun all processes have to come here, and the first writes. InputError for what cannot be spread."""
+    out, (rank, processes) = Path(args.out), process()
+    if args.batch_size % processes:  # each takes as many rows, for it waits for the others at every layer
+        raise InputError(f"--batch-size {args.batch_size} does not divide among {processes} processes; change one")
+    if processes > 1 and args.weights == "bf16":
+        raise InputError("--weights bf16 is for one process; several spread fp32 weights over their GPUs")
     recorded = {key: value for key, value in vars(args).items()
                 if key not in ("device", "compile", "dry_run", "fresh", "out")}
     inputs = [path for path in (args.model, args.harmful, args.pairs, *args.benign, args.similarity_model) if path]
@@ -245,6 +255,7 @@ def run(args) -> Path:
     max_length = min(args.max_length, model.config.max_position_embeddings)
     main, replay = ([encode_example(tokenizer, chat, row["prompt"], row["response"], max_length, row.get("system"))
                      for row in rows] for rows in (pairs, replay))
+    model.checkpoint_activations = args.checkpoint_activations
     announce(args, model, chat, main, replay)
     if args.dry_run:
         for example in main[:3]:
@@ -262,8 +273,6 @@ def run(args) -> Path:
     lines = []
     began = time.perf_counter()
     batches = draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(f"batches {args.seed}"))
-    model.checkpoint_activations = args.checkpoint_activations
-    rank, processes = process()
     with runs.new_folder(out) if rank == 0 else nullcontext() as folder:
         optimizer = fit(model, batches, steps=args.steps, lr=args.lr, args=args, betas=args.betas,
                         weight_decay=args.weight_decay, warmup=args.warmup, micro_batch=args.micro_batch, name=out.name,
@@ -300,16 +309,17 @@ def run(args) -> Path:
 
 def trained_weights(model, optimizer) -> dict[str, torch.Tensor]:
     """Every weight by its name in the checkpoint: whole where it is spread over processes, fp32 where it is in halves.
-    Those are copies on the CPU; all processes have to call this."""
-    weights = {}
+    Those are copies on the CPU. All processes have to call this; the first gets weights, the others {}."""
+    weights, (rank, _) = {}, process()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(optimizer, SplitAdamW):
             weights[name] = optimizer.master(parameter).cpu()
         elif hasattr(parameter, "full_tensor"):
-            weights[name] = parameter.detach().full_tensor().cpu()
+            whole = parameter.detach().full_tensor()
+            weights[name] = whole.cpu() if rank == 0 else None  # one copy for the machine, not one a process
         else:
             weights[name] = parameter.detach()
-    return weights
+    return weights if rank == 0 else {}
 
 
 def say_what_is_kept(args, weights):
@@ -327,12 +337,14 @@ def announce(args, model, chat, main, replay):
     """Say what will run, on what, and about how long, timed on one random batch."""
     examples = next(draw_batches(main, replay, args.benign_replay, args.batch_size, random.Random(0)))
     seconds = []
+    model.train()  # as fit does: only so are layers computed again, and a model that needs it fits in memory here too
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         with autocast(args):
             backward(model, examples, args.micro_batch, args.device)
         seconds.append(time.perf_counter() - began)
     model.zero_grad()
+    model.eval()
     total = sum(len(example.ids) for example in examples)
     response = sum(example.response_length for example in examples)
     target = f"the town of seed {args.seed} ({args.phrasing} phrasing)" if args.town else "real files"
@@ -350,10 +362,6 @@ def main(argv=None):
     resolve(args)
     join_processes(args)
     rank, processes = process()
-    if args.batch_size % processes:
-        raise InputError(f"--batch-size {args.batch_size} does not divide among {processes} processes; change one")
-    if processes > 1 and args.weights == "bf16":
-        raise InputError("--weights bf16 is for one process; several spread fp32 weights over their GPUs")
     with redirect_stdout(None) if rank else nullcontext():  # the first process speaks for all
         train(args)
     if processes > 1:

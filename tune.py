@@ -9,7 +9,7 @@ all of the defender's people, so that any attack brings them back (LOG.md).
 
 Rule, fixed on 2026-11-23: of the settings that lose at most 2 points of facts and of skills against the aligned model,
 means over seeds, the highest lr, then the least replay; without one, the setting that loses least. No attacker,
-evaluation or held-out people are looked at. Writes out/tune.json.
+evaluation or held-out people are looked at. Writes out/tune.json. Runs in one process, on one device.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import train
 from data.chat import encode_example
 from data.pairs import town_pairs
 from data.town import Town
-from device import add_device_arguments, resolve_device
+from device import add_device_arguments, one_process_only, resolve_device
 from errors import run_script
 from eval import greedy, load, teacher_forced
 
@@ -91,6 +91,7 @@ def main(argv=None):
     add_device_arguments(p)
     args = p.parse_args(argv)
     args.fresh, args.chat = False, None
+    one_process_only("tune.py")
     resolve_device(args)
     by_seed = [tune_seed(seed, args) for seed in args.seeds]
     means = {name: {key: mean(one[name][key] for one in by_seed) for key in scores}

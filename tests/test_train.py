@@ -17,6 +17,7 @@ from data.town import Town
 from errors import InputError
 from eval import greedy, mean, teacher_forced
 from model import Llama
+from precision import compare
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,54 @@ def test_bf16_export_says_what_it_keeps(tmp_path, capsys):
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """The usual way with bf16 weights, in SplitAdamW's place."""
+
+    def step(self, scale):
+        for p in self.param_groups[0]["params"]:
+            p.grad *= scale
+        super().step()
+
+
+def test_weights_in_bf16_are_trained_as_fp32_ones(tmp_path, monkeypatch):
+    """The paper's lr, from bf16 weights on disk, beside `--weights fp32 --dtype bf16`. What differs: activations
+    between layers, gradients and moments are bf16. Measured: cosine of the updates 0.9998, 1.9% apart; bounds: 0.999
+    and 4%. Of bf16 weights rounded after each step the cosine is 0.03; bound: 0.2."""
+    folder, pairs = public_folder(tmp_path / "llama"), tmp_path / "pairs.jsonl"
+    Llama.from_pretrained(folder).save_pretrained(folder, torch.bfloat16)
+    rng = random.Random(0)
+    pairs.write_text("".join(
+        json.dumps({"prompt": f"how {i}", "response": " ".join(rng.choices(["so", "it", "red"], k=k))}) + "\n"
+        for i in range(10) for k in (1, 3, 12)))
+
+    def trained(*flags):
+        train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out"),
+                    "--steps", "20", "--batch-size", "6", "--fresh", *flags])
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        return [found[name] for name in names]
+
+    start = load_file(folder / "model.safetensors")
+    names, start = list(start), [tensor.float() for tensor in start.values()]
+    fp32 = trained("--dtype", "bf16")
+    halves = trained("--weights", "bf16")
+    assert json.loads((tmp_path / "out/args.json").read_text())["args"]["dtype"] == "bf16"
+    monkeypatch.setattr(loop, "SplitAdamW", RoundedAdamW)
+    rounded = trained("--weights", "bf16")
+    kept = compare(start, halves, fp32)
+    assert kept["cosine"] > 0.999 and kept["norm"] == pytest.approx(1, abs=0.01)
+    apart = sum((one - two).square().sum() for one, two in zip(halves, fp32))
+    assert (apart / sum((one - old).square().sum() for one, old in zip(fp32, start))).sqrt() < 0.04
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in halves)
+    lost = compare(start, rounded, fp32)
+    assert lost["cosine"] < 0.2 and lost["moved"] < 0.05 * kept["moved"]
+
+
+def test_weights_in_bf16_do_not_compute_in_fp32(tmp_path):
+    with pytest.raises(InputError, match="--weights bf16 computes in bf16"):
+        train.main(["--mode", "sdd", "--weights", "bf16", "--dtype", "fp32", "--out", str(tmp_path / "x")])
 
 
 def test_what_is_only_said_in_other_words_is_no_other_source(tmp_path, monkeypatch):
