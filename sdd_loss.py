@@ -57,7 +57,7 @@ class HeadLoss(torch.autograd.Function):
 
     A chunk's gradient is taken while its logits are there, in the forward pass, so that none is computed twice. With
     p the softmax and 1 the target, the gradient by the logits is p - 1 of -log p, and of -log(1 - p) the same times
-    -p / (1 - p) of the target.
+    -p / (1 - p) of the target. What rows are multiplied by is multiplied where they are short, (n,C) and not (n,V).
     """
 
     @staticmethod
@@ -69,34 +69,38 @@ class HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if by_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if by_head else None
         chunk = max(1, CHUNK_LOGITS // len(head))
+        room = hidden.new_empty(min(chunk, len(targets)), len(head), dtype=dtype)  # used again: new memory is slow
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             h, t = hidden[part].to(dtype), targets[part, None]  # (n,C), (n,1)
-            logits = (h @ weight.T).float()  # (n,V)
-            logits -= logits.logsumexp(dim=-1, keepdim=True)  # log p
-            logps = logits.gather(1, t)  # (n,1)
-            losses, factor = -logps, torch.ones_like(logps)
+            logits = torch.mm(h, weight.T, out=room[:len(h)]).float()  # (n,V)
+            logits -= logits.amax(dim=-1, keepdim=True)
+            at_target = logits.gather(1, t)  # (n,1)
+            exps = logits.exp_()  # (n,V) in the logits' memory: p times its sum
+            total = exps.sum(dim=-1, keepdim=True)  # (n,1)
+            logps = at_target - total.log()
+            losses, factor = -logps, 1 / (total * global_tokens)
             if suppress is not None:
                 down, p = suppress[part, None], logps.exp()
                 losses = torch.where(down, unlikelihood(logps), losses)
-                factor = torch.where(down, torch.where(p < P_MOST, -p / (1 - p), 0), factor)
+                factor = torch.where(down, torch.where(p < P_MOST, -p / (1 - p), 0), 1) * factor
             loss += losses.sum()
             if not (by_hidden or by_head):
                 continue
-            grad = logits.exp_().scatter_add_(1, t, -torch.ones_like(logps))  # (n,V), in the logits' memory
-            grad = grad.mul_(factor / global_tokens).to(dtype)
+            grad = exps.scatter_add_(1, t, -total).to(dtype)  # (n,V), times factor
             if by_hidden:
-                grad_hidden[part] = grad @ weight
+                grad_hidden[part] = (grad @ weight) * factor
             if by_head and dtype == torch.float32:
-                grad_head.addmm_(grad.T, h)
+                grad_head.addmm_(grad.T, h * factor)
             elif by_head:
-                grad_head += grad.T @ h
-        ctx.save_for_backward(grad_hidden, grad_head if grad_head is None else grad_head.to(head.dtype))
+                grad_head += grad.T @ (h * factor).to(dtype)
+        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
         return loss / global_tokens
 
     @staticmethod
     def backward(ctx, grad):
-        return *(saved if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None
+        grads, ctx.grads = ctx.grads, None  # let go of, or PyTorch would copy what it is given to keep
+        return *(None if one is None else one.mul_(grad) for one in grads), None, None, None
 
 
 def sequence_logprobs(token_logprobs: torch.Tensor, row: torch.Tensor, rows: int) -> torch.Tensor:
