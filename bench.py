@@ -129,7 +129,7 @@ def bench_train(args) -> dict:
     tokens = sum(len(example.ids) for batch in batches for example in batch)
     responses = sum(example.response_length for batch in batches for example in batch)
     padded = sum(args.batch_size * max(len(example.ids) for example in batch) for batch in batches)
-    print(f"{args.batches} batches of {args.batch_size} rows: {responses:,} response tokens of {tokens:,}, {padded:,} "
+    print(f"{args.batches} x {args.batch_size} rows: {responses:,} response tokens of {tokens:,}, {padded:,} "
           "with padding; once to warm up, once timed")
     with tempfile.TemporaryDirectory() as folder:
         config = random_llama(args, tokenizer, folder)
@@ -185,7 +185,8 @@ def same_answers(model, prompts, ours: list[list[int]], others: list[list[int]])
             continue
         i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
         if i is None:
-            return same, float("inf")  # one goes on where the other has stopped
+            widest = float("inf")  # one goes on where the other has stopped
+            continue
         with torch.no_grad():
             logits = model(torch.tensor([prompt + a[:i]]))[0, -1]
         widest = max(widest, float((logits[a[i]] - logits[b[i]]).abs()))

@@ -131,7 +131,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(
         return answers
     model = cast_once(model) if compiled else model
     device = model.lm_head.weight.device
-    few_rows = FewRows() if device.type == "cpu" and not (compiled or torch.is_autocast_enabled("cpu")) else nullcontext()
+    plain_cpu = device.type == "cpu" and not compiled and not torch.is_autocast_enabled("cpu")
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
@@ -156,7 +156,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(
             step = step or compiled_step(model, new, cache)
             new = step(new)
         else:
-            with few_rows:
+            with FewRows() if plain_cpu else nullcontext():
                 new = next_tokens(model, new, cache)
             cache.longest = min(cache.longest + 1, cache.size - 1)
     return answers

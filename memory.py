@@ -51,7 +51,7 @@ def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True, more
         in fp32.
     loss: what layers keep, or with checkpointed only the input of each, 2 N C; of the last norm and the gradient by
         its output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of
-        logits: fp32 and a temporary, 8 bytes each, or 12 where the chunk before is still there.
+        logits: bf16, fp32 and their gradient in bf16, 8 bytes each, or 12 where the last chunk is still there.
     backward: the worst layer: of the layers below it what they keep, its own again, and gradients, 2 bytes a parameter,
         of what is above it; while gradients outgrow what is freed this is the first layer. The loop still holds what
         the head read, 2 N C. With more, gradients are 2 P at all three moments.
