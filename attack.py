@@ -74,7 +74,8 @@ from mechanism import carry_over
 from report import KEYWORD_WARNING, attack_table, verdict_lines, write_report
 from verdicts import town_verdicts
 
-SOURCES = [*train.SOURCES, "eval.py", "decode.py", "lora.py", "mechanism.py", "attacker.py", "data/refusal_keywords.json"]
+SOURCES = [*train.SOURCES, "eval.py", "decode.py", "lora.py", "mechanism.py", "attacker.py",
+           "data/refusal_keywords.json"]
 ATTACKS = ("mft", "lora", "bft", "poisoned", "identity", "replay", "repair", "unlearn")
 FILE_SOURCES = ["file_scores.py", "multiple_choice.py"]  # scores of real files only
 BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign rows

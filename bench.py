@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -246,22 +247,29 @@ def bench_decode(args) -> dict:
 # ---- the town ----
 
 def bench_town(args) -> dict:
-    """Line 1 of the README, its two commands in an empty folder."""
-    found = {"train.py --mode sdd": [], "attack.py": []}
+    """Line 1 of the README, its two commands in out/bench_town, which stays to look at."""
+    found, folder = {"train.py --mode sdd": [], "attack.py": []}, Path("out/bench_town")
     for turn in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            for command, seconds in found.items():
-                began = time.perf_counter()
-                done = subprocess.run([sys.executable, *(str(ROOT / part) if part.endswith(".py") else part
-                                                         for part in command.split())],
-                                      cwd=folder, capture_output=True, text=True)
-                if done.returncode:
-                    raise InputError(f"{command}: {done.stderr.strip().splitlines()[-1]}")
-                seconds.append(time.perf_counter() - began)
-                print(f"  round {turn + 1}, {command}: {seconds[-1]:.0f} s", flush=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for command, seconds in found.items():
+            script, *words = command.split()
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                raise InputError(f"{command}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+            seconds.append(time.perf_counter() - began)
+            print(f"  round {turn + 1}, {command}: {seconds[-1]:.0f} s", flush=True)
     found["both"] = [sum(pair) for pair in zip(*found.values())]
-    table(["seconds"], [(command, [spread(seconds, ".0f")]) for command, seconds in found.items()])
-    return found
+    parts = {}
+    for path in sorted(folder.glob("out/seed0/*/train_log.jsonl"), key=lambda path: path.stat().st_mtime):
+        parts[f"  the steps of {path.parent.name}"] = sum(json.loads(line)["seconds"] for line in path.open())
+    cells = json.loads((folder / "out/attack/results.json").read_text())["cells"]
+    parts[f"  attacks and scores of {len(cells)} cells"] = sum(cell.get("seconds", 0) for cell in cells)
+    table(["seconds"], [(command, [spread(seconds, ".0f")]) for command, seconds in found.items()]
+          + [(part, [f"{seconds:.0f}"]) for part, seconds in parts.items()])
+    return {"runs": found, "parts": parts}
 
 
 # ---- the command ----
