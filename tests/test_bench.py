@@ -104,3 +104,23 @@ def test_answers_may_part_at_ties_only():
     same, gap = bench.same_answers(model, prompts, [[40, 1], [6], [7]], [[40, 2], [6], [7]])
     assert same == 2 and gap == pytest.approx(abs(float(logits[1] - logits[2])))
     assert bench.same_answers(model, prompts, [[40], [6], [7]], [[40, 2], [6], [7]])[1] == float("inf")
+
+
+def test_the_towns_time_and_where_it_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run(command, cwd, **_):
+        commands.append([Path(part).name for part in command[1:]])
+        folder = Path(cwd) / "out" / ("attack" if "attack.py" in commands[-1] else "seed0/sdd")
+        folder.mkdir(parents=True)  # fails where an earlier round's is left
+        (folder / "train_log.jsonl").write_text('{"seconds": 40.0}\n{"seconds": 2.0}\n')
+        (folder / "results.json").write_text('{"cells": [{"seconds": 17.0}, {"diverged": true}]}')
+        return bench.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    bench.main(["town", "--rounds", "2", "--device", "cpu"])
+    assert commands == [["train.py", "--mode", "sdd"], ["attack.py"]] * 2
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["the", "steps", "of", "sdd", "42"] in lines
+    assert ["attacks", "and", "scores", "of", "2", "cells", "17"] in lines
