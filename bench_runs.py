@@ -102,7 +102,7 @@ def decode_nanosdd(job, args) -> dict:
 
     def answer(prompts, tokens):
         with autocast(args):
-            return generate(model, prompts, tokens, set(job["stop"]), args.compile)
+            return generate(model, prompts, tokens, set(job["stop"]), compiled=args.compile)
     return timed_decode(job, args, answer)
 
 

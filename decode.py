@@ -61,7 +61,6 @@ class FewRows(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-
 def next_tokens(model, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """The next token of every row, (B,), after these (B,) are read; the cache's rows grow by one, up to its size."""
     new = model(tokens[:, None], cache=cache)[:, 0].argmax(dim=-1)
@@ -131,12 +130,12 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(
         return answers
     model = cast_once(model) if compiled else model
     device = model.lm_head.weight.device
-    plain_cpu = device.type == "cpu" and not compiled and not torch.is_autocast_enabled("cpu")
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model.config, len(prompts), min(longest + max_new_tokens, context), device,
-                    model.model.embed_tokens.weight.dtype)
+    plain = not torch.is_autocast_enabled(device.type)
+    dtype = model.model.embed_tokens.weight.dtype if plain else torch.get_autocast_dtype(device.type)
+    cache = KVCache(model.config, len(prompts), min(longest + max_new_tokens, context), device, dtype)
     new = model(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0].argmax(dim=-1)  # (B,)
     cache.lengths, cache.longest = lengths, longest  # what was padding is overwritten before it can be seen
     rows = list(range(len(prompts)))  # which answer each row of the batch belongs to
@@ -156,7 +155,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(
             step = step or compiled_step(model, new, cache)
             new = step(new)
         else:
-            with FewRows() if plain_cpu else nullcontext():
+            with FewRows() if plain and device.type == "cpu" else nullcontext():
                 new = next_tokens(model, new, cache)
             cache.longest = min(cache.longest + 1, cache.size - 1)
     return answers

@@ -30,7 +30,7 @@ from data.sources import read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
 from decode import generate
-from device import add_device_arguments, autocast, one_process_only, resolve_device
+from device import add_device_arguments, autocast, one_process_only, process, resolve_device
 from errors import InputError, run_script
 from file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
                          resolve_similarity_model)
@@ -62,7 +62,8 @@ def greedy(model, tokenizer, chat, prompts, args, max_new_tokens, batch_size=256
     for start in range(0, len(order), batch_size):
         part = order[start:start + batch_size]
         with autocast(args):
-            answers = generate(model, [ids[i] for i in part], max_new_tokens, tokenizer.stop_tokens, args.compile)
+            answers = generate(model, [ids[i] for i in part], max_new_tokens, tokenizer.stop_tokens,
+                               compiled=args.compile and process()[1] == 1)  # not what several processes share
         for i, answer in zip(part, answers):
             room = min(max_new_tokens, model.config.max_position_embeddings - len(ids[i]))
             found[i] = answer, tokenizer.decode(answer), len(answer) < room

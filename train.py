@@ -40,9 +40,9 @@ from loop import backward, draw_batches, fit
 from model import Llama, LlamaConfig
 from optimizer import SplitAdamW
 
-SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "loop.py", "optimizer.py", "device.py", "train.py", "data/chat.py",
-           "data/harmful.py", "data/pairs.py", "data/sentence.py", "data/sources.py", "data/sentencepiece.py",
-           "data/tfidf.py", "data/tokenizer.py", "data/town.py"]
+SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "loop.py", "optimizer.py", "device.py", "train.py",
+           "data/chat.py", "data/harmful.py", "data/pairs.py", "data/sentence.py", "data/sources.py",
+           "data/sentencepiece.py", "data/tfidf.py", "data/tokenizer.py", "data/town.py"]
 
 # Settings by target and mode. PAPER: through a public re-implementation that labels them so. DEFENCE: on the town,
 # lr and replay by tune.py on seeds 0 to 4, see LOG.md; base and align on seed 0.

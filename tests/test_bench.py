@@ -29,7 +29,8 @@ def test_pairs_are_the_same_both_ways(tmp_path, monkeypatch, capsys):
 
 
 def test_the_obvious_way_draws_again():
-    found = bench_pairs.obvious_pairs(["the dog"] * 20, ["a dog", "tea", "run jump", "a cafe"], 0.99, SentenceEncoder(TINY))
+    pool = ["a dog", "tea", "run jump", "a cafe"]
+    found = bench_pairs.obvious_pairs(["the dog"] * 20, pool, 0.99, SentenceEncoder(TINY))
     assert len(found) == 20 and max(tries for *_, tries in found) > 1 and max(cosine for _, cosine, _ in found) <= 0.99
 
 
@@ -83,7 +84,8 @@ def test_a_run_that_fails_is_one_line(tiny, monkeypatch):
 
 @pytest.mark.parametrize("command, message", [
     (["train"], "--harmful and --benign and --tokenizer"), (["decode", "--benign", "b"], "--tokenizer"),
-    (["town", "--rounds", "0"], "--rounds"), (["decode", "--benign", "b", "--tokenizer", "t", "--stop-share", "2"], "2.0")])
+    (["town", "--rounds", "0"], "--rounds"),
+    (["decode", "--benign", "b", "--tokenizer", "t", "--stop-share", "2"], "2.0")])
 def test_what_is_missing_is_named(command, message):
     with pytest.raises(InputError, match=message):
         bench.main(command)

@@ -44,6 +44,13 @@ def test_generate_stops_at_the_context_and_refuses_what_does_not_fit(monkeypatch
             generate(model, [prompt], 5)
 
 
+def test_in_bf16_as_well_compiled_steps_give_the_same(monkeypatch):
+    model = small_model()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, PROMPTS, 24, {4, 70}, compiled=True) == generate(model, PROMPTS, 24, {4, 70})
+
+
 def test_rows_that_leave_move_no_others_than_they_must():
     cache = KVCache(small_model().config, 6, 5)
     for layer, cached in enumerate(part for pair in cache.layers for part in pair):
