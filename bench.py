@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from bench_pairs import bench_pairs
+from checkpoint import read_json
 from data.chat import encode_example, encode_prompt
 from data.harmful import read_harmful
 from data.pairs import MOST, add_similarity_arguments, read_benign
@@ -136,7 +137,7 @@ def bench_train(args) -> dict:
         config = random_llama(args, tokenizer, folder)
         shared = dict(folder=folder, batches=[[asdict(example) for example in batch] for batch in batches],
                       pad=tokenizer.n_vocab - 1)
-        ours = dict(shared, run="train_nanosdd", needs=[], checkpoint=False, weights="fp32")
+        ours = dict(shared, run="train_nanosdd", needs=[], checkpoint=False, weights=args.weights)
         peer = dict(shared, run="train_sft", needs=["trl", "transformers", "datasets"])
         plain = {"gradient_checkpointing": False}
         jobs = {"nanoSDD": ours, "nanoSDD, activations checkpointed": dict(ours, checkpoint=True),
@@ -285,6 +286,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=3, help="times that everybody is measured (default: 3)")
     p.add_argument("--batches", type=int, default=4, help="train: steps of a measurement (default: 4)")
     p.add_argument("--batch-size", type=int, default=8, help="train: rows of a step (default: 8)")
+    p.add_argument("--weights", choices=["fp32", "bf16"], default="fp32",
+                   help="train: how nanoSDD holds its weights, as in train.py (default: fp32)")
     p.add_argument("--max-length", type=int, default=512, help="train, decode: longer rows are cut (default: 512)")
     p.add_argument("--prompts", type=int, default=100, help="decode: how many (default: 100)")
     p.add_argument("--new-tokens", type=int, default=256, help="decode: of an answer, at most (default: 256)")
@@ -313,7 +316,7 @@ def main(argv=None):
     print(f"{machine()}, {args.dtype}{', compiled' * args.compile}")
     figures = {"train": bench_train, "decode": bench_decode, "town": bench_town, "pairs": bench_pairs}[args.what](args)
     path = Path("out/bench.json")
-    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept = read_json(path) if path.is_file() else {}
     write_text(path, json.dumps(kept | {args.what: {"machine": machine(), "args": vars(args), **figures}}, indent=1))
     print(f"\nwritten: {path}")
 
