@@ -50,14 +50,16 @@ class KVCache:
 class FewRows(TorchFunctionMode):
     """While on, x @ weight.T of few rows is (weight @ x.T).T: the same, but a CPU reads the weight up to twice as fast.
 
-    One row is computed twice, for two are faster than one: what decides is which routine of the BLAS library is called.
+    What decides is which routine of the BLAS library is called. One row is computed twice where there are more
+    outputs than inputs: there two are faster than one.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0][..., 0].numel() <= 32:
-            x, weight = args[0].flatten(0, -2), args[1]  # (n,C), (V,C); no layer has a bias
-            y = (weight @ (x if len(x) > 1 else x.repeat(2, 1)).T).T[:len(x)]
-            return y.view(*args[0].shape[:-1], -1)
+        if function is F.linear:  # no layer has a bias
+            x, weight = args[0].flatten(0, -2), args[1]  # (n,C), (V,C)
+            if 1 < len(x) <= 32 or len(x) == 1 and len(weight) > weight.shape[1]:
+                y = (weight @ (x if len(x) > 1 else x.repeat(2, 1)).T).T[:len(x)]
+                return y.view(*args[0].shape[:-1], -1)
         return function(*args, **(kwargs or {}))
 
 
