@@ -59,25 +59,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import protocol
-import runs
+from lab import protocol
+from nanosdd import runs
 import train
-from attacker import Run, attack_run, check_shots, new_cell, prepare, scored_steps, town_harmful
-from checkpoint import read_config
-from choices import at_equal_dose, at_one_lr, choose
+from lab.attacks import Run, attack_run, check_shots, new_cell, prepare, scored_steps, town_harmful
+from nanosdd.checkpoint import read_config
+from lab.choices import at_equal_dose, at_one_lr, choose
 from data.town import Town, read_town
-from device import add_device_arguments, machine, one_process_only, resolve_device
-from errors import InputError, run_script
+from nanosdd.device import add_device_arguments, machine, one_process_only, resolve_device
+from nanosdd.errors import InputError, run_script
 from eval import load
-from file_scores import add_score_arguments, not_taken, read_tests, resolve_similarity_model, score_files
-from mechanism import carry_over
-from report import KEYWORD_WARNING, attack_table, verdict_lines, write_report
-from verdicts import town_verdicts
+from nanosdd.file_scores import add_score_arguments, not_taken, read_tests, resolve_similarity_model, score_files
+from lab.mechanism import carry_over
+from lab.report import KEYWORD_WARNING, attack_table, verdict_lines, write_report
+from lab.verdicts import town_verdicts
 
-SOURCES = [*train.SOURCES, "eval.py", "decode.py", "lora.py", "mechanism.py", "attacker.py",
+SOURCES = [*train.SOURCES, "eval.py", "nanosdd/generate.py", "nanosdd/lora.py", "lab/mechanism.py", "lab/attacks.py",
            "data/refusal_keywords.json"]
 ATTACKS = ("mft", "lora", "bft", "poisoned", "identity", "replay", "repair", "unlearn")
-FILE_SOURCES = ["file_scores.py", "multiple_choice.py"]  # scores of real files only
+FILE_SOURCES = ["nanosdd/file_scores.py", "nanosdd/capability.py"]  # scores of real files only
 BENIGN_ATTACKS = ("bft", "poisoned", "replay", "repair")  # these need benign rows
 
 

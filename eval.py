@@ -21,22 +21,22 @@ from statistics import fmean as mean
 
 import torch
 
-import runs
-from checkpoint import read_config, read_json
+from nanosdd import runs
+from nanosdd.checkpoint import read_config, read_json
 from data.chat import collate, encode_example, encode_prompt, read_chat
 from data.harmful import read_harmful, split_harmful
 from data.pairs import read_benign
 from data.sources import read_xstest
 from data.tokenizer import load_tokenizer
 from data.town import KNOWLEDGE_KINDS, NEW_SKILL, OUTCOMES, Town, read_town
-from decode import generate
-from device import add_device_arguments, autocast, one_process_only, process, resolve_device
-from errors import InputError, run_script
-from file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
+from nanosdd.generate import generate
+from nanosdd.device import add_device_arguments, autocast, one_process_only, process, resolve_device
+from nanosdd.errors import InputError, run_script
+from nanosdd.file_scores import (add_score_arguments, choice_metrics, hold_out, not_taken, perplexity, read_tests, relevance,
                          resolve_similarity_model)
 from model import Llama
-from multiple_choice import wilson
-from report import (FILE_COLUMNS, KEYWORD_WARNING, REAL_COLUMNS, choice_table, file_header, file_line, town_header,
+from nanosdd.capability import wilson
+from lab.report import (FILE_COLUMNS, KEYWORD_WARNING, REAL_COLUMNS, choice_table, file_header, file_line, town_header,
                     town_line, xstest_table)
 
 KEYWORDS = json.loads((Path(__file__).parent / "data/refusal_keywords.json").read_text())  # Zou et al., Qi et al. 2023

@@ -13,8 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-import checkpoint
-from errors import InputError
+from nanosdd import checkpoint
+from nanosdd.errors import InputError
 
 
 @dataclass

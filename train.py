@@ -26,21 +26,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import runs
-from checkpoint import kept_update, write_model
+from nanosdd import runs
+from nanosdd.checkpoint import kept_update, write_model
 from data.chat import encode_example
 from data.harmful import read_harmful, split_harmful
 from data.pairs import add_similarity_arguments, file_pairs, resolve_similarity, town_pairs, write_pairs
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer, write_llama3_tokenizer
 from data.town import Town, read_town, words
-from device import add_device_arguments, autocast, join_processes, process, resolve_device
-from errors import InputError, run_script
+from nanosdd.device import add_device_arguments, autocast, join_processes, process, resolve_device
+from nanosdd.errors import InputError, run_script
 from eval import greedy, load
-from loop import backward, draw_batches, fit
+from nanosdd.loop import backward, draw_batches, fit
 from model import Llama, LlamaConfig
-from optimizer import SplitAdamW
+from nanosdd.optimizer import SplitAdamW
 
-SOURCES = ["model.py", "checkpoint.py", "sdd_loss.py", "loop.py", "optimizer.py", "device.py", "train.py",
+SOURCES = ["model.py", "nanosdd/checkpoint.py", "sdd_loss.py", "nanosdd/loop.py", "nanosdd/optimizer.py",
+           "nanosdd/device.py", "train.py",
            "data/chat.py", "data/harmful.py", "data/pairs.py", "data/sentence.py", "data/sources.py",
            "data/sentencepiece.py", "data/tfidf.py", "data/tokenizer.py", "data/town.py"]
 

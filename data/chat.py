@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import load_tokenizer
-from errors import InputError
+from nanosdd.errors import InputError
 
 
 class Special(str):

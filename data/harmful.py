@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 from data.sources import read_rows
-from errors import InputError
+from nanosdd.errors import InputError
 
 OWNERS = ("defender", "defender", "attacker", "evaluation")  # 50/25/25 by hash
 

@@ -34,8 +34,8 @@ from data.sentence import SentenceEncoder, package_folder
 from data.sources import read_rows
 from data.tfidf import Tfidf
 from data.town import NEW_SKILL, REFUSALS as TOWN_REFUSALS, REJECT_PREFIX, Town
-from errors import InputError, run_script
-from runs import file_hash, write_text
+from nanosdd.errors import InputError, run_script
+from nanosdd.runs import file_hash, write_text
 
 MODES = ("align", "sdd", "sdd_reject", "shuffled", "exposure", "same_topic")
 REFUSALS = ("I'm sorry, but I cannot help with that request.", "I cannot assist with that, since it could cause harm.",

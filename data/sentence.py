@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import open_weights, read_config, read_json
-from errors import InputError
-from runs import file_hash, make_folder
+from nanosdd.checkpoint import open_weights, read_config, read_json
+from nanosdd.errors import InputError
+from nanosdd.runs import file_hash, make_folder
 
 MOST_PIECES = 256  # of a text, its two marks included: sentence_bert_config.json's max_seq_length
 BATCH_TOKENS = 2048  # of a batch, padding included

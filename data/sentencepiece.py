@@ -14,7 +14,7 @@ import heapq
 import struct
 from functools import lru_cache
 
-from errors import InputError
+from nanosdd.errors import InputError
 
 SPACE = "▁"
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]

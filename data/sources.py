@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from errors import InputError
+from nanosdd.errors import InputError
 
 KNOWN = ("BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
          "(CSV), MMLU (CSV without a header), OpenBookQA (JSONL)")

@@ -25,7 +25,7 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from data import sentencepiece
-from errors import InputError
+from nanosdd.errors import InputError
 
 # What to copy along with a model, where it is there. The stop tokens may be named in generation_config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",

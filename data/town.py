@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import InputError
+from nanosdd.errors import InputError
 
 FIRST = "Anna Bruno Clara David Elena Felix Greta Henry Irene Jacob Karla Louis Maria Nora Oscar Paula".split()
 PLAIN = "Brook Field Meadow Stone".split()

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer
-from errors import run_script
+from nanosdd.errors import run_script
 from model import Llama, LlamaConfig
 
 

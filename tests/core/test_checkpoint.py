@@ -1,0 +1,164 @@
+"""Checkpoint folders: what is saved loads bit-equal, and what does not fit is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import small_model
+
+from nanosdd import checkpoint
+from nanosdd.checkpoint import kept_update
+from nanosdd.errors import InputError
+from model import Llama, rope_frequencies
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_save_and_load_bit_equal(tmp_path, monkeypatch, tied, shard_bytes):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    model = small_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
+    loaded = Llama.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def saved(folder, **changes):
+    model = small_model(**changes)
+    model.save_pretrained(folder)
+    return model, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors.*model.norm.weight"),
+    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(60)}), "no place for.*q_proj.bias"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(47)}), r"shape \[47\].*\[48\]"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "norm.weight is I8.*quantized"),
+    (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}), "rope_theta"),
+    (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}), "rope_theta")])
+def test_tensors_that_do_not_fit_are_named(tmp_path, damage, message):
+    _, tensors = saved(tmp_path)
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_inv_freq_of_llama_2_files_is_checked_and_dropped(tmp_path):
+    model, tensors = saved(tmp_path)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = rope_frequencies(model.config).half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    tokens = torch.tensor([[4, 8, 15]])
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
+
+
+def test_a_tied_head_that_the_file_carries_all_the_same_is_the_embedding(tmp_path):
+    model, tensors = saved(tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = Llama.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="differs from the embedding"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_exactly_and_computed_in_what_was_asked(tmp_path, kind):
+    model, _ = saved(tmp_path)
+    model.save_pretrained(tmp_path, kind)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
+    for dtype in (torch.float32, torch.float64, kind):
+        loaded = Llama.from_pretrained(tmp_path, dtype=dtype)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor.to(kind).to(dtype)), name
+        assert loaded(torch.tensor([[1, 2, 3]])).dtype == dtype
+
+
+def test_saving_again_leaves_no_older_weights_behind(tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    model = small_model(seed=8)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Llama.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+    monkeypatch.undo()
+    loaded = Llama.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)  # over the files that it came from
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(Llama.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_loaded_model_no_longer_depends_on_its_file(tmp_path):
+    model, _ = saved(tmp_path)
+    loaded = Llama.from_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(-path.stat().st_size // 2, 2)
+        file.write(bytes(path.stat().st_size // 2))
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_index_and_the_shards_have_to_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    small_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    norm = "model.norm.weight"
+    its, other = index["weight_map"][norm], index["weight_map"]["model.embed_tokens.weight"]
+    lacking = {name: tensor for name, tensor in load_file(tmp_path / its).items() if name != norm}
+    twice = load_file(tmp_path / other) | {norm: torch.ones(48)}
+    for shard, content in ((its, lacking), (other, twice)):
+        before = (tmp_path / shard).read_bytes()
+        save_file(content, tmp_path / shard)
+        with pytest.raises(InputError, match=f"{shard} and .*disagree about {norm}"):
+            Llama.from_pretrained(tmp_path)
+        (tmp_path / shard).write_bytes(before)
+    for broken in ({"weight_map": {norm: 3}}, {}, []):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(InputError, match="no weight_map"):
+            Llama.from_pretrained(tmp_path)
+
+
+def test_what_bf16_keeps_of_an_update_by_hand():
+    # In units of 1/512, bf16 holds every 4th number above 1 and every 2nd below. Of the updates 1, 4, 0, -2 and 2
+    # it keeps 0, 4, 0, -2 and 4: the last goes from 1 to 3, which round to 0 and 4.
+    before, after = torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(5, 1, bias=False)
+    before.weight.data[:] = 1 + torch.tensor([0, 0, 0, 0, 1]) / 512
+    after.weight.data[:] = 1 + torch.tensor([1, 4, 0, -2, 3]) / 512
+    moved, share, cosine = kept_update(before, after.state_dict(), torch.bfloat16)
+    assert moved == 4 / 5 and share == 3 / 4 and cosine == pytest.approx(28 / (25 * 36) ** 0.5)
+    assert kept_update(before, after.state_dict(), torch.float32) == (4 / 5, 1.0, pytest.approx(1.0))
+    assert kept_update(before, before.state_dict(), torch.bfloat16) == (0.0, 0.0, 0.0)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InputError, match="not a folder"):
+        Llama.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="config.json is not there"):
+        Llama.from_pretrained(tmp_path)
+    saved(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="neither model.safetensors nor"):
+        Llama.from_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for name, message in (("../other.safetensors", "leaves the folder"), ("/tmp/x.safetensors", "leaves the folder"),
+                          ("..", "is missing"), ("gone.safetensors", "is missing")):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(InputError, match=message):
+            Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="not a JSON object"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        Llama.from_pretrained(tmp_path)

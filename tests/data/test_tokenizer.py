@@ -1,0 +1,397 @@
+"""The tokenizers: golden ids, vocabularies made by hand, and live beside the peers (sentencepiece, tokenizers).
+
+A test that needs the real files looks in the folder named by NANOSDD_REAL_DATA; one that needs a peer imports it; both
+skip otherwise, and the rest needs neither.
+"""
+
+import base64
+import json
+import os
+import random
+import shutil
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+
+from data.sentencepiece import BYTE_PIECES, merge
+from data.tokenizer import load_tokenizer, write_llama3_tokenizer
+from nanosdd.errors import InputError
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "tokenizer"
+TEXTS = json.loads((GOLDEN / "texts.json").read_text())
+TINY = sorted(path.name for path in GOLDEN.glob("tiny_*"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tokenizer opened a socket")
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.fixture
+def real():
+    if "NANOSDD_REAL_DATA" not in os.environ:
+        pytest.skip("NANOSDD_REAL_DATA is not set: no real tokenizer files")
+    return Path(os.environ["NANOSDD_REAL_DATA"])
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A Llama 3 tokenizer with a few words; ids 0..255 are bytes."""
+    write_llama3_tokenizer(tmp_path, ["cat", " cat", " sat", "  ", "aa", "a", "cat"])
+    return load_tokenizer(tmp_path)
+
+
+# --- golden ids ---
+
+def check_golden(tokenizer, name):
+    """Every golden text has the golden ids, or is refused where the peer would drop a byte; and decodes to itself."""
+    golden = json.loads((GOLDEN / name / "golden.json").read_text())["ids"]
+    assert len(golden) == len(TEXTS)
+    for text, ids in zip(TEXTS, golden):
+        if ids is None:
+            with pytest.raises(InputError, match="lacks the byte"):
+                tokenizer.encode(text)
+        else:
+            assert tokenizer.encode(text) == ids, text
+            if "▁" not in text and name != "tiny_metaspace_json":  # there, a leading space or none are the same ids
+                assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_golden_tiny(name):
+    check_golden(load_tokenizer(GOLDEN / name), name)
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_golden_real(name, real):
+    check_golden(load_tokenizer(real / "tokenizers" / name), name)
+
+
+# --- Llama 3's file ---
+
+def test_words_are_single_ids_and_special_tokens_follow(toy):
+    assert toy.encode("cat cat sat") == [256, 257, 258]
+    assert toy.encode("a") == [ord("a")] and toy.encode("don't") == list(b"don't")
+    n = 256 + 5  # "a" is a byte already and "cat" was given twice
+    layout = {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_1": 3, "finetune_right_pad_id": 4,
+              "reserved_special_token_2": 5, "start_header_id": 6, "end_header_id": 7, "eom_id": 8, "eot_id": 9,
+              "python_tag": 10, "reserved_special_token_3": 11, "reserved_special_token_247": 255}
+    assert {name: toy.special[f"<|{name}|>"] - n for name in layout} == layout
+    assert sorted(toy.special.values()) == list(range(n, n + 256)) and toy.n_vocab == n + 256
+    assert toy.stop_tokens == [toy.special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")]
+
+
+@pytest.mark.parametrize("word", ["don't", "1234", "two words", "a,", "", "\ud800"])
+def test_words_that_cannot_be_one_id_are_refused(word, tmp_path):
+    with pytest.raises(InputError):
+        write_llama3_tokenizer(tmp_path, ["cat", word])
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
+# --- what holds for all of them ---
+
+@pytest.mark.parametrize("name", TINY + ["toy"])
+def test_special_tokens_are_never_encoded_and_show_when_decoded(name, toy):
+    tokenizer = toy if name == "toy" else load_tokenizer(GOLDEN / name)
+    assert tokenizer.special and tokenizer.stop_tokens
+    for special, i in tokenizer.special.items():
+        for text in (special, f"a{special}", f"{special} {special}"):
+            ids = tokenizer.encode(text)
+            assert not set(ids) & set(tokenizer.special.values())
+            assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([i, *tokenizer.encode("cat"), i]) == f"{special}cat{special}"
+    assert tokenizer.decode([]) == ""
+    for i in (tokenizer.n_vocab, -1):
+        with pytest.raises(InputError, match="not in the vocabulary"):
+            tokenizer.decode([i])
+    for text in ("\ud83d", "a\udc00b", "\udc00\ud83d"):
+        with pytest.raises(InputError, match="lone surrogate"):
+            tokenizer.encode(text)
+    half = tokenizer.encode("é😀")[:-1]
+    assert tokenizer.decode(half).startswith("é") and tokenizer.decode(half).endswith("\ufffd")
+
+
+def test_long_inputs_keep_their_ids(toy):
+    """Sizes at which tiktoken panics (a million spaces) and quadratic code would not come back."""
+    n = 1_200_001
+    space, two = ord(" "), toy.encode("  ")[0]
+    assert toy.encode(" " * n) == [two] * (n // 2) + [space]
+    assert toy.encode(" " * n + "cat") == [two] * (n // 2) + toy.encode(" cat")
+    assert toy.encode("," + "\n" * n)[:2] == [ord(","), ord("\n")]
+    assert toy.encode("a" * n) == toy.encode("aa") * (n // 2) + [ord("a")]
+    assert toy.encode((" " * 99_999 + ",") * 6) == ([two] * 49_999 + [space, ord(",")]) * 6
+    words = "cat cat sat, don't!" + " cat cat sat, don't!" * 50_000
+    assert toy.encode(words) == toy.encode(words[:19]) + toy.encode(words[19:39]) * 50_000
+    pieces = load_tokenizer(GOLDEN / "tiny_sentencepiece")
+    assert pieces.encode("a" * 160_001) == pieces.encode("a") + pieces.encode("aaa")[-1:] * 80_000
+    assert pieces.encode(words) == pieces.encode(words[:19]) * 50_001
+
+
+def test_merge_is_byte_pair_encoding():
+    """The heap against the plain definition: find the best pair, join it, start again."""
+    rng = random.Random(0)
+    for _ in range(300):
+        ranks = {}
+        for _ in range(12):  # ranks are drawn at random, ties and pairs of long parts included
+            left, right = ("".join(rng.choices("ab", k=rng.randint(1, 3))) for _ in range(2))
+            ranks[left, right] = rng.randint(0, 6)
+        text = rng.choices("ab", k=rng.randint(0, 30))
+        plain = list(text)
+        while True:
+            pairs = [(ranks[pair], i) for i, pair in enumerate(zip(plain, plain[1:])) if pair in ranks]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            plain[i:i + 2] = [plain[i] + plain[i + 1]]
+        assert merge(list(text), lambda left, right: ranks.get((left, right))) == plain
+
+
+# --- SentencePiece's file, written by hand ---
+
+def varint(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def field(number, value):
+    """One protobuf field: an int as a varint, a float as 4 bytes, bytes with their length."""
+    if isinstance(value, int):
+        return varint(number * 8) + varint(value)
+    if isinstance(value, float):
+        return varint(number * 8 + 5) + struct.pack("<f", value)
+    return varint(number * 8 + 2) + varint(len(value)) + value
+
+
+def piece(text, score=0.0, kind=1):
+    return field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
+
+
+def sentencepiece_file(pieces, trainer=None, normalizer=None):
+    """pieces: text -> score, after <unk>, <s>, </s> and the 256 byte pieces (so that their ids start at 259)."""
+    file = [piece("<unk>", kind=2), piece("<s>", kind=3), piece("</s>", kind=3)]
+    file += [piece(text, kind=6) for text in BYTE_PIECES] + [piece(text, score) for text, score in pieces.items()]
+    file.append(field(2, b"".join(field(*item) for item in (trainer or {3: 2, 35: 1}).items())))
+    file.append(field(3, b"".join(field(*item) for item in (normalizer or {4: 0}).items())))
+    return b"".join(file)
+
+
+def test_sentencepiece_merges_by_score_with_dummy_prefix_and_bytes(tmp_path):
+    pieces = {"▁": -9., "a": -10., "b": -11., "c": -12., "ab": -3., "bc": -2., "abc": -8., "▁a": -4., "aa": -1.,
+              "<": -13., "s": -14., ">": -15., "<s": -5., "s>": -6.}
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces))
+    tokenizer = load_tokenizer(tmp_path)
+    text_of = dict(enumerate(pieces, 259))
+
+    def names(text):
+        return [text_of.get(i, i) for i in tokenizer.encode(text)]
+
+    assert names("abc") == ["▁a", "bc"]  # bc (-2) beats ab (-3), then ▁a (-4) beats abc (-8)
+    assert names("b ab") == ["▁", "b", "▁", "ab"]  # ab (-3) beats ▁a (-4)
+    assert names("babc") == ["▁", "b", "abc"]
+    assert names("baaa") == ["▁", "b", "aa", "a"]  # the leftmost of equals
+    assert names("aé") == ["▁a", 3 + 0xC3, 3 + 0xA9]
+    assert names(" ") == ["▁", "▁"] and names("") == []
+    assert names("<s>") == ["▁", "<s", ">"]  # one join away from <s>, which is no piece of text
+    assert tokenizer.special == {"<unk>": 0, "<s>": 1, "</s>": 2} and tokenizer.stop_tokens == [2]
+    assert tokenizer.decode([1, *tokenizer.encode(" a b"), 2]) == "<s> a b</s>"
+    assert tokenizer.n_vocab == 259 + len(pieces)
+
+
+@pytest.mark.parametrize("trainer, normalizer, problem", [
+    ({3: 1, 35: 1}, None, "not BPE"), ({3: 2}, None, "byte fallback"), ({3: 2, 35: 1, 24: 1}, None, "after the word"),
+    (None, {3: 1}, "removes extra"), (None, {2: b"nfkc", 4: 0}, "rewrites"), (None, {4: 0, 5: 0}, "keeps spaces"),
+])
+def test_other_sentencepiece_models_are_refused(trainer, normalizer, problem, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file({"a": -1.0}, trainer, normalizer))
+    with pytest.raises(InputError, match=problem):
+        load_tokenizer(tmp_path)
+
+
+# --- bad files ---
+
+BYTES = [base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)]
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
+
+
+@pytest.mark.parametrize("name, contents, problem", [
+    (MODEL, b"", "cut short"),
+    (MODEL, b"".join(BYTES[:200]), "0xC8"),
+    (MODEL, b"".join(BYTES[:9]) + b"version https://git-lfs", "line 10: "),
+    (MODEL, b"".join(BYTES) + b"Y2F0 257\n", "line 257: .* the rank 256"),
+    (MODEL, b"".join(BYTES) + b"YQ== 256\n", "line 257: expected a new token"),
+    (MODEL, b"".join(BYTES) + b"Y2F!0 256\n", "line 257: "),
+    (MODEL, sentencepiece_file({"a": -1.0})[:-20], "tokenizer.model"),
+    (MODEL, sentencepiece_file({"a": -1.0})[:3000], "tokenizer.model"),
+    (MODEL, sentencepiece_file({"<s>": -1.0}), "twice"),
+    (MODEL, piece("a", kind=4), "type 4"),
+    (MODEL, b"\n\xff\xff\xff", "ends in the middle"),
+    (JSON, b'{"model":\n oops}', "line 2: not JSON"),
+    (JSON, b"\xff\xfe", "not JSON"),
+    (JSON, b"[" * 100_000, "not JSON"),
+    (JSON, b"[]", "not a tokenizer.json"),
+    (JSON, b'{"model": {"type": "WordPiece", "vocab": {}}}', "plain BPE"),
+    (JSON, b'{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}', "used twice"),
+    (JSON, b'{"model": {"vocab": {"a": "x"}, "merges": []}}', "whole number"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_malformed_files_are_named(name, contents, problem, tmp_path):
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(InputError, match=problem) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tokenizer_names_the_expected_files(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match="expected tokenizer.json or tokenizer.model"):
+            load_tokenizer(folder)
+
+
+# --- tokenizer.json: what is read, what is refused ---
+
+def edited(tmp_path, name, edit):
+    spec = json.loads((GOLDEN / name / JSON).read_text())
+    edit(spec)
+    (tmp_path / JSON).write_text(json.dumps(spec))
+    return load_tokenizer(tmp_path)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+@pytest.mark.parametrize("name, edit, problem", [
+    ("tiny_smollm2", lambda s: s.update(normalizer={"type": "NFC"}), "NFC"),
+    ("tiny_smollm2", lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+    ("tiny_smollm2", lambda s: s.update(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "ByteLevel"),
+    ("tiny_smollm2", lambda s: s["added_tokens"][1].update(special=False), "im_start"),
+    ("tiny_smollm2", lambda s: s["model"].update(dropout=0.1), "dropout"),
+    ("tiny_smollm2", lambda s: s["model"]["merges"].reverse(), "order of their ids"),
+    ("tiny_smollm2", lambda s: s["model"]["merges"].append(["q", "q"]), "do not make the tokens"),
+    ("tiny_smollm2", lambda s: s["model"]["vocab"].update({"語": 999}), "not a tokenizer.json"),
+    ("tiny_llama3_json", lambda s: s["model"]["merges"].pop(0), "missing from the list"),
+    ("tiny_llama3_json", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "Split"),
+    ("tiny_llama3_json", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "not a "),
+    ("tiny_llama2_json", lambda s: s.update(normalizer=None), "normalizer"),
+    ("tiny_llama2_json", lambda s: s["model"]["vocab"].pop("<0x0A>"), "256 byte pieces"),
+    ("tiny_llama2_json", lambda s: s["model"]["merges"].append(["q", "q"]), "not made of pieces"),
+    ("tiny_llama2_json", lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
+    ("tiny_metaspace_json", lambda s: s["pre_tokenizer"].update(split=True), "Metaspace"),
+])
+def test_a_json_that_would_give_other_ids_is_refused(name, edit, problem, tmp_path):
+    with pytest.raises(InputError, match=problem):
+        edited(tmp_path, name, edit)
+
+
+def test_a_split_pattern_that_skips_text_is_refused_when_it_does(tmp_path):
+    letters_only = {"Regex": r"\p{L}+| "}
+    tokenizer = edited(tmp_path, "tiny_llama3_json",
+                       lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern=letters_only))
+    assert tokenizer.decode(tokenizer.encode("the baker")) == "the baker"
+    with pytest.raises(InputError, match="skips a part"):
+        tokenizer.encode("the baker, 7")
+
+
+@pytest.mark.parametrize("individual, joined", [(True, set()), (False, {451})])
+def test_digits_are_cut_as_the_file_says(individual, joined, tmp_path):
+    """Two tokens that only a wrong cut can reach: "12", unless digits go together, and " 1"."""
+    def add(spec):
+        spec["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = individual
+        spec["model"]["vocab"] |= {"12": 451, "Ġ1": 452}
+        spec["model"]["merges"] += [["1", "2"], ["Ġ", "1"]]
+
+    assert {451, 452} & set(edited(tmp_path, "tiny_smollm2", add).encode("12 12")) == joined
+
+
+def test_a_special_token_in_the_vocabulary_is_not_text(tmp_path):
+    def whole_piece(spec):
+        spec["model"]["vocab"]["END"] = 452
+        spec["added_tokens"].append({"content": "END", "id": 452, "special": True})
+
+    def merged(spec):
+        spec["model"]["vocab"] |= {"<s": 450, ">": 451, "s>": 452}
+        spec["model"]["merges"] += [["<", "s"], ["<s", ">"]]
+
+    assert 452 not in edited(tmp_path, "tiny_llama3_json", whole_piece).encode("END")
+    assert edited(tmp_path, "tiny_llama2_json", merged).encode("<s>")[-2:] == [450, 451]
+
+
+def test_merges_may_be_written_as_strings(tmp_path):
+    for name in ("tiny_smollm2", "tiny_llama2_json"):
+        as_strings = [" ".join(pair) for pair in json.loads((GOLDEN / name / JSON).read_text())["model"]["merges"]]
+        check_golden(edited(tmp_path, name, lambda s: s["model"].update(merges=as_strings)), name)
+
+
+# --- which file, which stop tokens ---
+
+def test_json_wins_and_stop_tokens_come_from_the_files(tmp_path):
+    write_llama3_tokenizer(tmp_path, ["cat"])
+    shutil.copy(GOLDEN / "tiny_smollm2" / JSON, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert "<|im_end|>" in tokenizer.special and "<|eot_id|>" not in tokenizer.special
+    assert tokenizer.stop_tokens == [2, 0]  # <|im_end|> ends a turn, <|endoftext|> a text
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_start|>"}}')
+    assert load_tokenizer(tmp_path).stop_tokens == [2, 0, 7, 1]
+    for name, contents in [("generation_config.json", '{"eos_token_id": 100000}'), ("tokenizer_config.json", "{"),
+                           ("tokenizer_config.json", '{"eos_token": "</s>"}')]:
+        (tmp_path / name).write_text(contents)
+        with pytest.raises(InputError, match=name):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).write_text("{}")
+
+
+# --- live, beside the peers ---
+
+@pytest.fixture
+def peers(monkeypatch):
+    """The functions of make_golden.py, which need both peers."""
+    pytest.importorskip("sentencepiece")
+    pytest.importorskip("tokenizers")
+    monkeypatch.syspath_prepend(GOLDEN)
+    import make_golden
+    return make_golden
+
+
+def check_live(folder, theirs, texts):
+    """theirs: text -> ids, or None where the peer would drop a byte, which we refuse."""
+    ours, expected = load_tokenizer(folder).encode, {text: theirs(text) for text in texts}
+    for text in [text for text in expected if expected[text] is None]:
+        del expected[text]
+        with pytest.raises(InputError, match="lacks the byte"):
+            ours(text)
+    different = [text for text in expected if ours(text) != expected[text]]
+    assert not different, f"{len(different)} of {len(expected)}, first {different[0][:200]!r}"
+    assert len(expected) >= 2000
+
+
+@pytest.mark.parametrize("form", ["model", "json", "metaspace"])
+def test_live_llama2(form, real, peers, tmp_path):
+    folder = real / "tokenizers" / "llama2"
+    peer = peers.sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    if form != "model":
+        peer, folder = peers.llama2_from_pieces(peer, metaspace=form == "metaspace"), tmp_path
+        peer.save(str(tmp_path / JSON))
+    check_live(folder, peers.encoder(peer), peers.many_texts(real))
+
+
+@pytest.mark.parametrize("form", ["model", "json"])
+def test_live_llama3(form, real, peers, tmp_path):
+    folder = real / "tokenizers" / "llama3"
+    peer = peers.llama3_from_ranks(folder / MODEL)
+    if form == "json":
+        folder = tmp_path
+        peer.save(str(tmp_path / JSON))
+    check_live(folder, peers.encoder(peer), peers.many_texts(real))
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_live_smollm2_like(digits, real, peers, tmp_path):
+    """SmolLM2's own file is not among the real ones: 8,000 tokens trained on the same texts, 21 bytes missing."""
+    texts = peers.many_texts(real)
+    letters = [peers.LETTER[b] for b in range(256) if b not in peers.MISSING_BYTES]
+    peer = peers.byte_level([], digits=digits)
+    peers.train(peer, 8000, letters, peers.SMOLLM2_SPECIAL, [text for text in texts if len(text) < 10_000])
+    peer.save(str(tmp_path / JSON))
+    check_live(tmp_path, peers.encoder(peer), texts)
