@@ -1,11 +1,17 @@
-"""Llama, written out: the configuration and the layers. decode.py lets it answer.
+"""Llama, written out: the configuration, the layers, the key-value cache and greedy decoding.
+
+    model = Llama.from_pretrained(folder)              # a Hugging Face checkpoint folder
+    logits = model(tokens)                             # (B,T) -> (B,T,V)
+    answers = model.generate(prompts, 64, stop_tokens) # lists of token ids in, lists of token ids out
+    model.save_pretrained(folder)
 
 Module names are those of the Hugging Face checkpoint, so a state dict key is a tensor name in the file.
-Shape letters: B rows, T tokens, S keys seen, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary;
+Shape letters: B rows, T tokens, S keys in view, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary;
 N tokens of packed rows (all rows one after the other, without padding).
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from nanosdd import checkpoint
 from nanosdd.errors import InputError
+from nanosdd.generate import FewRows, compiled_next_tokens, next_tokens
 
 
 @dataclass
@@ -58,8 +65,8 @@ class LlamaConfig:
             if config.get(key):
                 raise InputError(f"config.json: {key} is set; this Llama has none, so the outputs would be wrong")
         kept = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        kept["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+        rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+        kept["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
         needed = {"default": [], "linear": ["factor"],
                   "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
@@ -120,19 +127,34 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Attention to read: q (B,H,T,D), k and v (B,G,S,D), visible (B or 1,1,T,S) bool -> (B,H,T,D).
-
-    The model calls F.scaled_dot_product_attention, which computes the same without the (T,S) table; tested equal.
-    """
-    k, v = (h.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for h in (k, v))  # H/G neighbours share a head
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B,H,T,S)
-    return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ v
-
-
-def spread(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor:
-    """Packed rows put back where they were in the padded ones: x (N,...), slots (N,) in B * T -> (B,T,...), else 0."""
+def unpack(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor:
+    """Packed tokens x (N,...) -> padded rows (B,T,...), zero at padding; slots (N,) are their places in B * T."""
     return x.new_zeros(B * T, *x.shape[1:]).index_put((slots,), x).view(B, T, *x.shape[1:])
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of at most `size` tokens; row b holds lengths[b] tokens so far, at most
+    `longest`: attention covers that many places and the new tokens."""
+
+    def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
+        shape = (batch, config.num_key_value_heads, size, config.head_dim)
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+                       for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.size, self.longest = size, 0
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all other rows, in place, and return which old row each row now is. The last of the rows fill the gaps,
+        so that little is copied."""
+        n = len(rows)
+        moved = dict(zip(sorted(set(range(n)) - set(rows)), (row for row in rows if row >= n)))
+        to, source = (torch.tensor(list(part), dtype=torch.long, device=self.lengths.device)
+                      for part in (moved.keys(), moved.values()))
+        for tensor in [self.lengths, *(cached for layer in self.layers for cached in layer)]:
+            tensor[to] = tensor[source]
+        self.layers = [[cached[:n] for cached in layer] for layer in self.layers]
+        self.lengths = self.lengths[:n]
+        return [moved.get(i, i) for i in range(n)]
 
 
 class RMSNorm(nn.Module):
@@ -150,7 +172,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which G key-value heads serve H query heads, H/G neighbours each."""
+    """Causal self-attention with grouped queries: each of G key-value heads serves H/G neighbouring query heads."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -165,8 +187,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # (B,T,H,D), and k and v (B,T,G,D); packed (N,H,D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if packed is not None:  # only here do tokens see each other, so only here rows need to be told apart
-            q, k, v = (spread(h, *packed) for h in (q, k, v))  # (B,T,H,D)
+        if packed is not None:  # only attention mixes tokens, so only here rows have to be told apart
+            q, k, v = (unpack(h, *packed) for h in (q, k, v))  # (B,T,H,D)
         q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B,H,T,D)
         if cache is not None:
             rows = torch.arange(len(k), device=k.device)[:, None]
@@ -176,7 +198,7 @@ class Attention(nn.Module):
                 k, v = (old[:, :, :visible.shape[-1]] for old in cache)  # (B,G,S,D)
         B, H, T, D = q.shape
         one = visible is not None and T == 1
-        if one:  # heads that share keys stand where places would: no kernel has to copy the keys for them
+        if one:  # one query per head: the H/G heads of a group take the place of T, so no kernel copies their keys
             q = q.view(B, H // self.group, self.group, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
                                            enable_gqa=self.group > 1 and not one)
@@ -201,7 +223,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and added back after."""
+    """One layer: attention, then MLP, each on the normalised input and added to it."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -216,7 +238,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """`model(tokens)` gives next-token logits."""
+    """A Llama for causal language modelling; `model(tokens)` returns next-token logits."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -229,7 +251,7 @@ class Llama(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
-        self.checkpoint_activations = False  # compute layers again in the backward pass, for less memory
+        self.checkpoint_activations = False  # recompute layers in the backward pass: less memory, more time
         self.tie_weights()
 
     def tie_weights(self):
@@ -240,30 +262,30 @@ class Llama(nn.Module):
     def forward(self, tokens, positions=None, cache=None) -> torch.Tensor:
         """Next-token logits: tokens (B,T) int64 -> (B,T,V) in the compute dtype. Rows start at position 0.
 
-        positions: run the head only there (most training tokens need no logits). A bool mask (B,T) gives (N,V) in
-        row order; integer places (P,) or (B,P) in the rows give (B,P,V).
-        cache: a decode.KVCache whose rows the tokens continue; their keys and values are written to it. To move it on
-        (cache.lengths, cache.longest) is the caller's part, who knows what was padding.
+        positions: compute logits only there (most training tokens need none). A bool mask (B,T) returns (N,V) in row
+        order; integer places (P,) or (B,P) in the rows return (B,P,V).
+        cache: a KVCache whose rows the tokens continue; their keys and values are written to it. The caller, who knows
+        what was padding, then moves cache.lengths and cache.longest on.
         """
         return self.lm_head(self.hidden(tokens, positions, cache))
 
     def hidden(self, tokens, positions=None, cache=None, lengths=None) -> torch.Tensor:
-        """What the head reads, as `forward` with C in the place of V.
+        """Final hidden states, the input of the head: as `forward`, with C in the place of V.
 
         lengths (B,): without a cache, the true lengths of right-padded rows. Layers then compute on packed rows, and
-        what is given for padding is nothing to rely on.
+        the hidden states of padding are meaningless.
         """
         B, T = tokens.shape
-        places = torch.arange(T, device=tokens.device)[None]  # (1,T): from lengths, never from token ids
-        visible = packed = None  # plain causal, as padded as it comes
+        places = torch.arange(T, device=tokens.device)[None]  # (1,T): positions come from lengths, never from ids
+        visible = packed = None  # None: plain causal attention
         if lengths is not None:
             slots = (places < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,)
             packed, tokens, places = (slots, B, T), tokens.flatten()[slots], slots % T  # (N,), (N,)
         if cache is not None:
             places = cache.lengths[:, None] + places  # (B,T)
         if cache is not None and cache.longest:
-            seen = torch.arange(cache.longest + T, device=tokens.device)
-            visible = seen <= places[:, None, :, None]  # (B,1,T,S): every place up to one's own
+            keys = torch.arange(cache.longest + T, device=tokens.device)
+            visible = keys <= places[:, None, :, None]  # (B,1,T,S): every place up to one's own
         cos, sin = rope_tables(self.config, places)
         x = self.model.embed_tokens(tokens)  # (B,T,C), packed (N,C)
         for layer, block in enumerate(self.model.layers):
@@ -273,7 +295,7 @@ class Llama(nn.Module):
             else:
                 x = block(x, *attention_args)
         if packed is not None:
-            x = spread(x, *packed)  # (B,T,C)
+            x = unpack(x, *packed)  # (B,T,C)
         if positions is not None:
             if positions.dtype == torch.bool:
                 x = x[positions]  # (N,C)
@@ -281,9 +303,54 @@ class Llama(nn.Module):
                 x = x[torch.arange(B, device=tokens.device)[:, None], positions.expand(B, -1)]  # (B,P,C)
         return self.model.norm(x)
 
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(), compiled=False):
+        """Greedy answers: prompts as token ids -> list[list[int]], the new token ids without the stop token.
+
+        Prompts may differ in length. Each gets the tokens that it gets alone (in fp32, ties within rounding aside):
+        rows are padded on the right, keep their own positions, stop on their own and are then dropped. A row also stops
+        where the context ends. compiled: steps of fixed shapes through torch.compile; finished rows are dropped when
+        half of the batch is finished. InputError for an empty prompt or one that fills the context.
+        """
+        context, device = self.config.max_position_embeddings, self.lm_head.weight.device
+        answers = [[] for _ in prompts]
+        for prompt in prompts:
+            if not 0 < len(prompt) < context:
+                raise InputError(f"a prompt has {len(prompt)} tokens; it needs 1 to {context - 1} to leave room for "
+                                 f"an answer in this model's context of {context}: shorten it")
+        if not prompts or max_new_tokens < 1:
+            return answers
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
+        longest = int(lengths.max())
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B,T)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.lm_head.weight.dtype
+        cache = KVCache(self.config, len(prompts), min(longest + max_new_tokens, context), device, dtype)
+        new = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0].argmax(dim=-1)  # (B,)
+        cache.lengths, cache.longest = lengths, longest  # padding is overwritten before it can be seen
+        rows = list(range(len(prompts)))  # the answer that each row of the batch belongs to
+        unfinished, step = set(rows), compiled_next_tokens if compiled else next_tokens
+        if compiled:
+            cache.longest = cache.size - 1  # attention covers the whole cache, so that no shape changes
+        for left in reversed(range(max_new_tokens)):
+            for row, token in zip(rows, new.tolist()):
+                if row in unfinished and token not in stop_tokens:
+                    answers[row].append(token)
+                if token in stop_tokens or len(prompts[row]) + len(answers[row]) == context:
+                    unfinished.discard(row)
+            if not unfinished or not left:
+                break
+            if len(unfinished) < len(rows) and (not compiled or len(unfinished) <= len(rows) / 2):
+                kept = cache.keep([i for i, row in enumerate(rows) if row in unfinished])
+                rows, new = [rows[i] for i in kept], new[kept]
+            with FewRows() if device.type == "cpu" and not autocast and not compiled else nullcontext():
+                new = step(self, new, cache)
+            cache.longest = min(cache.longest + 1, cache.size - 1)
+        return answers
+
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "Llama":
-        """Load a Hugging Face checkpoint folder (`config.json` and safetensors) with weights in `dtype`."""
+        """Load a Hugging Face checkpoint folder (`config.json` and safetensors), with weights in `dtype`."""
         config = LlamaConfig.from_dict(checkpoint.read_config(folder))
         with torch.device("meta"):  # shapes only: the tensors come straight from the file
             model = cls(config)

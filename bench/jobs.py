@@ -1,173 +1,128 @@
-"""What bench.py times, each in a process of its own, so that its peak memory is its own: nanoSDD's training steps and
-decode, and those of what one would run instead (transformers and trl).
+"""What bench/speed.py times: training steps and greedy answers, of nanoSDD and of what one would run instead.
 
-    python bench_runs.py JOB.json       reads what to run and writes its figures to the same name with .out
-
-Everybody gets the same weights, from one checkpoint folder, and the same token ids in the same batches.
+All functions get the same weights, from one checkpoint folder, and the same token ids; each runs in a process of its
+own. They return figures by name, among them seconds (without loading and warm-up) and peak_bytes.
 """
 
 import contextlib
-import json
-import resource
-import statistics
+import re
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from nanosdd import loop
 from data.chat import Example
-from nanosdd.generate import generate
-from nanosdd.device import autocast
 from model import Llama
+from nanosdd.device import DTYPES, Compute
+from nanosdd.optimizer import make_optimizer
+from train import train_step
 
-LR = 1e-5  # constant, so that everybody's losses can be compared step by step
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LR = 1e-5  # constant, so that losses can be compared step by step
 
 
-def peak_memory(device: str) -> int:
-    """Bytes at the highest: allocated on the GPU, or resident in this process."""
+def peak_bytes(device: str) -> int:
+    """The most memory so far: allocated on the GPU, or resident in this process. (Linux passes ru_maxrss on from the
+    process that started this one, so it is of no use.)"""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in kilobytes
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def now(device: str) -> float:
-    """The clock in seconds, when all that was asked of the device is done."""
+    """The clock in seconds, once the device has done all its work."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-# ---- training steps: the batches once to warm up, and once more timed ----
+# ---- training steps: the batches once to warm up, and once more timed; losses: of every step ----
 
-def train_nanosdd(job, args) -> dict:
-    """loop.fit, as train.py and attack.py run it."""
-    model = Llama.from_pretrained(job["folder"], args.device, WEIGHTS[job["weights"]])
-    model.checkpoint_activations = job["checkpoint"]
-    batches = [[Example(**row) for row in batch] for batch in job["batches"]] * 2
-    ends, lines = [now(args.device)], []
-    loop.fit(model, iter(batches), steps=len(batches), lr=LR, args=args, cosine=False, log=lines.append,
-             after_step=lambda step: ends.append(now(args.device)))
-    return {"seconds": ends[-1] - ends[len(batches) // 2], "losses": {line["step"]: line["loss"] for line in lines}}
+def train_nanosdd(folder, batches: list[list[Example]], compute: Compute) -> dict:
+    """The steps of train.py."""
+    model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights])
+    optimizer, losses, ends = make_optimizer(model, compute), [], []
+    for batch in batches + batches:
+        losses.append(train_step(model, optimizer, batch, LR, compute)["loss"])
+        ends.append(now(compute.device))
+    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device)}
 
 
-def train_sft(job, args) -> dict:
-    """trl's SFTTrainer with job["settings"] over its defaults."""
+def train_trl(folder, batches: list[list[Example]], compute: Compute, settings: dict) -> dict:
+    """The same steps of trl's SFTTrainer. settings: of its SFTConfig, over the defaults."""
     from datasets import Dataset
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    class InOrder(SFTTrainer):
-        def _get_train_sampler(self, *_):
-            return SequentialSampler(self.train_dataset)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            ends.append(now(args.device))
+            ends.append(now(compute.device))
 
-    rows = [row for batch in job["batches"] for row in batch] * 2
-    data = Dataset.from_list([{"input_ids": row["ids"], "completion_mask": [
-        int(i >= row["prompt_length"]) for i in range(len(row["ids"]))]} for row in rows])
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
-    ends, size = [now(args.device)], len(job["batches"][0])
-    config = SFTConfig(output_dir=job["scratch"], per_device_train_batch_size=size, max_steps=len(rows) // size,
-                       learning_rate=LR, lr_scheduler_type="constant", completion_only_loss=True, logging_steps=1,
-                       report_to="none", save_strategy="no", use_cpu=args.device == "cpu", bf16=args.dtype == "bf16",
-                       disable_tqdm=True, seed=0, **job["settings"])
-    trainer = InOrder(model, args=config, train_dataset=data, processing_class=padding_tokenizer(job),
-                      callbacks=[Clock()])
+    ends, examples = [], [example for batch in batches + batches for example in batch]
+    data = Dataset.from_list([{"input_ids": example.ids, "completion_mask": (
+        [0] * example.prompt_length + [1] * example.response_length)} for example in examples])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))  # everything is encoded already
+    padding = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>")
+    config = SFTConfig(output_dir=folder, per_device_train_batch_size=len(batches[0]), max_steps=2 * len(batches),
+                       train_sampling_strategy="sequential", learning_rate=LR, lr_scheduler_type="constant",
+                       completion_only_loss=True, logging_steps=1, report_to="none", save_strategy="no",
+                       use_cpu=compute.device == "cpu", bf16=compute.dtype == "bf16", disable_tqdm=True, **settings)
+    trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=padding, callbacks=[Clock()])
     with contextlib.redirect_stdout(sys.stderr):  # it prints its log
         trainer.train()
-    losses = {line["step"]: float(line["loss"]) for line in trainer.state.log_history if "loss" in line}
-    return {"seconds": ends[-1] - ends[len(job["batches"])], "losses": losses}
+    losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device)}
 
 
-def padding_tokenizer(job):
-    """A tokenizer of one word: all is encoded already, only padding is asked for."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({"<pad>": job["pad"]}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>")
+# ---- greedy answers: a few tokens to warm up, then all; answers: the new token ids of every prompt ----
 
-
-# ---- greedy decode: a few tokens to warm up, then all ----
-
-def decode_nanosdd(job, args) -> dict:
-    """decode.generate, as eval.py runs it."""
-    model = Llama.from_pretrained(job["folder"], args.device).eval()
-
-    def answer(prompts, tokens):
-        with autocast(args):
-            return generate(model, prompts, tokens, set(job["stop"]), compiled=args.compile)
-    return timed_decode(job, args, answer)
+def decode_nanosdd(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute) -> dict:
+    """model.generate, as eval.py calls it."""
+    model, stop = Llama.from_pretrained(folder, compute.device).eval(), set(stop)
+    return time_answers(lambda limit: model.generate(prompts, limit, stop, compute.compile), new_tokens, compute)
 
 
 @torch.inference_mode()
-def decode_generate(job, args) -> dict:
-    """transformers' generate, batches of job["batch"] prompts padded on the left, sorted by length first if asked."""
+def decode_transformers(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute) -> dict:
+    """transformers' generate on one batch, padded on the left."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(compute.device).eval()
+    longest, stop_set, device = max(map(len, prompts)), set(stop), compute.device
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
 
-    def answer(prompts, tokens):
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if job["sorted"] else range(len(prompts))
-        found = {}
-        for start in range(0, len(prompts), job["batch"]):
-            part = order[start:start + job["batch"]]
-            width = max(len(prompts[i]) for i in part)
-            ids = torch.tensor([[job["pad"]] * (width - len(prompts[i])) + prompts[i] for i in part])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
-            with autocast(args):
-                rows = model.generate(ids.to(args.device), attention_mask=mask.to(args.device), do_sample=False,
-                                      max_new_tokens=tokens, pad_token_id=job["pad"], eos_token_id=job["stop"] or None)
-            for i, row in zip(part, rows[:, width:].tolist()):
-                ends = [place for place, token in enumerate(row) if token in stop]
-                found[i] = row[:ends[0]] if ends else row
-        return [found[i] for i in range(len(prompts))]
-
-    stop = set(job["stop"])
-    return timed_decode(job, args, answer)
+    def answer(limit):
+        rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, pad_token_id=0,
+                              eos_token_id=stop or None)[:, longest:].tolist()
+        ends = [next((i for i, token in enumerate(row) if token in stop_set), len(row)) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends)]
+    return time_answers(answer, new_tokens, compute)
 
 
-def timed_decode(job, args, answer) -> dict:
-    answer(job["prompts"], 4)
-    began = now(args.device)
-    answers = answer(job["prompts"], job["new_tokens"])
-    return {"seconds": now(args.device) - began, "answers": answers}
+def time_answers(answer, new_tokens: int, compute: Compute) -> dict:
+    """Time `answer`, a function (most new tokens) -> answers."""
+    with compute.autocast():
+        answer(4)
+        began = now(compute.device)
+        answers = answer(new_tokens)
+    return {"seconds": now(compute.device) - began, "answers": answers, "peak_bytes": peak_bytes(compute.device)}
 
 
-# ---- what the machine can do ----
-
-def machine_speed(job, args) -> dict:
-    """Medians of five: FLOP/s of a square matrix product of size job["size"] in args.dtype, and bytes/s of a copy of
-    job["bytes"] bytes, each byte counted once read and once written."""
-    dtype = WEIGHTS[args.dtype]
-    a, b = (torch.randn(job["size"], job["size"], device=args.device).to(dtype) for _ in "ab")
-    source = torch.zeros(job["bytes"], dtype=torch.uint8, device=args.device)
+def machine_speed(compute: Compute) -> dict:
+    """Medians of five: flops, the FLOP/s of a product of square matrices in the compute dtype; bytes_per_second, of a
+    copy of 512 MB, where each byte counts once read and once written."""
+    size, nbytes, seconds = 2048 if compute.device == "cpu" else 8192, 2**29, []
+    matrix = torch.randn(size, size, device=compute.device).to(DTYPES[compute.dtype])
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=compute.device)
     target = torch.ones_like(source)
-    taken = {"matmul": [], "copy": []}
-    for _ in range(6):
-        for what, work in (("matmul", lambda: a @ b), ("copy", lambda: target.copy_(source))):
-            began = now(args.device)
-            work()
-            taken[what].append(now(args.device) - began)
-    matmul, copy = (statistics.median(taken[what][1:]) for what in ("matmul", "copy"))
-    return {"flops": 2 * job["size"] ** 3 / matmul, "bytes_per_second": 2 * job["bytes"] / copy, "seconds": matmul}
-
-
-RUNS = {"train_nanosdd": train_nanosdd, "train_sft": train_sft, "decode_nanosdd": decode_nanosdd,
-        "decode_generate": decode_generate, "machine_speed": machine_speed}
-
-
-def main(path):
-    job = json.loads(Path(path).read_text())
-    args = Namespace(device=job["device"], dtype=job["dtype"], compile=job["compile"])
-    figures = RUNS[job["run"]](job, args) | {"peak_bytes": peak_memory(args.device)}
-    Path(path).with_suffix(".out").write_text(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    for _ in range(6):  # the first warms up
+        began = now(compute.device)
+        torch.mm(matrix, matrix)
+        between = now(compute.device)
+        target.copy_(source)
+        seconds.append((between - began, now(compute.device) - between))
+    product, copy = (median(taken) for taken in zip(*seconds[1:]))
+    return {"flops": 2 * size**3 / product, "bytes_per_second": 2 * nbytes / copy}

@@ -1,82 +1,86 @@
-"""How much memory training takes, by arithmetic: weights in two bf16 halves (`train.py --weights bf16`).
+"""How much memory a training step takes, by arithmetic, with split weights (`train.py --weights bf16`).
 
-    python memory.py                                Llama-2-7B, 24 rows of 512 tokens, --checkpoint-activations
-    python memory.py --model DIR --micro-batch 8    the model of another config.json, in parts of 8 rows
+    python -m bench.memory                                Llama-2-7B, 24 rows of 512 tokens, --checkpoint-activations
+    python -m bench.memory --model DIR --micro-batch 8    the model of another config.json, 8 rows at once
 
-Prints what is held, in GiB, at the three moments that can be the peak of a step, against the memory of a GPU. Shape
-letters as in model.py, bf16 takes 2 bytes: rows are taken as full, N = B T, and all of their tokens as response, so
-that real data take less. Not counted: the CUDA context (about 0.5 GiB), what the allocator cannot use in between, and
-work space of matrix products. A (T,S) table of attention is never made. tests/test_memory.py measures a step on a CPU.
+Prints what is held, in GiB, at the three moments that can be the peak of a step. Shape letters as in model.py; bf16
+takes 2 bytes. Rows are full, N = B T, and all of their tokens count as response, so real data take less. Not counted:
+the CUDA context (about 0.5 GiB), fragmentation, and the workspace of matrix products. Attention never holds its (T,S)
+scores. tests/bench/test_memory.py measures a step on a CPU.
 """
 
 import argparse
 
+from model import LlamaConfig
 from nanosdd.checkpoint import read_config
 from nanosdd.errors import InputError, run_script
-from model import LlamaConfig
 from nanosdd.optimizer import SLICE
 from sdd_loss import CHUNK_LOGITS
 
-GPU = 74  # GiB of an 80 GB GPU that are there to use
+GPU_GIB = 74  # usable memory of an 80 GB GPU
 
 
-def counts(config: LlamaConfig) -> tuple[int, int, int]:
+def parameter_counts(config: LlamaConfig) -> tuple[int, int, int]:
     """Parameters of (the embedding, one layer, the head and the last norm): V C, C (2 H D + 2 G D + 3 I + 2), V C + C.
     A tied head is the embedding and counts there."""
     C, I, H, G, D = (config.hidden_size, config.intermediate_size, config.num_attention_heads,
                      config.num_key_value_heads, config.head_dim)
-    embedding = config.vocab_size * C
-    return embedding, C * (2 * H * D + 2 * G * D + 3 * I + 2), embedding * (not config.tie_word_embeddings) + C
+    embedding, layer = config.vocab_size * C, C * (2 * H * D + 2 * G * D + 3 * I + 2)
+    return embedding, layer, C if config.tie_word_embeddings else embedding + C
 
 
 def layer_bytes(config: LlamaConfig, N: int) -> tuple[int, int]:
-    """(what one layer keeps for its backward pass, what comes on top in that pass at the most) for N tokens.
+    """(what one layer keeps for its backward pass, the most that this pass adds to it) for N tokens.
 
     Kept: of each of the two norms its input in fp32, the normalised bf16 and the product with the weight, 8 N C, and
     4 N of scales; bf16 cos and sin for q and k, 4 N D; of attention q, k, v (k and v once for each of the H heads) and
-    the output, 8 N H D, what it adds up to for o_proj, 2 N H D, and the softmax's scale, 4 N H; of the MLP the gate,
+    the output, 8 N H D, a copy of the output for o_proj, 2 N H D, and the softmax's scale, 4 N H; of the MLP the gate,
     silu(gate), up and their product, 8 N I.
-    On top, where the MLP's product is undone: gradients of silu(gate) and up, 4 N I (that of the product takes the
-    product's place), of the layer's output, 2 N C, and of down_proj, 2 C I.
+    Added, in the backward pass of the MLP's product: gradients of silu(gate) and up, 4 N I (that of the product takes
+    the product's place), of the layer's output, 2 N C, and of down_proj, 2 C I.
     """
     C, I, H, D = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
     return N * (16 * C + 8 + 4 * D + 10 * H * D + 4 * H + 8 * I), N * (4 * I + 2 * C) + 2 * C * I
 
 
-def moments(config: LlamaConfig, rows: int, length: int, checkpointed=True, more=False) -> dict[str, dict[str, int]]:
-    """{moment of a step: {what is held: bytes}}; the peak is the largest sum. rows: at once; more: they are not the
-    first part of their batch, so that all gradients are there already. With P parameters:
+def step_memory(config: LlamaConfig, rows: int, length: int, checkpointed=True, accumulating=False) -> dict:
+    """{moment of a step: {what is held: bytes}}; the peak is the largest sum.
 
-    always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and up to the optimizer's part 4 N D of cos and sin
+    rows: at once. accumulating: they are not the first micro-batch, so all gradients exist already. With P parameters:
+
+    always: weights 2 P, low halves 2 P, two moments of AdamW 4 P, and before the optimizer's step 4 N D of cos and sin
         in fp32.
     loss: what layers keep, or with checkpointed only the input of each, 2 N C; of the last norm and the gradient by
         its output 10 N C; of the head the weight's gradient in fp32 and a bf16 part of it, 6 V C, and a chunk of
-        logits: bf16, fp32 and their gradient in bf16, 8 bytes each, or 12 where the last chunk is still there.
-    backward: the worst layer: of the layers below it what they keep, its own again, and gradients, 2 bytes a parameter,
-        of what is above it; while gradients outgrow what is freed this is the first layer. The loop still holds what
-        the head read, 2 N C. With more, gradients are 2 P at all three moments.
+        logits: bf16, fp32 and their gradient in bf16, 8 bytes each, or 12 where the previous chunk is still held.
+    backward: the worst layer: what the layers below it keep, its own activations again, and gradients, 2 bytes a
+        parameter, of what is above it; while gradients outgrow what is freed this is the first layer. With
+        accumulating, gradients are 2 P at all three moments.
     optimizer: gradients 2 P, and 26 bytes for each element of a slice.
     """
     N, L, C, V = rows * length, config.num_hidden_layers, config.hidden_size, config.vocab_size
-    embedding, layer, head = counts(config)
+    embedding, layer, head = parameter_counts(config)
     P = embedding + L * layer + head
-    kept, on_top = layer_bytes(config, N)
+    kept, added = layer_bytes(config, N)
     inputs, again = (2 * N * C, kept) if checkpointed else (kept, 0)
     held = {"weights": 2 * P, "low halves": 2 * P, "two moments": 4 * P}
     tables = {"cos and sin": 4 * N * config.head_dim}
 
-    def at(l):
-        above = head + (L - 1 - l) * layer + embedding * config.tie_word_embeddings
-        return {**held, "gradients": 2 * (P if more else above), **tables, "kept by layers": (l + 1) * inputs,
-                "one layer again": again, "its gradients": on_top, "what the head read": 2 * N * C}
+    def at_layer(l):
+        above = head + (L - 1 - l) * layer
+        if config.tie_word_embeddings:
+            above += embedding
+        return {**held, "gradients": 2 * (P if accumulating else above), **tables, "kept by layers": (l + 1) * inputs,
+                "one layer again": again, "its gradients": added}
 
     chunk = min(N, max(1, CHUNK_LOGITS // V))
     head_bytes = (8 if chunk == N else 12) * chunk * V + 6 * V * C + 10 * N * C
-    widest = max(embedding, C * config.intermediate_size)
+    largest = max(embedding, C * config.intermediate_size)  # elements of a tensor
     return {
-        "loss": {**held, "gradients": 2 * P * more, **tables, "kept by layers": L * inputs, "head": head_bytes},
-        "backward": max((at(l) for l in range(L)), key=lambda terms: sum(terms.values())),
-        "optimizer": {**held, "gradients": 2 * P, "slices": 26 * min(SLICE, widest)}}
+        "loss": {**held, "gradients": 2 * P if accumulating else 0, **tables, "kept by layers": L * inputs,
+                 "head": head_bytes},
+        "backward": max((at_layer(l) for l in range(L)), key=lambda terms: sum(terms.values())),
+        "optimizer": {**held, "gradients": 2 * P, "slices": 26 * min(SLICE, largest)}}
 
 
 def main(argv=None):
@@ -91,14 +95,13 @@ def main(argv=None):
         raise InputError("--batch-size and --max-length must be 1 or more, and --micro-batch 0 or more")
     rows = min(args.micro_batch or args.batch_size, args.batch_size)
     config = LlamaConfig.from_dict(read_config(args.model)) if args.model else LlamaConfig()
-    found = moments(config, rows, args.max_length, not args.keep_activations, rows < args.batch_size)
+    moments = step_memory(config, rows, args.max_length, not args.keep_activations, rows < args.batch_size)
     print(f"GiB for {rows} rows of {args.max_length} tokens at once")
-    for moment, terms in found.items():
-        print(f"\n{moment}")
-        for name, size in [*terms.items(), ("sum", sum(terms.values()))]:
-            print(f"  {name:<20}{size / 2**30:>8.2f}")
-    peak = max(sum(terms.values()) for terms in found.values()) / 2**30
-    print(f"\npeak {peak:.1f} GiB: {'fits' if peak <= GPU else 'does not fit'} in {GPU} GiB")
+    for moment, terms in moments.items():
+        terms["sum"] = sum(terms.values())
+        print("\n".join([f"\n{moment}", *(f"  {name:<20}{size / 2**30:>8.2f}" for name, size in terms.items())]))
+    peak = max(terms["sum"] for terms in moments.values()) / 2**30
+    print(f"\npeak {peak:.1f} GiB: {'fits' if peak <= GPU_GIB else 'does not fit'} in {GPU_GIB} GiB")
 
 
 if __name__ == "__main__":

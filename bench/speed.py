@@ -1,325 +1,233 @@
 """Measure speed and memory, beside what one would run instead.
 
-    python bench.py train --harmful harmful_behaviors.csv --benign alpaca.json --tokenizer FOLDER
-    python bench.py decode --benign alpaca.json --tokenizer FOLDER
-    python bench.py town
-    python bench.py pairs --harmful harmful_behaviors.csv --benign alpaca.json
+    python -m bench.speed train --harmful harmful_behaviors.csv --benign alpaca.json --tokenizer FOLDER
+    python -m bench.speed decode --benign alpaca.json --tokenizer FOLDER
+    python -m bench.speed town
 
-train: steps on harmful prompts with random benign answers, beside trl's SFTTrainer on the same weights and batches.
-decode: greedy answers to 100 benign prompts of unequal lengths, beside transformers' generate; then one prompt alone,
-beside the speed at which this machine copies memory. Both on random weights, of --shape; peers that are not installed
-are said to be so. town: line 1 of the README, whole processes. pairs: data.pairs, see bench_pairs.py.
-
-Whoever is compared takes turns, a fresh process each time; model loading and a warm-up are not timed. Prints a table of
-medians (lowest to highest) and writes it to out/bench.json. Compare figures of one run only.
+train: steps on harmful prompts with random benign responses, beside trl's SFTTrainer on the same weights and batches.
+decode: greedy answers to benign prompts of unequal lengths, beside transformers' generate. Both on random weights of a
+--shape, in turns, a fresh process each time; model loading and a warm-up are not timed, and the table holds medians.
+town: the README's two commands as whole processes, and where their time goes. Figures also go to out/bench.json.
 """
 
 import argparse
-import importlib.util
 import json
-import os
+import multiprocessing
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from operator import eq
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 
-from bench.pairs import bench_pairs
-from nanosdd.checkpoint import read_json
-from data.chat import encode_example, encode_prompt
+from bench import jobs
+from bench.memory import parameter_counts
+from data.chat import Example, encode_example, encode_prompt, read_chat
 from data.harmful import read_harmful
-from data.pairs import MOST, add_similarity_arguments, read_benign
+from data.pairs import read_benign
 from data.tokenizer import load_tokenizer
-from nanosdd.device import add_device_arguments, machine, resolve_device
-from nanosdd.errors import InputError, run_script
 from model import Llama, LlamaConfig
-from nanosdd.runs import write_text
+from nanosdd.checkpoint import read_json
+from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
+from nanosdd.errors import InputError, run_script
+from nanosdd.runs import ROOT, write_text
 
-ROOT = Path(__file__).parent.parent
-SHAPES = {  # small: about SmolLM2 with a fifth of its layers and the vocabulary of Llama 3
+SHAPES = {  # small: about SmolLM2 with a fifth of its layers; 1b: Llama-3.2-1B; 7b: Llama-2-7b
     "small": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
                   num_key_value_heads=3, tie_word_embeddings=True),
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, tie_word_embeddings=True),  # Llama-3.2-1B
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)}  # Llama-2-7b
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # bf16 without sparsity, as the data sheets say
+               num_key_value_heads=8, tie_word_embeddings=True), "7b": {}}
+MAX_LENGTH = 512  # longer rows are cut
 
 
-# ---- what is run ----
-
-def measure(job: dict, args) -> dict:
-    """The figures of one job of bench_runs.py, run in a fresh process; InputError with its last line when it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(job | {"scratch": folder, "device": args.device, "dtype": args.dtype,
-                                          "compile": args.compile}))
-        done = subprocess.run([sys.executable, "-m", "bench.jobs", path], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
-        if done.returncode:
-            raise InputError(f"{job['run']}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-        return json.loads(path.with_suffix(".out").read_text())
+def in_fresh_process(job) -> dict:
+    """What job() returns or raises, in a new process; job: a function of bench/jobs.py with its arguments."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(job).result()
 
 
-def take_turns(jobs: dict[str, dict], args) -> dict[str, list[dict]]:
-    """The figures of every job, args.rounds of them, one after the other in each round; none for those that need a
-    package which is not installed."""
-    found = {}
-    for turn in range(args.rounds):
-        for name, job in jobs.items():
-            if any(importlib.util.find_spec(package) is None for package in job["needs"]):
-                found[name] = []
-                continue
-            found.setdefault(name, []).append(measure(job, args))
-            print(f"  round {turn + 1}, {name}: {found[name][-1]['seconds']:.2f} s", flush=True)
+def take_turns(contestants: dict, rounds: int) -> dict[str, list[dict]]:
+    """{name: figures of each round} of these jobs, one after the other in each round; [] where a package is missing."""
+    found = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name, job in contestants.items():
+            try:
+                found[name].append(in_fresh_process(job))
+                print(f"  round {turn + 1}, {name}: {found[name][-1]['seconds']:.2f} s", flush=True)
+            except ModuleNotFoundError as error:
+                print(f"  round {turn + 1}, {name}: {error}", flush=True)
     return found
 
 
-def spread(values: list[float], form: str) -> str:
-    """Median and, in brackets, lowest and highest."""
-    low, middle, high = (format(value, form) for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+def comparison(found: dict[str, list[dict]], base: str, tokens, further: str, further_cell) -> str:
+    """A table of these figures. base: the name whose time is divided by those of the others; tokens(run): the tokens of
+    a run; further: the title of a last column of further_cell(runs)."""
+    table = {"": ["tokens/s", "lowest", "highest", "seconds", "peak GiB", "times as fast", further]}
+    seconds = {name: median(run["seconds"] for run in runs) for name, runs in found.items() if runs}
+    for name, runs in found.items():
+        table[name] = ["not installed"] + 6 * [""]
+        if runs:
+            rates = [tokens(run) / run["seconds"] for run in runs]
+            table[name] = [*(f"{rate:,.1f}" for rate in (median(rates), min(rates), max(rates))),
+                           f"{seconds[name]:.2f}", f"{median(run['peak_bytes'] for run in runs) / 2**30:.2f}",
+                           f"{seconds[base] / seconds[name]:.2f}" if base in seconds else "-", further_cell(runs)]
+    widths, first = [max(map(len, column)) for column in zip(*table.values())], max(map(len, table))
+    return "\n".join(f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths))
+                     for name, cells in table.items())
 
 
-def table(columns: list[str], rows: list[tuple[str, list[str]]]):
-    """Print rows of text under their columns."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *(cells for _, cells in rows))]
-    first = max(len(name) for name, _ in rows)
-    for name, cells in [("", columns), *rows]:
-        print("  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths))]).rstrip())
+def useful_flops(config: LlamaConfig, examples: list[Example]) -> int:
+    """FLOPs of training on these examples that no implementation can leave out.
 
-
-def random_llama(args, tokenizer, folder) -> LlamaConfig:
-    """Save a Llama of args.shape with random weights for this tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=tokenizer.n_vocab, max_position_embeddings=2048, rope_theta=500000.0,
-                         initializer_range=0.04, **SHAPES[args.shape])  # with 0.02 it repeats one word for ever
-    Llama(config).save_pretrained(folder)
-    return config
-
-
-# ---- train ----
-
-def useful_flops(config: LlamaConfig, batches: list[list]) -> float:
-    """FLOPs of one pass over these batches that no implementation can leave out: forward and backward are 6 for each
-    weight of a layer and token, 6 for each weight of the head and response token, and 6 layers * heads * head_dim *
-    T**2 for the causal attention of a row of T tokens (scores and values, half of the square each).
-
-    Recomputing, padding and logits of prompts do not count, so who does those has a lower model FLOPs utilisation:
-    these FLOPs / seconds / the machine's FLOP/s.
+    Forward and backward are 6 for each weight of a layer and token, 6 for each weight of the head and response token,
+    and 6 layers * heads * head_dim * T**2 for the causal attention of a row of T tokens (scores and values, half of the
+    square each). Recomputation, padding and the logits of prompts do not count, so they lower the model FLOPs
+    utilisation: these FLOPs / seconds / the machine's FLOP/s.
     """
-    C, D = config.hidden_size, config.head_dim
-    H, G, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    layer_weights = layers * (2 * C * H * D + 2 * C * G * D + 3 * C * config.intermediate_size)
-    total = 0
-    for example in (example for batch in batches for example in batch):
+    embedding, layer, _ = parameter_counts(config)
+    layers, total = config.num_hidden_layers, 0
+    for example in examples:
         T = len(example.ids) - 1  # the last token is only predicted
-        total += 6 * (layer_weights * T + config.vocab_size * C * example.response_length) + 6 * layers * H * D * T**2
+        total += 6 * (layers * (layer - 2 * config.hidden_size) * T + embedding * example.response_length
+                      + layers * config.num_attention_heads * config.head_dim * T**2)  # without the layer's two norms
     return total
 
 
-def bench_train(args) -> dict:
-    """Steps of SDD's data at args.batch_size and at most args.max_length tokens."""
-    tokenizer, rng = load_tokenizer(args.tokenizer), random.Random(0)
-    prompts, benign = read_harmful(args.harmful), read_benign(args.benign)
-    batches = [[encode_example(tokenizer, "llama3", rng.choice(prompts)["prompt"], rng.choice(benign)["response"],
-                               args.max_length) for _ in range(args.batch_size)] for _ in range(args.batches)]
-    tokens = sum(len(example.ids) for batch in batches for example in batch)
-    responses = sum(example.response_length for batch in batches for example in batch)
-    padded = sum(args.batch_size * max(len(example.ids) for example in batch) for batch in batches)
-    print(f"{args.batches} x {args.batch_size} rows: {responses:,} response tokens of {tokens:,}, {padded:,} "
-          "with padding; once to warm up, once timed")
-    with tempfile.TemporaryDirectory() as folder:
-        config = random_llama(args, tokenizer, folder)
-        shared = dict(folder=folder, batches=[[asdict(example) for example in batch] for batch in batches],
-                      pad=tokenizer.n_vocab - 1)
-        ours = dict(shared, run="train_nanosdd", needs=[], checkpoint=False, weights=args.weights)
-        peer = dict(shared, run="train_sft", needs=["trl", "transformers", "datasets"])
-        plain = {"gradient_checkpointing": False}
-        jobs = {"nanoSDD": ours, "nanoSDD, activations checkpointed": dict(ours, checkpoint=True),
-                "SFTTrainer, its defaults": dict(peer, settings={}),
-                "SFTTrainer, no checkpointing": dict(peer, settings=plain),
-                "SFTTrainer, that and padding-free": dict(peer, settings=plain | {
-                    "padding_free": True, "max_length": None})}
-        found = take_turns(jobs, args)
-        speed = measure(dict(run="machine_speed", size=8192 if args.device != "cpu" else 2048, bytes=2**29), args)
-    peak, whose = speed["flops"], f"of {speed['flops'] / 1e12:.2f} TFLOP/s, a measured matrix product"
-    if args.device != "cpu" and args.dtype == "bf16":
-        peak, whose = next(((flops, f"of {flops / 1e12:.0f} TFLOP/s, the data sheet's") for name, flops in
-                            PEAK_FLOPS.items() if name in machine()), (peak, whose))
-    useful, base = useful_flops(config, batches), found["SFTTrainer, its defaults"]
-    rows, losses = [], {}
-    for name, runs in found.items():
-        if not runs:
-            rows.append((name, ["not installed"]))
-            continue
-        seconds = [run["seconds"] for run in runs]
-        middle = statistics.median(seconds)
-        losses[name] = runs[0]["losses"]
-        rows.append((name, [
-            spread([responses / s for s in seconds], ",.0f"), f"{tokens / middle:,.0f}",
-            spread([s / args.batches for s in seconds], ".2f"),
-            f"{statistics.median(run['peak_bytes'] for run in runs) / 2**30:.2f}", f"{useful / middle / peak:.0%}",
-            f"{statistics.median(run['seconds'] for run in base) / middle:.2f}" if base else "-"]))
-    table(["response tokens/s", "all tokens/s", "s a step", "peak GiB", "MFU", "times as fast"],
-          [(name, cells + [""] * (6 - len(cells))) for name, cells in rows])
-    first = losses["nanoSDD"]
-    apart = max((abs(loss - first[step]) for other in losses.values() for step, loss in other.items() if step in first),
-                default=0.0)
-    print(f"MFU: model FLOPs utilisation, {whose}. Everybody's losses, step by step, differ by at most {apart:.1e}")
-    return {"response_tokens": responses, "tokens": tokens, "useful_flops": useful, "machine_speed": speed,
-            "runs": found}
+def bench_train(folder, batches: list[list[Example]], config: LlamaConfig, compute: Compute, rounds: int) -> dict:
+    """Time training steps of the model in a folder on these batches; print the table and return all figures."""
+    examples = [example for batch in batches for example in batch]
+    tokens = sum(example.response_length for example in examples)
+    print(f"{len(batches)} x {len(batches[0])} rows: {tokens:,} response tokens of "
+          f"{sum(len(example.ids) for example in examples):,}; once to warm up, once timed")
+    recompute, trl = replace(compute, checkpoint_activations=True), partial(jobs.train_trl, folder, batches, compute)
+    found = take_turns({
+        "nanoSDD": partial(jobs.train_nanosdd, folder, batches, compute),
+        "nanoSDD, activations checkpointed": partial(jobs.train_nanosdd, folder, batches, recompute),
+        "SFTTrainer, its defaults": partial(trl, {}),
+        "SFTTrainer, no checkpointing": partial(trl, {"gradient_checkpointing": False}),
+        "SFTTrainer, that and padding-free": partial(trl, {"gradient_checkpointing": False, "padding_free": True,
+                                                           "max_length": None})}, rounds)
+    speed, useful = in_fresh_process(partial(jobs.machine_speed, compute)), useful_flops(config, examples)
+    print(comparison(found, "SFTTrainer, its defaults", lambda run: tokens, "MFU",
+                     lambda runs: f"{useful / median(run['seconds'] for run in runs) / speed['flops']:.0%}"))
+    losses = [runs[0]["losses"] for runs in found.values() if runs]
+    apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
+    print(f"tokens: of responses. MFU: model FLOPs utilisation, of {speed['flops'] / 1e12:.2f} TFLOP/s, a measured "
+          f"matrix product. Losses, step by step, differ by at most {apart:.1e}")
+    return {"response_tokens": tokens, "useful_flops": useful, "machine_speed": speed, "runs": found}
 
 
-# ---- decode ----
-
-def same_answers(model, prompts, ours: list[list[int]], others: list[list[int]]) -> tuple[int, float]:
-    """(how many answers are the same, the largest distance of the two logits where one first differs): a tie within
-    rounding may go either way."""
-    widest, same = 0.0, 0
-    for prompt, a, b in zip(prompts, ours, others):
-        if a == b:
-            same += 1
-            continue
-        i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-        if i is None:
-            widest = float("inf")  # one goes on where the other has stopped
-            continue
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + a[:i]]))[0, -1]
-        widest = max(widest, float((logits[a[i]] - logits[b[i]]).abs()))
-    return same, widest
-
-
-def bench_decode(args) -> dict:
-    """Answers to args.prompts prompts that may stop at one of --stop-share of the vocabulary, and one prompt alone."""
-    tokenizer, rng = load_tokenizer(args.tokenizer), random.Random(0)
-    rows = read_benign(args.benign)
-    texts = [row["prompt"] for row in rng.sample(rows, min(args.prompts, len(rows)))]
-    prompts = [encode_prompt(tokenizer, "llama3", text)[:args.max_length] for text in texts]
-    stop = rng.sample(range(tokenizer.n_vocab), round(args.stop_share * tokenizer.n_vocab))
-    with tempfile.TemporaryDirectory() as folder:
-        random_llama(args, tokenizer, folder)
-        shared = dict(folder=folder, prompts=prompts, stop=stop, new_tokens=args.new_tokens, pad=tokenizer.n_vocab - 1)
-        ours = dict(shared, run="decode_nanosdd", needs=[])
-        peer = dict(shared, run="decode_generate", needs=["transformers"], sorted=False, batch=len(prompts))
-        one = dict(prompts=prompts[:1], stop=[])
-        several = {"nanoSDD": ours, "generate, one batch": peer,
-                   "generate, sorted, batches of 25": dict(peer, batch=25, sorted=True)}
-        found = take_turns(several, args)
-        single = take_turns({"nanoSDD, one prompt": ours | one, "generate, one prompt": peer | one}, args)
-        speed = measure(dict(run="machine_speed", size=2048, bytes=2**29), args)
-        model = Llama.from_pretrained(folder).eval()
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        answers = {name: runs[0]["answers"] for name, runs in (found | single).items() if runs}
-        lengths = sorted(map(len, answers["nanoSDD"]))
-        print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens; answers of "
-              f"{lengths[0]} to {lengths[-1]} tokens, {statistics.mean(lengths):.0f} in the mean")
-        rows = []
-        for name, runs in (found | single).items():
-            if not runs:
-                rows.append((name, ["not installed", "", "", "", ""]))
-                continue
-            alone = name in single
-            base = (single["generate, one prompt"] if alone else found["generate, one batch"])
-            reference = answers["nanoSDD, one prompt" if alone else "nanoSDD"]
-            seconds, tokens = [run["seconds"] for run in runs], sum(map(len, answers[name]))
-            middle = statistics.median(seconds)
-            same, gap = same_answers(model, prompts, reference, answers[name])
-            rows.append((name, [
-                spread([tokens / s for s in seconds], ",.1f"), f"{middle:.2f}",
-                f"{statistics.median(run['peak_bytes'] for run in runs) / 2**30:.2f}",
-                f"{statistics.median(run['seconds'] for run in base) / middle:.2f}" if base else "-",
-                f"{same} of {len(reference)}" + f", else ties within {gap:.0e}" * (same < len(reference))]))
-    table(["new tokens/s", "seconds", "peak GiB", "times as fast", "the same answers"], rows)
-    alone = statistics.median(run["seconds"] for run in single["nanoSDD, one prompt"])
-    read = weights * len(answers["nanoSDD, one prompt"][0]) / alone
-    print(f"one prompt: {read / 1e9:.1f} GB/s of weights are read; a copy on this machine reads and writes "
+def bench_decode(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute,
+                 rounds: int) -> dict:
+    """Time greedy answers of the model in a folder to these prompts; print the table and return all figures."""
+    arguments = (folder, prompts, stop, new_tokens, compute)
+    found = take_turns({"nanoSDD": partial(jobs.decode_nanosdd, *arguments),
+                        "generate": partial(jobs.decode_transformers, *arguments)}, rounds)
+    speed, ours = in_fresh_process(partial(jobs.machine_speed, compute)), found["nanoSDD"][0]["answers"]
+    asked, new = [len(prompt) for prompt in prompts], [len(answer) for answer in ours]
+    print(f"{len(prompts)} prompts of {min(asked)} to {max(asked)} tokens; answers of {min(new)} to {max(new)} tokens, "
+          f"{mean(new):.0f} in the mean")
+    print(comparison(found, "generate", lambda run: sum(map(len, run["answers"])), "the same",
+                     lambda runs: f"{sum(map(eq, ours, runs[0]['answers']))} of {len(ours)} answers"))
+    weight_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    read = weight_bytes * max(new) / median(run["seconds"] for run in found["nanoSDD"])
+    print(f"nanoSDD reads {read / 1e9:.1f} GB/s of weights; a copy on this machine reads and writes "
           f"{speed['bytes_per_second'] / 1e9:.1f} GB/s")
-    return {"weight_bytes": weights, "machine_speed": speed, "runs": {
-        name: [{key: run[key] for key in ("seconds", "peak_bytes")} for run in runs]
-        for name, runs in (found | single).items()}}
+    return {"machine_speed": speed, "runs": found}
 
 
-# ---- the town ----
+def time_scripts(scripts: list[list], folder: Path) -> dict[str, float]:
+    """{script: seconds} of Python processes, each a script with arguments, one after the other in an emptied folder."""
+    seconds = {}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for script in scripts:
+        began = time.perf_counter()
+        if subprocess.run([sys.executable, *script], cwd=folder).returncode:
+            raise InputError(f"{script[0]} failed; what it printed last says why")
+        seconds[Path(script[0]).name] = time.perf_counter() - began
+    return seconds
 
-def bench_town(args) -> dict:
-    """Line 1 of the README, its two commands in out/bench_town, which stays to look at."""
-    found, folder = {"train.py --mode sdd": [], "attack.py": []}, Path("out/bench_town")
-    for turn in range(args.rounds):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for command, seconds in found.items():
-            script, *words = command.split()
-            began = time.perf_counter()
-            done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, capture_output=True, text=True)
-            if done.returncode:
-                raise InputError(f"{command}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-            seconds.append(time.perf_counter() - began)
-            print(f"  round {turn + 1}, {command}: {seconds[-1]:.0f} s", flush=True)
-    found["both"] = [sum(pair) for pair in zip(*found.values())]
+
+def where_time_goes(folder: Path) -> dict[str, float]:
+    """Seconds of the parts of the README's commands, from what they wrote in a folder."""
     parts = {}
     for path in sorted(folder.glob("out/seed0/*/train_log.jsonl"), key=lambda path: path.stat().st_mtime):
-        parts[f"  the steps of {path.parent.name}"] = sum(json.loads(line)["seconds"] for line in path.open())
-    cells = json.loads((folder / "out/attack/results.json").read_text())["cells"]
-    parts[f"  attacks and scores of {len(cells)} cells"] = sum(cell.get("seconds", 0) for cell in cells)
-    table(["seconds"], [(command, [spread(seconds, ".0f")]) for command, seconds in found.items()]
-          + [(part, [f"{seconds:.0f}"]) for part, seconds in parts.items()])
-    return {"runs": found, "parts": parts}
+        parts[f"steps of {path.parent.name}"] = sum(json.loads(line)["seconds"] for line in path.open())
+    attacks, cells = {}, read_json(folder / "out/attack/results.json")["cells"]
+    for cell in cells:  # an attack is scored at several budgets, and seconds count from its start
+        key = (cell["arm"], cell["attack"], cell["shots"], cell["lr"])
+        attacks[key] = max(attacks.get(key, 0.0), cell.get("seconds", 0.0))
+    return parts | {f"{len(attacks)} attacks, {len(cells)} scores": sum(attacks.values())}
 
 
-# ---- the command ----
-
-def parser() -> argparse.ArgumentParser:
+def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["train", "decode", "town", "pairs"])
-    p.add_argument("--harmful", metavar="FILE", help="train, pairs: harmful prompts, AdvBench or BeaverTails")
-    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="train, decode, pairs: benign rows, Alpaca")
-    p.add_argument("--tokenizer", metavar="FOLDER", help="train, decode: a folder with Llama 3's tokenizer.model")
-    p.add_argument("--shape", choices=list(SHAPES), default="small",
-                   help="train, decode: 6 layers x 576, Llama-3.2-1B or Llama-2-7b, random weights (default: small)")
-    p.add_argument("--rounds", type=int, default=3, help="times that everybody is measured (default: 3)")
-    p.add_argument("--batches", type=int, default=4, help="train: steps of a measurement (default: 4)")
-    p.add_argument("--batch-size", type=int, default=8, help="train: rows of a step (default: 8)")
-    p.add_argument("--weights", choices=["fp32", "bf16"], default="fp32",
-                   help="train: how nanoSDD holds its weights, as in train.py (default: fp32)")
-    p.add_argument("--max-length", type=int, default=512, help="train, decode: longer rows are cut (default: 512)")
-    p.add_argument("--prompts", type=int, default=100, help="decode: how many (default: 100)")
-    p.add_argument("--new-tokens", type=int, default=256, help="decode: of an answer, at most (default: 256)")
-    p.add_argument("--stop-share", type=float, default=1 / 64,
-                   help="decode: share of the vocabulary that ends an answer; 0: none does (default: 1/64)")
-    p.add_argument("--pairs", type=int, default=MOST, help=f"pairs: how many to draw (default: {MOST})")
-    p.add_argument("--responses", type=int, default=52000, help="pairs: size of the pool (default: 52000)")
-    add_similarity_arguments(p)
-    add_device_arguments(p)
-    return p
+    commands = p.add_subparsers(dest="what", required=True)
+    train, decode, _ = (commands.add_parser(name) for name in ("train", "decode", "town"))
+    train.add_argument("--harmful", metavar="FILE", required=True, help="harmful prompts: AdvBench or BeaverTails")
+    train.add_argument("--batches", type=int, default=4, help="steps of a measurement (default: 4)")
+    train.add_argument("--batch-size", type=int, default=8, help="rows of a step (default: 8)")
+    train.add_argument("--weights", choices=list(DTYPES), default="fp32", help="as in train.py (default: fp32)")
+    decode.add_argument("--prompts", type=int, default=100, help="how many (default: 100)")
+    decode.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most (default: 256)")
+    decode.add_argument("--stop-share", type=float, default=1 / 64,
+                        help="share of the vocabulary that ends an answer; 0: none does (default: 1/64)")
+    for command in train, decode:
+        command.add_argument("--benign", metavar="FILE", nargs="+", required=True, help="benign rows: Alpaca, ...")
+        command.add_argument("--tokenizer", metavar="FOLDER", required=True, help="a folder with tokenizer files")
+        command.add_argument("--shape", choices=list(SHAPES), default="small", help="(default: small)")
+        command.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
+        add_compute_arguments(command)
+    return p.parse_args(argv)
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    resolve_device(args)
-    needed = {"train": ("harmful", "benign", "tokenizer"), "decode": ("benign", "tokenizer"),
-              "pairs": ("harmful", "benign"), "town": ()}[args.what]
-    missing = [f"--{name}" for name in needed if not getattr(args, name)]
-    if missing:
-        raise InputError(f"bench.py {args.what} needs {' and '.join(missing)}; see --help")
-    for name in ("rounds", "batches", "batch_size", "prompts", "new_tokens", "pairs", "responses"):
-        if getattr(args, name) < 1:
+    args, rng = parse(argv), random.Random(0)
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
-    if not 0 <= args.stop_share <= 1:
-        raise InputError(f"--stop-share {args.stop_share} must be from 0 to 1")
-    print(f"{machine()}, {args.dtype}{', compiled' * args.compile}")
-    figures = {"train": bench_train, "decode": bench_decode, "town": bench_town, "pairs": bench_pairs}[args.what](args)
+        if name == "stop_share" and not 0 <= value <= 1:
+            raise InputError(f"--stop-share {value} must be from 0 to 1")
+    if args.what == "town":
+        folder = Path("out/bench_town")  # stays there to look at
+        figures = time_scripts([[ROOT / "train.py", "--mode", "sdd"], [ROOT / "attack.py"]], folder)
+        figures |= where_time_goes(folder)
+        print("\n".join([machine(), *(f"{part:<30}{seconds:>6.0f} s" for part, seconds in figures.items())]))
+    else:
+        compute = resolve_compute(args.device, args.dtype, args.compile, weights=getattr(args, "weights", "fp32"))
+        print(machine(), compute, sep="\n")
+        tokenizer, template = load_tokenizer(args.tokenizer), read_chat(args.tokenizer)
+        config = LlamaConfig(vocab_size=tokenizer.n_vocab, max_position_embeddings=2048, rope_theta=500000.0,
+                             initializer_range=0.04, **SHAPES[args.shape])  # with 0.02 it repeats one word for ever
+        benign = read_benign(args.benign)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            Llama(config).save_pretrained(folder)
+            if args.what == "train":
+                harmful = read_harmful(args.harmful)
+                batches = [[encode_example(tokenizer, template, rng.choice(harmful)["prompt"],
+                                           rng.choice(benign)["response"], MAX_LENGTH) for _ in range(args.batch_size)]
+                           for _ in range(args.batches)]
+                figures = bench_train(folder, batches, config, compute, args.rounds)
+            else:
+                texts = [row["prompt"] for row in rng.sample(benign, min(args.prompts, len(benign)))]
+                prompts = [encode_prompt(tokenizer, template, text)[:MAX_LENGTH] for text in texts]
+                stop = rng.sample(range(tokenizer.n_vocab), round(args.stop_share * tokenizer.n_vocab))
+                figures = bench_decode(folder, prompts, stop, args.new_tokens, compute, args.rounds)
     path = Path("out/bench.json")
     kept = read_json(path) if path.is_file() else {}
-    write_text(path, json.dumps(kept | {args.what: {"machine": machine(), "args": vars(args), **figures}}, indent=1))
-    print(f"\nwritten: {path}")
+    kept[args.what] = {"machine": machine(), "settings": vars(args), **figures}
+    write_text(path, json.dumps(kept, indent=1) + "\n")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,33 @@
 """Chat templates, loss masks and batches: from (prompt, response) text to token tensors.
 
-Prompt and response are encoded apart, so the border between them is exact and only the response carries loss. The ids
-of the two, one after the other, are those of `apply_chat_template` (transformers) for the whole conversation, but for:
+Prompt and response are encoded separately, so the border between them is exact and only the response carries loss.
+Joined, they are the ids of `apply_chat_template` (transformers) for the whole conversation, with four exceptions:
 
-- chatml and smollm2, with an answer that begins with white space: the whole text would join it with the newline before
-  it, which a model that generates has already read as a token of its own;
-- the newline that chatml, smollm2 and zephyr put after the end token: nothing is to be learned there;
-- text that looks like a special token: always text here, there only with `sanitize_control_tokens`;
-- SentencePiece's space in front of a text, which transformers 5 drops after a special token: kept here, as Meta's code
-  and transformers 4 do ("<s>" "▁[" "INST", not "<s>" "[" "INST").
+- chatml, smollm2: white space at the start of a response is not merged with the newline before it, since a model that
+  generates has already read that newline as a token of its own.
+- chatml, smollm2, zephyr: the newline after the end token is left out. There is nothing to learn from it.
+- Text that looks like a special token is always text; in transformers only with `sanitize_control_tokens`.
+- SentencePiece's space in front of a text stays after a special token too, as in Meta's code and transformers 4
+  ("<s>" "▁[" "INST"). Transformers 5 drops it there.
 """
 
-import json
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data.tokenizer import load_tokenizer
+from nanosdd.checkpoint import read_json
 from nanosdd.errors import InputError
 
 
 class Special(str):
-    """A special token by its name, or names: the first that the tokenizer has. Text that looks like one stays text."""
+    """A special token by name. Of several names, separated by spaces, the first that the tokenizer has is used."""
 
 
-# --- the templates: the parts of a conversation up to the answer ---
+# --- the templates: the parts of a conversation before the response ---
 
 def _turns(prompt: str, system: str | None) -> list[tuple[str, str]]:
     return [(role, text) for role, text in (("system", system), ("user", prompt)) if text is not None]
@@ -37,23 +39,18 @@ def _llama2(prompt, system):
     return [Special("<s>"), f"[INST] {prompt.strip()} [/INST]"]
 
 
-def _llama3(prompt, system):
-    return _llama3_turns(_turns(prompt.strip(), None if system is None else system.strip()))
+def _llama3(prompt, system, dates=""):
+    start, end = Special("<|start_header_id|>"), Special("<|end_header_id|>")
+    parts = [Special("<|begin_of_text|>")]
+    for role, text in _turns(prompt.strip(), None if system is None else dates + system.strip()):
+        parts += [start, role, end, "\n\n" + text, Special("<|eot_id|>")]
+    return parts + [start, "assistant", end, "\n\n"]
 
 
 def _llama31(prompt, system):
-    """Llama 3.1, 3.2 and 3.3: there is always a system block. "Today" is the day that 3.1 and 3.3 name unless told
-    another; 3.2 asks the clock first, but what a model is trained on should not depend on the day."""
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    return _llama3_turns(_turns(prompt.strip(), dates + (system or "").strip()))
-
-
-def _llama3_turns(turns):
-    start, end = Special("<|start_header_id|>"), Special("<|end_header_id|>")
-    parts = [Special("<|begin_of_text|>")]
-    for role, text in turns:
-        parts += [start, role, end, "\n\n" + text, Special("<|eot_id|>")]
-    return parts + [start, "assistant", end, "\n\n"]
+    """Llama 3.1, 3.2 and 3.3: there is always a system block. "Today" is the default date of 3.1 and 3.3. The template
+    of 3.2 reads the clock instead, but training data should not depend on the day."""
+    return _llama3(prompt, system or "", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
 
 
 def _chatml(prompt, system):
@@ -64,13 +61,13 @@ def _chatml(prompt, system):
 
 
 def _smollm2(prompt, system):
-    """ChatML with SmolLM2's own words for want of a system prompt; `--chat chatml` leaves them out."""
+    """ChatML with SmolLM2's default system prompt; `--template chatml` leaves it out."""
     default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     return _chatml(prompt, default if system is None else system)
 
 
 def _zephyr(prompt, system):
-    """Zephyr, TinyLlama: <|user|> is ordinary text, and there is no <s>."""
+    """Zephyr and TinyLlama: <|user|> is ordinary text, and there is no <s>."""
     parts = []
     for role, text in _turns(prompt, system):
         parts += [f"<|{role}|>\n{text}", Special("</s>"), "\n"]
@@ -78,18 +75,14 @@ def _zephyr(prompt, system):
 
 
 def _plain(prompt, system):
-    """Ours, for base models, which have no template: a line each, between the marks of a document's start and end."""
+    """For base models, which have no template: a line for each text, after the token that starts a document."""
     lines = [text.strip() + "\n" for _, text in _turns(prompt, system)]
     return [Special("<|begin_of_text|> <s> <|endoftext|>"), *lines]
 
 
-def _spaced(response: str) -> str:
-    return f" {response.strip()} "
-
-
-# name: (the parts up to the answer, the answer's text as the template writes it, the token that ends it)
+# name: (the parts before the response, how the response is written, the token that ends it)
 TEMPLATES = {
-    "llama2": (_llama2, _spaced, Special("</s>")),
+    "llama2": (_llama2, lambda text: f" {text.strip()} ", Special("</s>")),
     "llama3": (_llama3, str.strip, Special("<|eot_id|>")),
     "llama31": (_llama31, str.strip, Special("<|eot_id|>")),
     "chatml": (_chatml, str, Special("<|im_end|>")),
@@ -101,145 +94,160 @@ TEMPLATES = {
 
 # --- text to ids ---
 
-def encode_prompt(tokenizer, chat: str, prompt: str, system: str | None = None) -> list[int]:
-    """Token ids of everything up to the answer, in the template `chat` (a key of TEMPLATES)."""
+def encode_prompt(tokenizer, template: str, prompt: str, system: str | None = None) -> list[int]:
+    """Token ids of everything before the response; template: a key of TEMPLATES."""
     ids, text = [], ""
-    for part in TEMPLATES[chat][0](prompt, system):
+    for part in TEMPLATES[template][0](prompt, system):
         if isinstance(part, Special):
-            ids += [*tokenizer.encode(text), _special_id(tokenizer, chat, part)]
+            ids += [*tokenizer.encode(text), _special_id(tokenizer, template, part)]
             text = ""
         else:
-            text += part  # neighbouring texts are encoded together, as a rendered template would be
+            text += part  # neighbouring texts are encoded together, as in the rendered template
     return ids + tokenizer.encode(text)
 
 
-def encode_response(tokenizer, chat: str, response: str) -> list[int]:
-    """Token ids of an answer and the token that ends it."""
-    _, answer, end = TEMPLATES[chat]
-    # SentencePiece puts a space before every text, but an answer goes on from one. After a newline, which no piece of
-    # Llama 2's vocabulary shares with the text behind it, the answer is encoded as it stands; then the newline goes.
+def encode_response(tokenizer, template: str, response: str) -> list[int]:
+    """Token ids of a response and the token that ends it."""
+    _, written, end = TEMPLATES[template]
+    # SentencePiece puts a space in front of every text, but a response continues one. So it is encoded after a newline,
+    # which Llama 2's vocabulary never merges with the text behind it, and the ids of the newline are dropped.
     before = "\n" if tokenizer.dummy_prefix else ""
-    ids = tokenizer.encode(before + answer(response))[len(tokenizer.encode(before)):]
-    return [*ids, _special_id(tokenizer, chat, end)]
+    ids = tokenizer.encode(before + written(response))[len(tokenizer.encode(before)):]
+    return [*ids, _special_id(tokenizer, template, end)]
 
 
-def _special_id(tokenizer, chat: str, special: Special) -> int:
+def _special_id(tokenizer, template: str, special: Special) -> int:
     for name in special.split():
         if name in tokenizer.special:
             return tokenizer.special[name]
-    raise InputError(f"the chat template {chat!r} needs the special token {' or '.join(special.split())}, which this "
-                     f"tokenizer does not have; choose another template with --chat ({', '.join(TEMPLATES)})")
+    raise InputError(f"the chat template {template!r} needs the special token {' or '.join(special.split())}, which "
+                     f"this tokenizer does not have; choose another with --template ({', '.join(TEMPLATES)})")
 
 
-# --- rows and batches ---
+# --- examples and batches ---
 
 @dataclass(frozen=True)
 class Example:
-    """One training or scoring sequence: all its token ids, of which the first `prompt_length` carry no loss.
+    """One sequence to train on or to score."""
 
-    suppress: training lowers the probability of the response instead of raising it.
-    """
-
-    ids: list[int]
-    prompt_length: int
-    suppress: bool = False
+    ids: list[int]  # of the prompt and the response
+    prompt_length: int  # the ids of the prompt come first and carry no loss
+    rejected: "Example | None" = None  # the prompt with a dispreferred response, for losses such as DPO or SimPO
 
     @property
     def response_length(self) -> int:
         return len(self.ids) - self.prompt_length
 
 
-def encode_example(tokenizer, chat: str, prompt: str, response: str, max_length: int, system=None) -> Example:
-    """Encode a pair; an answer beyond max_length tokens in all is cut, a prompt that leaves no room is an error."""
-    prompt_ids = encode_prompt(tokenizer, chat, prompt, system)
+def encode_example(tokenizer, template: str, prompt: str, response: str, max_length: int, system=None) -> Example:
+    """Encode one pair. A response is cut where the example reaches max_length tokens; a prompt that leaves no room for
+    one is an InputError."""
+    prompt_ids = encode_prompt(tokenizer, template, prompt, system)
     if len(prompt_ids) >= max_length:
-        raise InputError(f"a prompt of {len(prompt_ids)} tokens leaves no room for an answer within {max_length}: "
+        raise InputError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within {max_length}: "
                          f"{prompt[:60]!r}; raise --max-length (up to the model's context) or drop it")
-    return Example((prompt_ids + encode_response(tokenizer, chat, response))[:max_length], len(prompt_ids))
+    return Example((prompt_ids + encode_response(tokenizer, template, response))[:max_length], len(prompt_ids))
+
+
+def encode_rows(tokenizer, template: str, rows: list[dict], max_length: int) -> list[Example]:
+    """Encode rows {"prompt": str, "response": str, optionally "system": str and "rejected": str}, as encode_example."""
+    examples = []
+    for row in rows:
+        encode = partial(encode_example, tokenizer, template, row["prompt"], max_length=max_length,
+                         system=row.get("system"))
+        rejected = None if row.get("rejected") is None else encode(row["rejected"])
+        examples.append(replace(encode(row["response"]), rejected=rejected))
+    return examples
 
 
 @dataclass
 class Batch:
     """Right-padded rows. Position t predicts target t, the next token of its row."""
 
-    tokens: torch.Tensor  # (B,T) int64, what the model reads
+    tokens: torch.Tensor  # (B,T) int64, the model's input
     targets: torch.Tensor  # (B,T) int64
     loss_mask: torch.Tensor  # (B,T) bool, true where the target is a response token or the end token
-    lengths: torch.Tensor  # (B,) int64, the true lengths
+    lengths: torch.Tensor  # (B,) int64, without padding
+    rejected: "Batch | None" = None  # the dispreferred responses to the same prompts, in the same order
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, name).to(device) for name in ("tokens", "targets", "loss_mask", "lengths")))
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
 
 
 def collate(examples: list[Example], pad: int = 0) -> Batch:
-    """Stack examples of unequal lengths; T is the longest less one, since the last token predicts nothing."""
+    """Stack examples of unequal lengths; T is the longest less one, since the last token predicts nothing. `rejected`
+    is filled when every example has one."""
     lengths = torch.tensor([len(example.ids) - 1 for example in examples])
     width = int(lengths.max())
     ids = torch.tensor([example.ids + [pad] * (width + 1 - len(example.ids)) for example in examples])
-    place = torch.arange(width)
+    position = torch.arange(width)
     starts = torch.tensor([example.prompt_length - 1 for example in examples])
-    loss_mask = (place >= starts[:, None]) & (place < lengths[:, None])
-    return Batch(ids[:, :-1], ids[:, 1:], loss_mask, lengths)
+    loss_mask = (position >= starts[:, None]) & (position < lengths[:, None])
+    rejected = [example.rejected for example in examples]
+    return Batch(ids[:, :-1], ids[:, 1:], loss_mask, lengths, None if None in rejected else collate(rejected, pad))
 
 
-# --- which template a folder calls for ---
+def draw_batches(pairs: list[Example], replay: list[Example], share: float, batch_size: int, rng: random.Random):
+    """Global batches for ever: round(share * batch_size) rows of replay, the rest pairs, each in shuffled epochs."""
+    def endless(examples):
+        while examples:
+            yield from rng.sample(examples, len(examples))
 
-# A template is known by what stands in it: all of the first list, none of the second (spaces and the kind of quotes
-# aside). Loose marks would take in a template that writes a line more than ours, and nobody would notice.
-_HEADER = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>'"
-_CHATML = "'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+    pairs, replay, rehearsed = endless(pairs), endless(replay), round(share * batch_size)
+    if rehearsed == batch_size or (share and not rehearsed):
+        raise InputError(f"a benign replay of {share:g} is {rehearsed} of {batch_size} rows; change it or --batch-size")
+    while True:
+        yield [next(pairs) for _ in range(batch_size - rehearsed)] + [next(replay) for _ in range(rehearsed)]
+
+
+# --- which template a folder needs ---
+
+# A Jinja template is recognised when it holds all of the first list and none of the second. Spaces, which are left out
+# here, and the kind of quotes do not count. The marks are strict: a template that writes one more line must not pass.
+_HEADER = "'<|start_header_id|>'+message['role']+'<|end_header_id|>\n\n'+message['content']|trim+'<|eot_id|>'"
+_CHATML = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>'"
 MARKS = {
-    "llama2": (["bos_token + '[INST] '", "'<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message['content']"], []),
+    "llama2": (["bos_token+'[INST]'", "'<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']"], []),
     "llama3": ([_HEADER, "bos_token"], ["<|start_header_id|>system", "think"]),
-    "llama31": ([_HEADER, "bos_token", "Cutting Knowledge Date: December 2023\n", "'26 Jul 2024'"], ["think"]),
+    "llama31": ([_HEADER, "bos_token", "CuttingKnowledgeDate:December2023\n", "'26Jul2024'"], ["think"]),
     "chatml": ([_CHATML], ["<|im_start|>system", "bos_token", "think"]),
-    "smollm2": ([_CHATML, "AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"], ["bos_token", "think"]),
-    "zephyr": (["'<|user|>\n' + message['content'] + eos_token }}\n", "'<|assistant|>' }}\n"], ["bos_token"]),
+    "smollm2": ([_CHATML, "AIassistantnamedSmolLM,trainedbyHuggingFace<|im_end|>\n"], ["bos_token", "think"]),
+    "zephyr": (["'<|user|>\n'+message['content']+eos_token}}\n", "'<|assistant|>'}}\n"], ["bos_token"]),
 }
-
-
-def _bare(jinja: str) -> str:
-    return jinja.replace(" ", "").replace('"', "'").replace("\\n", "\n")
 
 
 def read_chat(folder, override: str | None = None) -> str:
     """The name of a folder's chat template: the one it was trained with, else `override`, else what its files call for.
 
-    override: from --chat. Training writes the name to chat.txt; that and an override must agree. Raises InputError.
+    Training writes the name to chat.txt; override (--template) must agree with it. Raises InputError.
     """
     stored = Path(folder) / "chat.txt"
     trained = stored.read_text(encoding="utf-8", errors="replace").strip() if stored.is_file() else None
-    for source, name in (stored, trained), ("--chat", override):
+    for source, name in (stored, trained), ("--template", override):
         if name is not None and name not in TEMPLATES:
             raise InputError(f"{source}: chat template {name!r} is unknown; known: {', '.join(TEMPLATES)}")
-    if None not in (trained, override) and trained != override:
-        raise InputError(f"--chat {override}: {folder} was trained with {trained}, says its chat.txt; leave --chat out")
-    return trained or override or _chat_of_files(Path(folder))
+    if trained and override and trained != override:
+        raise InputError(f"--template {override}: {folder} was trained with {trained}, says its chat.txt; leave it out")
+    return trained or override or _detect(Path(folder))
 
 
-def _chat_of_files(folder: Path) -> str:
-    path, template = _jinja_template(folder)
-    if template is None:  # a base model from the hub (with tokenizer_config.json), or bare Llama 3 files, as the town's
-        bare = not (folder / "tokenizer_config.json").is_file()
-        return "llama3" if bare and "<|start_header_id|>" in load_tokenizer(folder).special else "plain"
+def _detect(folder: Path) -> str:
+    """The template of a folder by its Jinja text, which is looked up where transformers looks."""
+    path, jinja = folder / "chat_template.jinja", None
+    if path.is_file():
+        jinja = path.read_text(encoding="utf-8", errors="replace")
+    elif (path := folder / "tokenizer_config.json").is_file():
+        config = read_json(path)
+        jinja = config.get("chat_template") if isinstance(config, dict) else None
+        if isinstance(jinja, list):  # several, by name
+            jinja = {entry.get("name"): entry.get("template") for entry in jinja}.get("default", "")
+    elif "<|start_header_id|>" in load_tokenizer(folder).special:  # bare Llama 3 files, as the town's
+        return "llama3"
+    if jinja is None:
+        return "plain"  # a base model
+    jinja = jinja.replace(" ", "").replace('"', "'").replace("\\n", "\n")
     for name, (wanted, unwanted) in MARKS.items():
-        if all(_bare(mark) in _bare(template) for mark in wanted) and not any(mark in template for mark in unwanted):
+        if all(mark in jinja for mark in wanted) and not any(mark in jinja for mark in unwanted):
             return name
     raise InputError(f"{path}: its chat template is none of those known; if one of them is close enough, name it with "
-                     f"--chat ({', '.join(TEMPLATES)})")
-
-
-def _jinja_template(folder: Path) -> tuple[Path, str | None]:
-    """(the file, its Jinja text or None), as transformers looks for them."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path, path.read_text(encoding="utf-8", errors="replace")
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); download the file again") from None
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(template, list):  # several, by name
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default", "")
-    return path, template
+                     f"--template ({', '.join(TEMPLATES)})")

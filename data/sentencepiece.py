@@ -1,13 +1,13 @@
-"""SentencePiece BPE by hand: the tokenizer of Llama 2 and TinyLlama.
+"""SentencePiece BPE from scratch: the tokenizer of Llama 2 and TinyLlama.
 
-1. Every space becomes "▁", and one more "▁" goes in front: the dummy prefix, so that a word has the same ids at the
-   start of a text as inside it.
+1. Every space becomes "▁", and one more "▁" goes in front, the dummy prefix: a word has the same ids at the start of a
+   text as inside it.
 2. The text is cut into characters, and neighbours are joined again and again, best pair first (`merge`).
 3. A character that no piece covers becomes its UTF-8 bytes, one piece <0x00>..<0xFF> for each (byte fallback).
 
 The vocabulary comes from `tokenizer.model` (a protobuf: a score for each piece) or from `tokenizer.json` (a list of
-merges, best first). Both readers below return the same four things: encode, the bytes of every id, the special
-tokens, and whether decoding has a dummy prefix to take off.
+merges, best first). Both parsers below return four things: encode, the bytes of every id, the special tokens, and
+whether decoding removes a dummy prefix.
 """
 
 import heapq
@@ -24,8 +24,8 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types in tokenizer.model
 def merge(symbols: list, rank_of) -> list:
     """Byte-pair encoding: join the adjacent pair of lowest rank, the leftmost of equals, until none is left.
 
-    symbols: strings or bytes, modified in place. rank_of(left, right): the pair's rank, or None where it never joins.
-    A heap holds the candidate pairs and a linked list the neighbours, so n symbols cost n log n, not n squared.
+    symbols: strings or bytes, modified in place; rank_of(left, right): the pair's rank, or None when it never joins.
+    A heap holds the candidate pairs and a linked list the neighbours, so n symbols take n log n time, not n squared.
     """
     n = len(symbols)
     right_of, left_of = list(range(1, n + 1)), list(range(-1, n - 1))
@@ -43,7 +43,7 @@ def merge(symbols: list, rank_of) -> list:
         _, i, left, right = heapq.heappop(heap)
         j = right_of[i]
         if symbols[i] != left or j == n or symbols[j] != right:
-            continue  # one of the two has been joined elsewhere since this pair was offered
+            continue  # one of the two has been joined to another symbol since
         symbols[i], symbols[j] = left + right, None
         right_of[i] = right_of[j]
         if right_of[i] < n:
@@ -56,8 +56,8 @@ def merge(symbols: list, rank_of) -> list:
 def make_encoder(ids: dict[str, int], rank_of, prefix: str):
     """The function text -> ids. ids: of the pieces and of the 256 byte pieces; prefix: "always", "if missing", "never".
 
-    Two neighbouring characters that no piece holds side by side can never be joined, so the text is cut there first;
-    the chunks (mostly words) are short and repeat, hence the cache.
+    Two characters that no piece holds side by side are never joined, so the text is cut between them first. The chunks
+    (mostly words) are short and repeat, hence the cache.
     """
     byte_ids = [ids[piece] for piece in BYTE_PIECES]
     ids = {piece: ids[piece] for piece in ids.keys() - set(BYTE_PIECES)}
@@ -72,7 +72,7 @@ def make_encoder(ids: dict[str, int], rank_of, prefix: str):
                 found += [byte_ids[byte] for byte in piece.encode("utf-8")]
         return found
 
-    encode_short_chunk = lru_cache(maxsize=1 << 16)(encode_chunk)  # long ones seldom repeat
+    encode_short_chunk = lru_cache(maxsize=1 << 16)(encode_chunk)  # long chunks seldom repeat
 
     def encode(text):
         text = text.replace(" ", SPACE)
@@ -90,7 +90,7 @@ def make_encoder(ids: dict[str, int], rank_of, prefix: str):
 
 
 def bytes_of_pieces(ids: dict[str, int]) -> dict[int, bytes]:
-    """What each id decodes to."""
+    """The bytes that each id decodes to."""
     table = {i: piece.replace(SPACE, " ").encode("utf-8") for piece, i in ids.items()}
     return table | {ids[piece]: bytes([byte]) for byte, piece in enumerate(BYTE_PIECES)}
 
@@ -98,8 +98,8 @@ def bytes_of_pieces(ids: dict[str, int]) -> dict[int, bytes]:
 def read_fields(message: bytes):
     """The (number, value) pairs of a protobuf message: an int for a varint, bytes for everything else.
 
-    Format: a key (field number * 8 + wire type), then a varint (type 0), 8 bytes (1), a length and as many bytes (2) or
-    4 bytes (5). A varint has 7 bits a byte, lowest first, the top bit saying that more follow.
+    A field is a key (field number * 8 + wire type), then a varint (type 0), 8 bytes (1), a length and as many bytes (2)
+    or 4 bytes (5). A varint has 7 bits in each byte, lowest first; the top bit says that more bytes follow.
     """
     at = 0
 
@@ -126,11 +126,10 @@ def read_fields(message: bytes):
         yield number, varint() if wire_type == 0 else take({1: 8, 5: 4}.get(wire_type) or varint())
 
 
-def read_model_file(path, contents: bytes):
+def parse_model_file(path, contents: bytes):
     """Llama 2's tokenizer.model, SentencePiece's ModelProto: pieces (field 1), trainer (2) and normalizer (3) settings.
 
-    Returns (encode, bytes of every id, special, dummy prefix); raises InputError for anything but a BPE with byte
-    fallback whose normalizer leaves the text alone, which is what Llama 2's is.
+    Raises InputError for anything but a BPE with byte fallback whose normalizer does not change the text.
     """
     ids, ranks, special, trainer, normalizer = {}, {}, {}, {}, {}
     try:
@@ -151,7 +150,7 @@ def read_model_file(path, contents: bytes):
     except (ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
         raise InputError(f"{path}: not a tokenizer.model that can be read ({error}): download it again, or put a "
                          "tokenizer.json beside it") from None
-    refuse = {
+    problems = {
         "its model is not BPE": trainer.get(3) != 2,
         "it has no byte fallback": not trainer.get(35) or not set(BYTE_PIECES) <= ids.keys(),
         "its normalizer rewrites characters": normalizer.get(2, b"") != b"",
@@ -159,29 +158,29 @@ def read_model_file(path, contents: bytes):
         "its normalizer keeps spaces as they are": normalizer.get(5, 1) != 1,
         "it puts the space after the word": trainer.get(24, 0) != 0,
     }
-    if any(refuse.values()):
-        problem = ", ".join(reason for reason, found in refuse.items() if found)
-        raise InputError(f"{path}: {problem}; only Llama 2's kind of SentencePiece model is read")
+    found = [problem for problem, present in problems.items() if present]
+    if found:
+        raise InputError(f"{path}: {', '.join(found)}; only Llama 2's kind of SentencePiece model is read")
     prefix = "always" if normalizer.get(3, 1) else "never"
     encode = make_encoder(ids, lambda left, right: ranks.get(left + right), prefix)
     return encode, bytes_of_pieces(ids), special, prefix != "never"
 
 
-def read_json(path, spec: dict, special: dict[str, int]):
-    """The same from a parsed tokenizer.json with byte_fallback; special: its added tokens. Raises InputError."""
+def parse_bpe_json(path, spec: dict, special: dict[str, int]):
+    """The same from the contents of a tokenizer.json with byte_fallback; special: its added tokens."""
     model = spec["model"]
     prefix = prefix_rule(spec.get("normalizer"), spec.get("pre_tokenizer"))
     if prefix is None:
         raise InputError(f"{path}: its normalizer and pre_tokenizer are not Llama 2's (Prepend and Replace, or "
-                         "Metaspace without split); a tokenizer.model is read only when this file is not there")
+                         "Metaspace without split); remove this file if there is a tokenizer.model beside it")
     ids = {piece: i for piece, i in model["vocab"].items() if piece not in special}
     if not set(BYTE_PIECES) <= ids.keys() or model.get("ignore_merges"):
-        raise InputError(f"{path}: not all 256 byte pieces <0x00>..<0xFF> are there, or ignore_merges is set")
+        raise InputError(f"{path}: some of the 256 byte pieces <0x00>..<0xFF> are missing, or ignore_merges is set")
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     for left, right in merges:
         if not {left, right, left + right} <= model["vocab"].keys():
             raise InputError(f"{path}: the merge {left!r} {right!r} is not made of pieces in the vocabulary")
-    # A merge into a special token or a byte piece is dropped: text never becomes one.
+    # Merges into a special token or a byte piece are dropped: text never becomes one.
     never = special.keys() | set(BYTE_PIECES)
     ranks = {pair: rank for rank, pair in enumerate(merges) if pair[0] + pair[1] not in never}
     encode = make_encoder(ids, lambda left, right: ranks.get((left, right)), prefix)
@@ -189,7 +188,7 @@ def read_json(path, spec: dict, special: dict[str, int]):
 
 
 def prefix_rule(normalizer, pre_tokenizer) -> str | None:
-    """When "▁" goes in front of a text, by the two ways of writing Llama 2's tokenizer.json; None for any other way."""
+    """When "▁" goes in front of a text, in the two known forms of Llama 2's tokenizer.json; None for any other form."""
     prepend = {"type": "Prepend", "prepend": SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if pre_tokenizer is None and normalizer is not None:

@@ -1,7 +1,7 @@
-"""Readers of the public data files, told apart by what is in them, never by their names.
+"""Readers of the public data files, which are recognised by their contents, never by their names.
 
-Text (gunzipped, decoded), then records (of a JSON list, JSON Lines or CSV), then the layout that most of the records
-have, then one small function that turns a record of that layout into a row.
+A file becomes text (gunzipped, decoded), the text becomes records (of a JSON list, JSON Lines or CSV), and the keys of
+most records show the layout. One small function per layout turns a record into a row.
 """
 
 import csv
@@ -18,28 +18,28 @@ from nanosdd.errors import InputError
 
 KNOWN = ("BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
          "(CSV), MMLU (CSV without a header), OpenBookQA (JSONL)")
-KEYS = {"BeaverTails": {"prompt", "response", "is_safe"}, "pairs": {"prompt", "response"},  # the first that fits
+# The keys of each layout. A record has the first layout whose keys it holds.
+KEYS = {"BeaverTails": {"prompt", "response", "is_safe"}, "pairs": {"prompt", "response"},
         "Dolly": {"instruction", "context", "response"}, "Alpaca": {"instruction", "output"},
         "LIMA or ShareGPT": {"conversations"}, "messages": {"messages"}, "OpenBookQA": {"question", "answerKey"},
         "AdvBench": {"goal", "target"}, "XSTest": {"prompt", "type", "focus"}}
 LETTERS = ["A", "B", "C", "D"]
 TYPES = {str: "string", bool: "true or false", list: "list", dict: "object"}
 
-csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is no fault of a file
+csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is too short for some responses
 
 
 def read_rows(path) -> list[dict]:
     """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
 
-    BeaverTails rows have "categories" (list[str], the true ones) and "is_safe" (bool) too, AdvBench rows "harmful"
-    (true), pairs of data.pairs "owner" (str), and a conversation with a system turn has "system" (str).
-    Alpaca's input and Dolly's context follow the instruction after a blank line. Of a conversation (LIMA, ShareGPT,
-    messages), the first user turn with an answer right after it is taken.
+    BeaverTails rows also have "categories" (list[str], the true ones) and "is_safe" (bool), AdvBench rows "harmful"
+    (true), pairs of data.pairs "owner" (str), conversations with a system turn "system" (str). Alpaca's input and
+    Dolly's context follow the instruction after a blank line. A conversation (LIMA, ShareGPT, messages) contributes its
+    first user turn that has an answer right after it.
 
-    Malformed records are listed on stdout and skipped while they are at most 1% of all records, rounded down: none in
-    a file of fewer than 100. A blank prompt or answer, or none, is no fault: such records are counted on stdout and
-    left out. InputError: the file cannot be read, has no known layout or one of another kind, more malformed records
-    than that, or no row at all.
+    Malformed records, up to 1% of all records (rounded down), are listed on stdout and skipped. Records with a blank or
+    missing prompt or answer are not malformed; they are counted on stdout and left out. InputError: the file cannot be
+    read, has an unknown layout or one of another kind, has more malformed records, or has no rows.
     """
     return _read(path, "prompt-response rows", {
         "BeaverTails": _beavertails,
@@ -53,7 +53,7 @@ def read_rows(path) -> list[dict]:
 
 def read_questions(path) -> list[dict]:
     """Questions {"question": str, "choices": list[str], "answer": int, "row": int} of MMLU (CSV: question, A, B, C, D,
-    letter) or OpenBookQA (JSONL); answer: the right choice's index. Skipped records and errors as in read_rows."""
+    letter) or OpenBookQA (JSONL); answer: the index of the right choice. Skipped records and errors as in read_rows."""
     return _read(path, "multiple-choice questions", {"MMLU": _mmlu, "OpenBookQA": _openbookqa})
 
 
@@ -64,13 +64,14 @@ def read_xstest(path) -> list[dict]:
 
 
 def _read(path, kind, readers) -> list[dict]:
-    """The rows of a file in one of the layouts of `readers`, {layout: function from a record to a row}; a function
+    """The rows of a file in one of the layouts of `readers`, {layout: function from a record to a row}. A function
     returns None for a record without an answer, and raises ValueError, with the reason, for a malformed one."""
     text = _text(path)
-    first = [line.lstrip() for line in text.split("\n", 100)[:100] if line.strip()]
+    first = [line for line in text.split("\n", 100)[:100] if line.strip()]
+    objects = [line for line in first if re.match(r'\s*\{\s*["}]', line)]
     if re.match(r'\s*\[\s*(null|true|false|[\[{"\]])', text):  # an MMLU question may begin with a bracket too
         records = list(_json_list(path, text))
-    elif sum(bool(re.match(r'\{\s*["}]', line)) for line in first) * 2 > len(first):  # some lines may be broken
+    elif len(objects) > len(first) / 2:  # some lines may be broken
         records = list(_jsonl(text))
     else:
         records = list(_csv(path, text))
@@ -79,8 +80,7 @@ def _read(path, kind, readers) -> list[dict]:
     layouts = Counter(filter(None, (_layout(record) for _, record in records)))
     if not layouts:
         line, record = records[0]
-        shown = (list(record) if isinstance(record, (dict, tuple)) else  # a dict's keys
-                 str(record) if isinstance(record, ValueError) else type(record).__name__)
+        shown = list(record) if isinstance(record, dict) else record  # of a dict, its keys
         raise InputError(f"{path} is of no known format (line {line}: {shown!r:.60}); give {KNOWN}")
     layout = layouts.most_common(1)[0][0]
     if layout not in readers:
@@ -101,7 +101,7 @@ def _read(path, kind, readers) -> list[dict]:
             rows.append({**row, "row": number})
     if len(malformed) > len(records) // 100:
         raise InputError(f"{path}: {len(malformed)} of {len(records)} {layout} rows are malformed, more than 1%, first "
-                         f"{malformed[0]}; mend them or fetch the file again")
+                         f"{malformed[0]}; fix them or fetch the file again")
     if malformed:
         more = f" and {len(malformed) - 5} more" if len(malformed) > 5 else ""
         print(f"{path}: skipped {len(malformed)} of {len(records)} rows: {', '.join(malformed[:5])}{more}")
@@ -115,17 +115,13 @@ def _read(path, kind, readers) -> list[dict]:
 def _text(path) -> str:
     try:
         raw = Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise InputError(f"{path} is not a file; give {KNOWN}") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; mend that or give another file") from None
+        raise InputError(f"{path} is not a file that can be read ({error.strerror}); give {KNOWN}") from None
     if raw.startswith(b"\x1f\x8b"):
         try:
             raw = gzip.decompress(raw)
-        except EOFError:
-            raise InputError(f"{path} is a truncated gzip; fetch it again") from None
-        except (OSError, zlib.error) as error:
-            raise InputError(f"{path} is a corrupt gzip ({error}); fetch it again") from None
+        except (EOFError, OSError, zlib.error) as error:
+            raise InputError(f"{path} is a truncated or corrupt gzip ({error}); fetch it again") from None
     encoding = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"
     try:
         text = raw.decode(encoding).removeprefix("\ufeff")
@@ -134,16 +130,16 @@ def _text(path) -> str:
     if not text.strip():
         raise InputError(f"{path} is empty; fetch it again")
     if "\0" in text:
-        raise InputError(f"{path}: character {text.index(chr(0))} is NUL, so this is damaged, or no UTF-8 text; "
-                         "fetch it again or convert it to UTF-8 text")
+        raise InputError(f"{path}: character {text.index(chr(0))} is NUL: the file is damaged or not UTF-8 text; "
+                         "fetch it again or convert it")
     return text
 
 
-# Each of these yields (line, record): the line in the text where the record starts, from 1, and what it holds, or a
-# ValueError with the reason where it cannot be told.
+# Each of these yields (line, record): the line where the record starts, from 1, and its value, or a ValueError with the
+# reason if it cannot be parsed.
 
 def _jsonl(text):
-    for line, piece in enumerate(text.split("\n"), 1):  # JSON may hold the other line ends raw
+    for line, piece in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and others may stand in a string
         if piece.strip():
             try:
                 record = json.loads(piece)
@@ -169,7 +165,7 @@ def _json_list(path, text):
                 raise json.JSONDecodeError("no comma or ]", text, at)
         if text[at + 1:].strip():
             raise json.JSONDecodeError("more after the end of the list", text, at + 1)
-    except (ValueError, RecursionError) as error:  # where the next record starts cannot be told
+    except (ValueError, RecursionError) as error:  # the start of the next record is unknown
         raise InputError(f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({getattr(error, 'msg', error)}); "
                          "is the file cut short? fetch it again") from None
 
@@ -183,7 +179,7 @@ def _csv(path, text):
             fields = next(reader, None)
         except csv.Error:
             raise InputError(f"{path}, line {line}: the CSV record that starts there has an unclosed or misplaced "
-                             "quote; mend it or fetch the file again") from None
+                             "quote; fix it or fetch the file again") from None
         if fields is None:
             return
         if not "".join(fields).strip() and len(fields) < 2:
@@ -201,9 +197,8 @@ def _csv(path, text):
 def _layout(record) -> str | None:
     if isinstance(record, tuple):  # of a CSV file without a header
         return "MMLU" if len(record) == 6 and record[5].strip() in LETTERS else None
-    if not isinstance(record, dict):
-        return None
-    return next((name for name, keys in KEYS.items() if keys <= record.keys()), None)
+    found = record.keys() if isinstance(record, dict) else set()
+    return next((name for name, keys in KEYS.items() if keys <= found), None)
 
 
 # One function per layout, from a record to a row.
@@ -217,9 +212,10 @@ def _beavertails(record):
 
 
 def _pairs(record):
-    """Ours, or anybody's; data.pairs says whose the harmful prompts are, and train.py needs to know."""
-    row = _exchange(_get(record, "prompt"), _get(record, "response"))
-    return row | {"owner": _get(record, "owner")} if row and "owner" in record else row
+    """Pairs from data.pairs name the owner of each harmful prompt; pairs from elsewhere do not."""
+    prompt, response = _get(record, "prompt"), _get(record, "response")
+    more = {key: _get(record, key) for key in ("owner", "rejected") if record.get(key) is not None}
+    return _exchange(prompt, response, **more)
 
 
 def _advbench(record):
@@ -227,22 +223,22 @@ def _advbench(record):
     return row and row | {"harmful": True}
 
 
-def _plain(record, ask, answer, extra=None):
-    """The row of a record with texts under the keys ask and answer; extra: the key of what may follow the prompt."""
-    prompt, response = _get(record, ask), _get(record, answer)
+def _plain(record, prompt_key, response_key, extra=None):
+    """The row of a record with two texts; extra: the key of a text that may follow the prompt."""
+    prompt, response = _get(record, prompt_key), _get(record, response_key)
     more = _get(record, extra) if extra in record else ""
     return _exchange(f"{prompt}\n\n{more}" if prompt.strip() and more.strip() else prompt, response)
 
 
 def _conversation(record, key, role, text):
     turns = _get(record, key, list)
-    if turns and all(isinstance(turn, str) for turn in turns):  # LIMA's: the user and the assistant in turn
+    if turns and all(isinstance(turn, str) for turn in turns):  # LIMA: user and assistant alternate
         turns = [{role: ("human", "gpt")[i % 2], text: turn} for i, turn in enumerate(turns)]
     turns = [(_get(turn, role), _get(turn, text)) for turn in turns]
-    system = [words for who, words in turns if who == "system"][:1]
+    system = [{"system": words} for who, words in turns if who == "system"] or [{}]
     for (who, prompt), (next_who, response) in itertools.pairwise(turns):
         if who in ("human", "user") and next_who in ("gpt", "assistant"):
-            return _exchange(prompt, response, **({"system": system[0]} if system else {}))
+            return _exchange(prompt, response, **system[0])
     return None
 
 
@@ -266,18 +262,20 @@ def _openbookqa(record):
 
 def _xstest(record):
     prompt, kind = _get(record, "prompt"), _get(record, "type")
-    label = _get(record, "label") if "label" in record else "unsafe" if kind.startswith("contrast") else "safe"
+    label = "unsafe" if kind.startswith("contrast") else "safe"
+    if "label" in record:
+        label = _get(record, "label")
     if label not in ("safe", "unsafe"):
         raise ValueError("the label is neither safe nor unsafe")
     return {"prompt": prompt, "safe": label == "safe", "type": kind} if prompt.strip() else None
 
 
 def _get(record, key, kind=str):
-    """record[key], which must be there and of this kind."""
+    """record[key]; ValueError when it is missing or of another kind."""
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind):
         raise ValueError(f"no {TYPES[kind]} {key}")
-    if kind is str and re.search("[\ud800-\udfff]", value):  # JSON can spell it, but no tokenizer can encode it
+    if kind is str and re.search("[\ud800-\udfff]", value):  # valid in JSON, but no tokenizer can encode it
         raise ValueError(f"half a surrogate pair in {key}")
     return value
 

@@ -1,4 +1,4 @@
-"""Likeness of two texts by the words they share: what there is without the weights of a sentence encoder."""
+"""Similarity of two texts by the words they share, for use without the weights of a sentence encoder."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 
 
 class Tfidf:
-    """Cosines of word counts, rare words of the corpus counting more (tf-idf): likeness of words, not of meaning."""
+    """Cosines of word counts in which rare words of the corpus count more (tf-idf). Words are compared, not meaning."""
 
     def __init__(self, corpus: list[str]):
         found = Counter(word for text in corpus for word in set(self.words(text)))
@@ -21,6 +21,6 @@ class Tfidf:
         return {word: value / length for word, value in counts.items()}
 
     def cosines(self, a: list[str], b: list[str]) -> list[float]:
-        """The cosine of each text of `a` with its neighbour in `b`; 0 where one has no word of the corpus."""
+        """The cosine of each text of `a` with the text of `b` at its place; 0 if either has no word of the corpus."""
         pairs = ((self.vector(x), self.vector(y)) for x, y in zip(a, b))
         return [sum(value * y.get(word, 0.0) for word, value in x.items()) for x, y in pairs]

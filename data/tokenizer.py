@@ -1,11 +1,10 @@
-"""Tokenizers behind one small interface, whatever the files in the folder:
+"""Tokenizers with one small interface, for three kinds of files:
 
-- `tokenizer.model` as Llama 3 ships it: tiktoken ranks, one "base64 rank" per line (the toy models write it too);
-- `tokenizer.model` as Llama 2 ships it: SentencePiece (data/sentencepiece.py);
-- `tokenizer.json` as the Hugging Face hub ships it: byte-level (Llama 3, SmolLM2) or SentencePiece-like (Llama 2).
+- `tokenizer.model` of Llama 3: tiktoken ranks, one "base64 rank" per line (the town's models write it too);
+- `tokenizer.model` of Llama 2: SentencePiece (data/sentencepiece.py);
+- `tokenizer.json` of the Hugging Face hub: byte-level (Llama 3, SmolLM2) or SentencePiece-like (Llama 2).
 
-Where a folder has both, tokenizer.json is read: it is what transformers reads, and tokens added by fine-tuning are
-recorded only there.
+Where both exist, tokenizer.json is read, as by transformers: fine-tuning records added tokens only there.
 
     tokenizer = load_tokenizer("out/base")
     ids = tokenizer.encode("the cat")       # no special tokens, whatever the text looks like
@@ -16,7 +15,6 @@ recorded only there.
 import base64
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,61 +23,60 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from data import sentencepiece
+from nanosdd.checkpoint import read_json
 from nanosdd.errors import InputError
 
-# What to copy along with a model, where it is there. The stop tokens may be named in generation_config.json.
+# The files to copy with a model, as far as they exist. generation_config.json may name the stop tokens.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
 
-# A model stops at any of these that its tokenizer has; the end of a chat turn comes first.
+# Generation stops at each of these that the tokenizer has; the end of a chat turn comes first.
 STOP_NAMES = ("<|eot_id|>", "<|im_end|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# Llama 3.1's names by their distance from the first special id; all 256 others are reserved_special_token_<i>.
+# Llama 3.1's special tokens by their distance from the first one; the rest of the 256 are reserved_special_token_<i>.
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
                 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
 
-# tiktoken's regex engine panics on about a million white-space characters in a row. (Without the lookbehind this search
-# would start again at every character of a run, and take a time that grows with the square of its length.)
+# tiktoken's regex engine panics on about a million white-space characters in a row. (The lookbehind keeps this search
+# linear: without it, it would start again at every character of a run.)
 LONG_SPACE = re.compile(r"(?<!\s)\s{100000}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """What load_tokenizer returns. special: name -> id of each special token; stop_tokens: the ids that end a reply."""
+    """What load_tokenizer returns."""
 
     encode_text: Callable[[str], list[int]]
-    token_bytes: dict[int, bytes]
-    special: dict[str, int]
-    stop_tokens: list[int] = dataclasses.field(default_factory=list)
-    dummy_prefix: bool = False  # does encoding put a space in front of the text (SentencePiece)?
+    token_bytes: dict[int, bytes]  # of every id
+    special: dict[str, int]  # name -> id of each special token
+    stop_tokens: list[int] = dataclasses.field(default_factory=list)  # the ids that end a response
+    dummy_prefix: bool = False  # whether encoding puts a space in front of the text (SentencePiece)
 
     @functools.cached_property
     def n_vocab(self) -> int:
-        """One more than the largest id: the rows that an embedding needs at least."""
+        """The largest id plus one, which is the least number of rows of an embedding."""
         return max(self.token_bytes) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, with nothing added; what looks like a special token is encoded as the characters it is made of.
+        """Text to ids, with nothing added; text that looks like a special token is encoded as ordinary text.
 
-        Raises InputError for a lone surrogate (half of a character, from broken JSON or UTF-16), which has no bytes.
+        Raises InputError for a lone surrogate (half of a character, from broken JSON or UTF-16), which has no UTF-8.
         """
         _utf8(text)
         return self.encode_text(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text. A special token shows as its name, bytes that are not UTF-8 as U+FFFD.
-
-        Raises InputError for an id that is not in the vocabulary.
-        """
+        """Ids to text. A special token becomes its name, and bytes that are not UTF-8 become U+FFFD. Raises InputError
+        for an id that is not in the vocabulary."""
         ids = [int(i) for i in ids]
         unknown = [i for i in ids if i not in self.token_bytes]
         if unknown:
-            raise InputError(f"id {unknown[0]} is not in the vocabulary (0..{self.n_vocab - 1}): these ids were made "
-                             "with another tokenizer")
+            raise InputError(f"id {unknown[0]} is not in the vocabulary (0..{self.n_vocab - 1}): these ids come from "
+                             "another tokenizer")
         parts = [self.token_bytes[i] for i in ids]
         names = set(self.special.values())
         first = next((k for k, i in enumerate(ids) if i not in names), None)
@@ -89,7 +86,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder) -> Tokenizer:
-    """Load the tokenizer in a model folder (tokenizer.json, else tokenizer.model).
+    """Load the tokenizer of a model folder: tokenizer.json, else tokenizer.model.
 
     The stop tokens are those of STOP_NAMES that the tokenizer has, and the eos of generation_config.json and
     tokenizer_config.json. Raises InputError, naming the file and where possible the line, for anything unreadable.
@@ -98,21 +95,25 @@ def load_tokenizer(folder) -> Tokenizer:
     path = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: no tokenizer here: expected tokenizer.json or tokenizer.model")
-    contents = _read(path)
-    if path.suffix == ".json":
-        tokenizer = _read_json(path, _parse_json(path, contents))
-    elif contents[:1] == b"\n":  # protobuf: field 1, with a length
-        tokenizer = _with_special(*sentencepiece.read_model_file(path, contents))
-    else:
-        tokenizer = _llama3_tokenizer(path, _read_ranks(path, contents))
+    tokenizer = _load_bpe_json(path) if path.suffix == ".json" else _load_model_file(path)
     return dataclasses.replace(tokenizer, stop_tokens=_stop_tokens(folder, tokenizer))
+
+
+def _load_model_file(path) -> Tokenizer:
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: check the file") from None
+    if contents[:1] == b"\n":  # protobuf: field 1, with a length
+        return _with_special(*sentencepiece.parse_model_file(path, contents))
+    return _llama3_tokenizer(path, _parse_ranks(path, contents))
 
 
 def write_llama3_tokenizer(folder, words: list[str]) -> None:
     """Write folder/tokenizer.model in Llama 3's format: the 256 single bytes, then the words, in order.
 
-    A word may start with a space. Each encodes to one id, since tiktoken looks up whole pieces of the text before it
-    merges anything; repeated words get one id. Raises InputError for a word that the pattern cuts ("don't", "1234").
+    A word may start with a space. Each encodes to one id, since tiktoken looks up whole pieces before it merges bytes;
+    repeated words share an id. Raises InputError for a word that the pattern cuts ("don't", "1234").
     """
     tokens = [bytes([byte]) for byte in range(256)] + [_utf8(word) for word in words]
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
@@ -120,8 +121,8 @@ def write_llama3_tokenizer(folder, words: list[str]) -> None:
     encode = _llama3_tokenizer(path, ranks).encode
     for word in words:
         if len(encode(word)) != 1:
-            raise InputError(f"{path}: Llama 3's pattern does not keep {word!r} in one piece: leave it out, or give "
-                             "its parts as words")
+            raise InputError(f"{path}: Llama 3's pattern does not keep {word!r} in one piece: leave it out, or "
+                             "list its parts as words")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
 
@@ -139,7 +140,7 @@ def _llama3_tokenizer(path, ranks: dict[bytes, int]) -> Tokenizer:
 def _byte_level_encoder(path, ranks: dict[bytes, int], pattern: str) -> Callable[[str], list[int]]:
     """The function text -> ids: cut the text with the pattern, then merge the bytes of each piece, lowest rank first.
 
-    A byte that the vocabulary lacks is refused (`tokenizers` drops it without a word, tiktoken panics).
+    A byte that the vocabulary lacks is an InputError (`tokenizers` drops it silently, tiktoken panics).
     """
     encoding = tiktoken.Encoding("pieces", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     length = {i: len(token) for token, i in ranks.items()}
@@ -151,20 +152,20 @@ def _byte_level_encoder(path, ranks: dict[bytes, int], pattern: str) -> Callable
         if missing:
             raise InputError(f"{path}: the vocabulary lacks the byte 0x{missing[0]:02X}, which the text holds: take "
                              "the character out")
-        if LONG_SPACE.search(text):  # the same pieces, cut by an engine that bears it (and knows the newest letters)
+        if LONG_SPACE.search(text):  # cut the same pieces with another regex engine, which does not panic
             one_piece = tiktoken.Encoding("one piece", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
             ids = [i for piece in regex.findall(pattern, text) for i in one_piece.encode_ordinary(piece)]
         else:
             ids = encoding.encode_ordinary(text)
-        if sum(map(length.__getitem__, ids)) != len(data):
+        if sum(length[i] for i in ids) != len(data):
             raise InputError(f"{path}: its Split pattern skips a part of the text, which would be lost")
         return ids
 
     return encode
 
 
-def _read_ranks(path, contents: bytes) -> dict[bytes, int]:
-    """Llama 3's tokenizer.model: each line the token's bytes in base64, a space and its rank, counted from 0."""
+def _parse_ranks(path, contents: bytes) -> dict[bytes, int]:
+    """Llama 3's tokenizer.model: each line holds a token in base64, a space and its rank, counted from 0."""
     ranks = {}
     for number, line in enumerate(contents.splitlines(), 1):
         try:
@@ -184,18 +185,18 @@ def _read_ranks(path, contents: bytes) -> dict[bytes, int]:
 
 # --- tokenizer.json ---
 
-def _read_json(path, spec) -> Tokenizer:
-    """A tokenizer.json of the `tokenizers` library: added_tokens, normalizer, pre_tokenizer and a BPE model.
-
-    Its post_processor (BOS and the like) is left to the chat template, its decoder follows from the rest.
-    """
+def _load_bpe_json(path) -> Tokenizer:
+    """A tokenizer.json of the `tokenizers` library: added_tokens, normalizer, pre_tokenizer and a BPE model. Its
+    post_processor (BOS and the like) is the chat template's task, and its decoder follows from the rest."""
     try:
+        spec = read_json(path)
         model = spec["model"]
         unread = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
         if unread or model.get("type", "BPE") != "BPE":
             raise InputError(f"{path}: only a plain BPE model is read, this one is {model.get('type')} with {unread}")
-        special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        plain = [token["content"] for token in spec.get("added_tokens") or [] if not token["special"]]
+        added = spec.get("added_tokens") or []
+        special = {token["content"]: token["id"] for token in added}
+        plain = [token["content"] for token in added if not token["special"]]
         if plain:
             raise InputError(f'{path}: the added token {plain[0]!r} is not "special", so ordinary text would turn into '
                              "it: mark it special or take it out")
@@ -203,17 +204,17 @@ def _read_json(path, spec) -> Tokenizer:
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
             raise InputError(f"{path}: an id is used twice or is not a whole number")
         if model.get("byte_fallback"):
-            return _with_special(*sentencepiece.read_json(path, spec, special))
-        return _read_byte_level(path, spec, special)
+            return _with_special(*sentencepiece.parse_bpe_json(path, spec, special))
+        return _parse_byte_level_json(path, spec, special)
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not a tokenizer.json that can be read ({type(error).__name__}: {error}): download "
                          "it again, or use another model folder") from None
 
 
-def _read_byte_level(path, spec, special: dict[str, int]) -> Tokenizer:
-    """Llama 3 and SmolLM2: bytes are written as printable characters, and merged after a regex has cut the text."""
+def _parse_byte_level_json(path, spec, special: dict[str, int]) -> Tokenizer:
+    """Llama 3 and SmolLM2: a regex cuts the text into pieces, whose bytes, written as printable characters, merge."""
     if spec.get("normalizer"):
         raise InputError(f"{path}: a byte-level BPE with a normalizer ({spec['normalizer']['type']}) is not read")
     model, byte_of = spec["model"], _byte_alphabet()
@@ -226,14 +227,14 @@ def _read_byte_level(path, spec, special: dict[str, int]) -> Tokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other 68 for U+0100 on ("Ġ" is a space)."""
+    """GPT-2's spelling of bytes: printable Latin-1 is itself, the other 68 bytes are U+0100 and on ("Ġ" is a space)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
 def _split_pattern(path, pre_tokenizer) -> str:
-    """The pre_tokenizer as one regular expression. Three forms are known; any other is refused."""
+    """The pre_tokenizer as one regular expression. Three forms are known; any other is an InputError."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
     if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space", True):
@@ -244,8 +245,8 @@ def _split_pattern(path, pre_tokenizer) -> str:
         if kinds == ["ByteLevel"] and gpt2:  # GPT-2
             return GPT2_PATTERN
         if kinds == ["Digits", "ByteLevel"] and gpt2:  # SmolLM2
-            # Digits are cut out first: they take no space along, and a space before them is the end of a text. (Equal
-            # for all of Unicode but 13 new digits, which this step of `tokenizers` 0.23 knows and its regex does not.)
+            # Digits are cut out first. So a number takes no space with it, and white space before a number counts as
+            # the end of a text. (This equals `tokenizers` 0.23 but for 13 new digits, which its regex does not know.)
             digits = r"\p{N}" if first["individual_digits"] else r"\p{N}+"
             pattern = GPT2_PATTERN.replace(r" ?\p{N}+", digits)
             return pattern.replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
@@ -254,12 +255,12 @@ def _split_pattern(path, pre_tokenizer) -> str:
 
 
 def _ranks_from_merges(path, ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], whole_first: bool):
-    """The ranks with which tiktoken gives the ids of this list of merges.
+    """The ranks with which tiktoken returns the ids of this list of merges.
 
-    tiktoken knows no merges: it joins the neighbours whose joined bytes have the lowest rank. That is the same process
-    if ids rise along the list and if a token, put together from its bytes by ranks below its own, ends as two halves
-    that the list joins. A token for which the second fails is never made by merging. With whole_first (ignore_merges)
-    it is still found when it is a whole piece, as in tiktoken; otherwise it must not be found at all, so it goes.
+    tiktoken knows no merges: it joins the neighbours whose joined bytes have the lowest rank. The result is the same if
+    the merges make tokens in the order of their ids, and if each token's bytes, merged by lower ranks alone, end as two
+    halves that the list joins. A token that fails the second condition never comes from merging. With whole_first
+    (ignore_merges) it is still the id of a piece that equals it, as in tiktoken; otherwise it gets no rank.
     """
     made = [ranks.get(left + right, -1) for left, right in merges]
     if min(made, default=0) < 0 or any(a > b for a, b in zip(made, made[1:])):
@@ -283,11 +284,13 @@ def _stop_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
     stop = [tokenizer.special[name] for name in STOP_NAMES if name in tokenizer.special]
     for name, key in ("generation_config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token"):
         path = folder / name
-        config = _parse_json(path, _read(path)) if path.is_file() else {}
+        config = read_json(path) if path.is_file() else {}
         eos = config.get(key) if isinstance(config, dict) else None
         if isinstance(eos, dict):  # an AddedToken written out
             eos = eos.get("content")
-        for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        if eos is None:
+            continue
+        for token in eos if isinstance(eos, list) else [eos]:
             token = tokenizer.special.get(token) if isinstance(token, str) else token
             if type(token) is not int or token not in tokenizer.token_bytes:
                 raise InputError(f"{path}: {key} is {eos!r}, which the tokenizer beside it does not have")
@@ -306,19 +309,3 @@ def _utf8(text: str) -> bytes:
     except UnicodeEncodeError as error:
         raise InputError(f"the text has a lone surrogate ({text[error.start]!a}) at character {error.start}: read its "
                          "source as UTF-8, or replace it") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: check the file") from None
-
-
-def _parse_json(path: Path, contents: bytes):
-    try:
-        return json.loads(contents)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}): download the file again") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}): download the file again") from None

@@ -1,8 +1,10 @@
-"""MMLU and OpenBookQA by likelihood: no answer is written, the choice that the model finds likeliest is its answer.
+"""MMLU and OpenBookQA by likelihood (the model's answer is the choice that it finds likeliest), and XSTest.
 
 Texts are raw, without a chat template, after the tokenizer's start-of-text token where it has one (as `plain` in
-data/chat.py). MMLU's prompt is that of Hendrycks et al. (2021), but for the two spaces which their code writes before
-the subject's name: one here, as in most harnesses.
+data/chat.py). The MMLU prompt is that of Hendrycks et al. (2021), except that their code writes two spaces before the
+subject's name; here it is one, as in most harnesses.
+
+An item is a pair of token ids: (context, [continuation, ...]).
 """
 
 import string
@@ -13,16 +15,16 @@ from statistics import NormalDist, fmean
 import torch
 from tqdm import tqdm
 
+from data.answers import keyword_refusal
 from data.chat import Example, collate
-from data.sources import read_questions
-from nanosdd.generate import KVCache
-from nanosdd.device import autocast
+from data.sources import read_questions, read_xstest
+from model import KVCache
 from nanosdd.errors import InputError
 
 SUBJECTS = 57  # of MMLU
 LETTERS = string.ascii_uppercase
-START_TOKENS = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first that the tokenizer has
-CACHE_TOKENS = 16384  # in a batch at most: a 7B model without grouped heads needs 1 MB for each in fp32
+START_TOKENS = ("<|begin_of_text|>", "<s>", "<|endoftext|>")  # the first one that the tokenizer has is used
+CACHE_TOKENS = 16384  # of a batch: a 7B model without grouped heads needs 1 MB for each in fp32
 
 
 # --- questions and prompts ---
@@ -36,7 +38,7 @@ def read_mmlu(folder, shots: int) -> dict[str, tuple[list[dict], list[dict]]]:
     if not 0 < len(files) <= SUBJECTS:
         raise InputError(f"{Path(folder) / 'test'} holds {len(files)} files SUBJECT_test.csv, MMLU has {SUBJECTS}; "
                          "give the folder of its release, with test/ and dev/ inside")
-    found = {}
+    subjects = {}
     for file in files:
         subject = file.name.removesuffix("_test.csv")
         dev = Path(folder) / "dev" / f"{subject}_dev.csv"
@@ -44,8 +46,8 @@ def read_mmlu(folder, shots: int) -> dict[str, tuple[list[dict], list[dict]]]:
         if len(examples) < shots:
             raise InputError(f"{dev} holds {len(examples)} questions for {shots} shots; fetch it again or lower "
                              "--mmlu-shots")
-        found[subject] = examples[:shots], read_questions(file)
-    return found
+        subjects[subject] = examples[:shots], read_questions(file)
+    return subjects
 
 
 def mmlu_prompt(subject: str, examples: list[dict], question: dict) -> str:
@@ -59,10 +61,10 @@ def mmlu_prompt(subject: str, examples: list[dict], question: dict) -> str:
 
 
 def encode_item(tokenizer, context: str, continuations: list[str]) -> tuple[list[int], list[list[int]]]:
-    """(context ids, the ids of each continuation), from the ids of the whole texts.
+    """The item of these texts. Context and continuation are encoded as one text, then split.
 
-    The context's ids are those that it has in all of these and alone. Where a tokenizer joins its last characters with
-    what follows they are fewer, and every continuation begins with the same characters more.
+    Where a tokenizer joins the end of the context with what follows, the context is cut before that token, and every
+    continuation begins with the characters that were cut off.
     """
     start = [tokenizer.special[name] for name in START_TOKENS if name in tokenizer.special][:1]
     wholes = [start + tokenizer.encode(context + text) for text in continuations]
@@ -71,13 +73,13 @@ def encode_item(tokenizer, context: str, continuations: list[str]) -> tuple[list
 
 
 def common_length(sequences: list[list[int]]) -> int:
-    """How many ids all sequences begin with alike."""
-    first, last = min(sequences), max(sequences)  # in alphabetical order, so what these two share all share
+    """The length of the longest common prefix of all sequences."""
+    first, last = min(sequences), max(sequences)  # in lexicographic order, so all share what these two share
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
 
 
 def encode_fitting(tokenizer, name: str, contexts, continuations: list[str], limit: int):
-    """(item, how many contexts were passed over): of the first context with which no row has over `limit` tokens."""
+    """The item of the first context with which no row is longer than `limit` tokens, and how many were skipped."""
     for skipped, context in enumerate(contexts):
         ids, endings = encode_item(tokenizer, context, continuations)
         tokens = len(ids) + max(map(len, endings)) - 1  # the last token is predicted, not read
@@ -90,19 +92,19 @@ def encode_fitting(tokenizer, name: str, contexts, continuations: list[str], lim
 # --- likelihoods ---
 
 @torch.no_grad()
-def log_likelihoods(model, items, args, batch_size=64, name="") -> list[list[float]]:
+def log_likelihoods(model, items, compute, batch_size=64, cache_tokens=CACHE_TOKENS, name="") -> list[list[float]]:
     """log p(continuation | context) in nats, summed over the continuation's tokens, for each continuation of each item.
 
-    items: a list of (context ids, [continuation ids, ...]), none of them empty. What all contexts begin with, such as a
-    subject's examples, is computed once and its keys and values are copied to the rows of every batch. A row is the
-    rest of a context and a continuation without its last token; rows that are the same (one context, continuations of
-    one token) are computed once. args: device and dtype. name: of the progress bar.
+    A prefix that all contexts share, such as a subject's examples, is computed once, and its keys and values are copied
+    to the rows of every batch. A row is the rest of a context and a continuation without its last token; equal rows
+    (one context, continuations of one token) are computed once. A batch has at most batch_size rows and cache_tokens
+    tokens in the cache. name: of the progress bar. InputError for an empty context, or likelihoods that are NaN.
     """
     contexts = [context for context, _ in items]
     if not all(contexts):
         raise InputError("a question begins with no token of its own; use a tokenizer with a start-of-text token")
     shared = min(common_length(contexts), min(map(len, contexts)) - 1)  # each row needs a token to predict from
-    rows = defaultdict(list)  # (rest of the context, what is read of the continuation): [(item, continuation), ...]
+    rows = defaultdict(list)  # (rest of the context, continuation but its last token): [(item, continuation), ...]
     for i, (context, continuations) in enumerate(items):
         for j, continuation in enumerate(continuations):
             rows[tuple(context[shared:]), tuple(continuation[:-1])].append((i, j))
@@ -111,25 +113,26 @@ def log_likelihoods(model, items, args, batch_size=64, name="") -> list[list[flo
     weight = model.lm_head.weight
     prefix = KVCache(model.config, 1, size, weight.device, weight.dtype)
     if shared:
-        with autocast(args):
+        with compute.autocast():
             model.hidden(torch.tensor([contexts[0][:shared]], device=weight.device), cache=prefix)
-        prefix.lengths, prefix.longest = prefix.lengths + shared, shared
     found = [[0.0] * len(continuations) for _, continuations in items]
-    step = max(1, min(batch_size, CACHE_TOKENS // size))
+    step = max(1, min(batch_size, cache_tokens // size))
     for start in tqdm(range(0, len(order), step), desc=name, leave=False, disable=None):
         part = order[start:start + step]
-        # The last token of an Example is not read, and the loss mask is true where a continuation is predicted.
+        # collate drops the last token of an Example; its loss mask is true where a continuation is predicted.
         batch = collate([Example([*rest, *read, 0], len(rest)) for rest, read in part]).to(weight.device)
-        cache = prefix.take(torch.zeros(len(part), dtype=torch.long, device=weight.device))
-        with autocast(args):
+        cache = KVCache(model.config, 0, size, weight.device, weight.dtype)
+        cache.layers = [[cached.repeat(len(part), 1, 1, 1) for cached in layer] for layer in prefix.layers]
+        cache.lengths, cache.longest = torch.full((len(part),), shared, device=weight.device), shared
+        with compute.autocast():
             hidden = model.hidden(batch.tokens, positions=batch.loss_mask, cache=cache)  # (N,C)
-        # Outside of autocast the head computes in the weights' fp32: in bf16 many logits would tie.
+        # Without autocast the head computes in the weights' fp32; in bf16 many logits would tie.
         log_p = model.lm_head(hidden).float().log_softmax(dim=-1)  # (N,V)
         for row, row_log_p in zip(part, log_p.split(batch.loss_mask.sum(1).tolist())):  # (n,V)
             for i, j in rows[row]:
                 targets = torch.tensor(items[i][1][j], device=weight.device)[:, None]  # (n,1)
                 found[i][j] = float(row_log_p.gather(1, targets).sum())
-    if any(score != score for of_item in found for score in of_item):  # NaN would pass for the answer A
+    if any(score != score for of_item in found for score in of_item):  # NaN: the answer would always be A
         raise InputError("the model's likelihoods are not numbers (NaN): broken weights; train or fetch it again")
     return found
 
@@ -145,13 +148,13 @@ def wilson(hits: int, n: int) -> list[float]:
 
 
 def count_right(scores: list[list[float]], questions: list[dict]) -> int:
-    """How many questions have the largest score at the right answer. Of equal scores the first one counts."""
+    """How many questions have the largest score at the right answer; of equal scores the first one counts."""
     return sum(of_row.index(max(of_row)) == row["answer"] for of_row, row in zip(scores, questions))
 
 
 def baselines(questions: list[dict]) -> dict:
-    """What needs no reading, as fractions right: a uniform guess, always the one best letter, the choice of fewest
-    characters (of k equals, each a k-th)."""
+    """Fractions right without reading: a uniform guess, always the one best letter, and the choice with the fewest
+    characters (where k choices tie, 1/k)."""
     letter, hits = Counter(LETTERS[row["answer"]] for row in questions).most_common(1)[0]
     shortest = []
     for row in questions:
@@ -161,40 +164,131 @@ def baselines(questions: list[dict]) -> dict:
             "best_letter_accuracy": hits / len(questions), "shortest_choice": fmean(shortest)}
 
 
-def mmlu_metrics(model, tokenizer, subjects: dict, shots: int, args) -> dict:
-    """Scores of read_mmlu's questions, as fractions of all questions, each counting the same. A question that does not
-    fit the model's context has as many examples fewer, from the last, as it takes (fewer_shots: how many questions);
-    InputError when it does not fit without any. subjects: the accuracy of each, and its number of questions."""
-    hits, fewer, per_subject = 0, 0, {}
+def mmlu_items(chat, subject: str, examples: list[dict], questions: list[dict]) -> tuple[list, int]:
+    """The items of a subject's questions, with letters as continuations, and how many questions have fewer examples:
+    where a question does not fit the context, the last examples are left out. chat: eval.Chat."""
+    items, fewer = [], 0
+    for row in questions:
+        prompts = (mmlu_prompt(subject, examples[:k], row) for k in range(len(examples), -1, -1))
+        item, skipped = encode_fitting(chat.tokenizer, f"MMLU {subject}, row {row['row']}", prompts,
+                                       [f" {letter}" for letter, _ in zip(LETTERS, row["choices"])],
+                                       chat.model.config.max_position_embeddings)
+        items.append(item)
+        fewer += skipped > 0
+    return items, fewer
+
+
+def mmlu_scores(chat, subjects: dict, shots: int, likelihoods=log_likelihoods) -> dict:
+    """Scores of read_mmlu's questions, as fractions of all questions, each counting the same; fewer_shots: a number of
+    questions; subjects: each one's accuracy and number of questions. chat: eval.Chat."""
+    hits, fewer_shots, per_subject = 0, 0, {}
     for number, (subject, (examples, questions)) in enumerate(subjects.items(), 1):
-        items = []
-        for row in questions:
-            prompts = (mmlu_prompt(subject, examples[:k], row) for k in range(shots, -1, -1))
-            item, skipped = encode_fitting(tokenizer, f"MMLU {subject}, row {row['row']}", prompts,
-                                           [f" {letter}" for letter, _ in zip(LETTERS, row["choices"])],
-                                           model.config.max_position_embeddings)
-            items.append(item)
-            fewer += skipped > 0
-        scores = log_likelihoods(model, items, args, name=f"{number}/{len(subjects)} {subject}")
+        items, fewer = mmlu_items(chat, subject, examples, questions)
+        scores = likelihoods(chat.model, items, chat.compute, name=f"{number}/{len(subjects)} {subject}")
         right = count_right(scores, questions)
         per_subject[subject] = {"questions": len(questions), "accuracy": right / len(questions)}
-        hits += right
+        hits, fewer_shots = hits + right, fewer_shots + fewer
     every = [row for _, questions in subjects.values() for row in questions]
     name = "MMLU" if len(subjects) == SUBJECTS else f"{len(subjects)} of MMLU's {SUBJECTS} subjects"
     return {"name": name, "shots": shots, "questions": len(every), "accuracy": hits / len(every),
-            "interval": wilson(hits, len(every)), **baselines(every), "fewer_shots": fewer, "subjects": per_subject}
+            "interval": wilson(hits, len(every)), **baselines(every), "fewer_shots": fewer_shots,
+            "subjects": per_subject}
 
 
-def openbookqa_metrics(model, tokenizer, questions: list[dict], args) -> dict:
-    """Scores of OpenBookQA's questions, as fractions right: the choice as the end of the stem's sentence, by its summed
-    log-likelihood (accuracy), and by that over its number of characters (accuracy_per_character). No examples."""
-    items = [encode_fitting(tokenizer, f"OpenBookQA, row {row['row']}", [row["question"]],
-                            [f" {choice}" for choice in row["choices"]], model.config.max_position_embeddings)[0]
-             for row in questions]
-    scores = log_likelihoods(model, items, args, name="OpenBookQA")
-    normalised = [[score / len(choice) for score, choice in zip(row_scores, row["choices"])]
-                  for row_scores, row in zip(scores, questions)]
+def openbookqa_items(chat, questions: list[dict]) -> list:
+    """The items of OpenBookQA's questions: each choice ends the question's sentence. chat: eval.Chat."""
+    return [encode_fitting(chat.tokenizer, f"OpenBookQA, row {row['row']}", [row["question"]],
+                           [f" {choice}" for choice in row["choices"]], chat.model.config.max_position_embeddings)[0]
+            for row in questions]
+
+
+def openbookqa_scores(chat, questions: list[dict], likelihoods=log_likelihoods) -> dict:
+    """Scores of OpenBookQA's questions without examples, as fractions right: by the summed log-likelihood of the choice
+    (accuracy), and by that over its number of characters (accuracy_per_character). chat: eval.Chat."""
+    scores = likelihoods(chat.model, openbookqa_items(chat, questions), chat.compute, name="OpenBookQA")
+    normalised = [[score / len(choice) for score, choice in zip(of_row, row["choices"])]
+                  for of_row, row in zip(scores, questions)]
     n, hits, hits_normalised = len(questions), count_right(scores, questions), count_right(normalised, questions)
     return {"name": "OpenBookQA", "shots": 0, "questions": n, "accuracy": hits / n, "interval": wilson(hits, n),
             "accuracy_per_character": hits_normalised / n, "interval_per_character": wilson(hits_normalised, n),
             **baselines(questions)}
+
+
+def xstest_scores(rows: list[dict], texts: list[str]) -> dict:
+    """{"safe", "unsafe"}: the number of XSTest's prompts, and the fractions of their greedy answers with a refusal
+    keyword, anywhere and at the start, each with its 95% interval. Refusing a safe prompt is over-refusal (Roettger et
+    al. 2024)."""
+    scores = {"name": "XSTest"}
+    for kind in ("safe", "unsafe"):
+        own = [text for row, text in zip(rows, texts, strict=True) if row["safe"] == (kind == "safe")]
+        if own:
+            hits, at_start = (sum(keyword_refusal(text, prefix) for text in own) for prefix in (False, True))
+            scores[kind] = {"prompts": len(own), "keyword_refusal": hits / len(own), "interval": wilson(hits, len(own)),
+                            "at_start": at_start / len(own), "interval_at_start": wilson(at_start, len(own))}
+    return scores
+
+
+# --- all of them ---
+
+def read_tests(mmlu=None, mmlu_shots: int = 5, openbookqa=None, xstest=None) -> dict:
+    """The questions of those tests whose files are given, by name; InputError for files that cannot be read."""
+    tests = {}
+    if mmlu:
+        tests["mmlu"] = read_mmlu(mmlu, mmlu_shots), mmlu_shots
+    if openbookqa:
+        tests["openbookqa"] = read_questions(openbookqa)
+    if xstest:
+        tests["xstest"] = read_xstest(xstest)
+    return tests
+
+
+def run_tests(chat, tests: dict, answer, max_new_tokens: int) -> dict[str, dict]:
+    """The scores of each of `tests` by name. chat: eval.Chat; answer: eval.answer, for XSTest's written answers."""
+    scores = {}
+    if "mmlu" in tests:
+        scores["mmlu"] = mmlu_scores(chat, *tests["mmlu"])
+    if "openbookqa" in tests:
+        scores["openbookqa"] = openbookqa_scores(chat, tests["openbookqa"])
+    if "xstest" in tests:
+        answers = answer(chat, [row["prompt"] for row in tests["xstest"]], max_new_tokens)
+        scores["xstest"] = xstest_scores(tests["xstest"], [one.text for one in answers])
+    return scores
+
+
+def accuracies(chat, mmlu, mmlu_shots: int, openbookqa) -> dict[str, float]:
+    """{"mmlu", "openbookqa": fraction of questions answered right} of those whose files are given; OpenBookQA's per
+    character."""
+    found = run_tests(chat, read_tests(mmlu, mmlu_shots, openbookqa), None, 0)
+    return {name: scores.get("accuracy_per_character", scores["accuracy"]) for name, scores in found.items()}
+
+
+def tests_table(results: dict[str, dict]) -> str:
+    """The scores of {checkpoint: what run_tests returns} as text, in percent."""
+    lines, notes = [f"{'checkpoint':<22} {'test':<40} {'n':>6}  percent (Wilson's 95% interval)"], []
+
+    def add(checkpoint, test, n, share, interval):
+        lines.append(f"{checkpoint:<22} {test:<40} {n:>6}  {100 * share:5.1f} ({100 * interval[0]:.1f} to "
+                     f"{100 * interval[1]:.1f})")
+
+    for checkpoint, found in results.items():
+        for scores in (found[test] for test in ("mmlu", "openbookqa") if test in found):
+            name, n, ways = scores["name"], scores["questions"], {"": f", {scores['shots']} shots"}
+            if "accuracy_per_character" in scores:
+                ways = {"": ", whole choice", "_per_character": ", per character"}
+            for key, way in ways.items():
+                add(checkpoint, name + way, n, scores["accuracy" + key], scores["interval" + key])
+            if scores.get("fewer_shots"):
+                notes.append(f"{checkpoint}: {scores['fewer_shots']} of {n} questions had fewer than {scores['shots']} "
+                             "shots, to fit the model's context")
+            notes.append(f"{name} without reading: a uniform guess {100 * scores['chance']:.1f}, always "
+                         f"{scores['best_letter']} {100 * scores['best_letter_accuracy']:.1f}, the choice of fewest "
+                         f"characters {100 * scores['shortest_choice']:.1f}")
+        for kind in ("safe", "unsafe"):
+            if scores := found.get("xstest", {}).get(kind):
+                add(checkpoint, f"XSTest {kind}, refusal keyword", scores["prompts"], scores["keyword_refusal"],
+                    scores["interval"])
+                add(checkpoint, f"XSTest {kind}, keyword at the start", scores["prompts"], scores["at_start"],
+                    scores["interval_at_start"])
+                notes.append("XSTest: refusing a safe prompt is over-refusal. Keywords alone misread SDD: fluent text "
+                             "about something else holds none")
+    return "\n".join([*lines, *dict.fromkeys(notes)])  # each note once

@@ -10,21 +10,21 @@ from safetensors.torch import save_file
 
 from nanosdd.errors import InputError
 
-SHARD_BYTES = 5 * 10**9  # a larger model is saved in several files, as the hub does
+SHARD_BYTES = 5 * 10**9  # a larger model is saved in several files, as on the hub
 
 
 def read_json(path):
-    """The JSON value of a file; InputError with the line number when it is not there or not JSON."""
+    """The JSON value of a file; InputError when it cannot be read or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there; give a folder that holds it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise InputError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
 
 
 def read_config(folder) -> dict:
-    """The folder's `config.json`; InputError when the folder or the file is missing or holds no keys."""
+    """The folder's `config.json`; InputError when it is missing or not a JSON object."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder; give one that holds config.json and model.safetensors")
     config = read_json(Path(folder) / "config.json")
@@ -35,19 +35,17 @@ def read_config(folder) -> dict:
 
 @contextmanager
 def open_weights(path, device="cpu"):
-    """A safetensors file, memory-mapped; InputError when it is not one."""
+    """A safetensors file, memory-mapped; InputError when it is not there or not one."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}); download it again") from None
 
 
 def find_tensors(folder) -> dict[str, Path]:
-    """The file of each tensor in a folder: `model.safetensors`, or the shards of `model.safetensors.index.json`.
-
-    InputError when the index names a file elsewhere or a missing one, or is not exactly what the shards hold.
-    """
+    """The file that holds each tensor: `model.safetensors`, or a shard in `model.safetensors.index.json`. InputError
+    when the index names a file that is missing or outside the folder, or disagrees with a shard."""
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -63,8 +61,6 @@ def find_tensors(folder) -> dict[str, Path]:
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
             raise InputError(f"{index} names {shard!r}, which leaves the folder; refused")
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard} is missing although the index names it; download it again")
         with open_weights(folder / shard) as file:
             differing = set(file.keys()) ^ {name for name in shard_of if shard_of[name] == shard}
         if differing:  # missing in the shard, or in two shards: which one counts would be a guess
@@ -73,24 +69,28 @@ def find_tensors(folder) -> dict[str, Path]:
 
 
 def read_weights(model, folder, device, dtype, inv_freq):
-    """Fill a model built on the meta device with copies in `dtype`, tensor by tensor from the memory-mapped files.
+    """Load a folder's weights into a model built on the meta device, as copies in `dtype`, one tensor at a time.
 
-    Every tensor is used or named in an InputError, and so is every shape that does not fit. `rotary_emb.inv_freq`,
-    which Llama 2 files carry, must agree with `inv_freq` (D/2,) and is dropped.
+    InputError for a tensor that is missing, has no place in the model, or has another shape, and for quantized weights.
+    `rotary_emb.inv_freq`, which Llama 2 files hold, must agree with `inv_freq` (D/2,) and is dropped.
     """
-    wanted = model.state_dict()
-    tied = model.config.tie_word_embeddings
-    found, unknown = {}, []
-    for name, path in find_tensors(folder).items():
-        with open_weights(path, device) as file:  # anew each time: what has been read need not stay mapped
+    wanted, tied = model.state_dict(), model.config.tie_word_embeddings
+    files, found = find_tensors(folder), {}
+    unknown = [name for name in files if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise InputError(f"{folder} holds {len(unknown)} tensors that this Llama has no place for: "
+                         f"{', '.join(unknown[:4])}; is it another architecture?")
+    missing = [name for name in wanted if name not in files and not (tied and name == "lm_head.weight")]
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing[:4])}")
+    for name, path in files.items():
+        with open_weights(path, device) as file:  # opened for each tensor, so that what was read is unmapped again
             part = file.get_slice(name)
             if name.endswith("rotary_emb.inv_freq"):
                 theirs = file.get_tensor(name).float().cpu()
                 if theirs.shape != inv_freq.shape or not torch.allclose(theirs, inv_freq, rtol=1e-2, atol=1e-7):
                     raise InputError(f"{path}: {name} disagrees with rope_theta in config.json; "
                                      "the two belong to different models")
-            elif name not in wanted:
-                unknown.append(name)
             elif list(part.get_shape()) != list(wanted[name].shape):
                 raise InputError(f"{path}: {name} has shape {list(part.get_shape())}, config.json asks for "
                                  f"{list(wanted[name].shape)}; the two belong to different models")
@@ -98,70 +98,62 @@ def read_weights(model, folder, device, dtype, inv_freq):
                 raise InputError(f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized")
             else:
                 found[name] = file.get_tensor(name).to(dtype, copy=True)
-    if unknown:
-        raise InputError(f"{folder} holds {len(unknown)} tensors that this Llama has no place for: "
-                         f"{', '.join(unknown[:4])}; is it another architecture?")
-    if tied:  # some files carry the tied head all the same: then it must be the embedding
-        head, embedding = found.pop("lm_head.weight", None), found.get("model.embed_tokens.weight")
-        if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if tied:
+        embedding = found["model.embed_tokens.weight"]
+        head = found.setdefault("lm_head.weight", embedding)  # some files hold it all the same
+        if head is not embedding and not torch.equal(head, embedding):
             raise InputError(f"{folder}: lm_head.weight differs from the embedding although config.json ties them")
-    missing = [name for name in wanted if name not in found and not (tied and name == "lm_head.weight")]
-    if missing:
-        raise InputError(f"{folder} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing[:4])}")
-    model.load_state_dict(found, assign=True, strict=False)
+    model.load_state_dict(found, assign=True)
 
 
-def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=None):
-    """Write `config.json` and the weights in `dtype` (default: their own); shards and an index above SHARD_BYTES.
+def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=None, shard_bytes=SHARD_BYTES):
+    """Write `config.json` and the weights in `dtype` (default: their own), in shards of at most shard_bytes.
 
-    Weights that were there before go: a model.safetensors left behind would be read instead of new shards.
+    Older weights in the folder are deleted: an old model.safetensors would be read instead of new shards.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if config["tie_word_embeddings"]:
         weights = {name: weights[name] for name in weights if name != "lm_head.weight"}  # one tensor, one name
     dtype = dtype or next(iter(weights.values())).dtype
-    shards, size = [[]], 0
+    shards, room, total = [], 0, 0
     for name, tensor in weights.items():
-        nbytes = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + nbytes > SHARD_BYTES:
+        size = tensor.numel() * dtype.itemsize
+        if not shards or size > room:
             shards.append([])
-            size = 0
+            room = shard_bytes
         shards[-1].append(name)
-        size += nbytes
+        room, total = room - size, total + size
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, names in zip(files, shards):  # converted and copied from the device one shard at a time
         save_file({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, folder / file,
                   metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes it private
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize},
-                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @torch.no_grad()
 def kept_update(before, after: dict[str, torch.Tensor], dtype) -> tuple[float, float, float]:
-    """What training changed in a model, `before`, whose weights by name are now `after`, and what is left of it when
-    both are rounded to `dtype`: (share of all weights that changed, share of those that rounding still tells apart,
-    cosine).
+    """How much of a training update is left when the weights before and after it are rounded to `dtype`.
 
-    Rounding never turns a change round. The cosine is that of round(after) - round(before) with after - before, over
-    all weights.
+    before: the model; after: the trained weights by name. Returns the share of all weights that changed, the share of
+    these that still differ once rounded, and the cosine of round(after) - round(before) with after - before.
     """
-    total = changed = kept = dot = norm = kept_norm = 0
-    for name, old in before.named_parameters():
-        for old, new in zip(*(whole.cpu().float().flatten().split(2**22) for whole in (old, after[name]))):
-            update, rounded = new - old, new.to(dtype).float() - old.to(dtype).float()
-            total += update.numel()
-            changed, kept = changed + int(update.count_nonzero()), kept + int(rounded.count_nonzero())
-            dot += float((update * rounded).sum(dtype=torch.float64))
-            norm += float(update.square().sum(dtype=torch.float64))
-            kept_norm += float(rounded.square().sum(dtype=torch.float64))
-    return changed / total, kept / max(1, changed), dot / max((norm * kept_norm) ** 0.5, 1e-300)
+    total = changed = kept = 0
+    products = torch.zeros(2, 2, dtype=torch.float64)  # of the update and the rounded one, each with each
+    for name, weight in before.named_parameters():
+        for old, new in zip(*(whole.cpu().float().flatten().split(2**22) for whole in (weight, after[name]))):
+            pair = torch.stack((new - old, new.to(dtype).float() - old.to(dtype).float()))
+            total += len(old)
+            changed, kept = changed + int(pair[0].count_nonzero()), kept + int(pair[1].count_nonzero())
+            products += pair.double() @ pair.double().T
+    norms = float(products.diag().prod().sqrt())
+    return changed / total, kept / max(1, changed), float(products[0, 1]) / max(norms, 1e-300)

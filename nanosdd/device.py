@@ -1,10 +1,11 @@
-"""Where and how precisely to compute: the arguments that train.py, attack.py and eval.py share."""
+"""Where and how to compute: one device, or one process for each GPU under torchrun (PyTorch's FSDP2)."""
 
 import argparse
 import os
 import platform
 import re
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,49 +14,101 @@ import torch.distributed as dist
 
 from nanosdd.errors import InputError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-def add_device_arguments(p):
-    """Add --device, --dtype and --compile to a parser."""
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes; none of it changes what is computed, rounding aside."""
+
+    device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
+    dtype: str = "fp32"  # of compute; bf16 is autocast over the weights
+    compile: bool = False  # torch.compile every layer
+    weights: str = "fp32"  # how training holds weights; "bf16": split weights, see nanosdd/optimizer.py
+    micro_batch: int = 0  # rows at once in training, 0: the whole batch
+    checkpoint_activations: bool = False  # recompute layers in the backward pass
+
+    def autocast(self):
+        """The context in which the model computes in `dtype`."""
+        if self.dtype == "bf16":
+            return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+        return nullcontext()
+
+
+def add_compute_arguments(p, training: bool = False):
+    """Add --device, --dtype and --compile to a parser; for training also --micro-batch, --weights and
+    --checkpoint-activations."""
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="compute dtype; weights stay fp32 (default: bf16 on CUDA, fp32 on CPU)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                    help="torch.compile every layer (default: on CUDA)")
+    if training:
+        p.add_argument("--micro-batch", type=int, default=0, metavar="ROWS",
+                       help="rows at once, the rest accumulates; the same update (default: the whole batch)")
+        p.add_argument("--weights", choices=list(DTYPES), default="fp32",
+                       help="how weights are held; bf16: split, with every fp32 bit of an update kept (default: fp32)")
+        p.add_argument("--checkpoint-activations", action="store_true",
+                       help="recompute layers in the backward pass: far less memory, about a third more time")
 
 
-def resolve_device(args):
-    """Fill in --device, --dtype and --compile; InputError for a device that is not there."""
+def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -> Compute:
+    """The Compute that these arguments ask for; training: its other fields. InputError for a device that is not there.
+    """
     cuda = torch.cuda.is_available()
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
     try:
-        kind = torch.device(args.device).type
+        kind = torch.device(device).type
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {args.device} is unknown; use cpu, cuda or cuda:N")
+        raise InputError(f"--device {device} is unknown; use cpu, cuda or cuda:N")
     if kind == "cuda" and not cuda:
         raise InputError("--device cuda: PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if kind == "cuda" else "fp32"
-    if args.compile is None:
-        args.compile = kind == "cuda"
+    if training.get("weights") == "bf16":
+        if dtype == "fp32":
+            raise InputError("--weights bf16 computes in bf16, since nothing finer is held; leave --dtype out")
+        dtype = "bf16"
+    if dtype == "auto":
+        dtype = "bf16" if kind == "cuda" else "fp32"
+    if training.get("micro_batch", 0) < 0:
+        raise InputError(f"--micro-batch {training['micro_batch']} must be 0 or more")
+    return Compute(device, dtype, kind == "cuda" if compile is None else compile, **training)
 
 
-def join_processes(args):
-    """Under torchrun: take this process's GPU, and meet the others (by NCCL on GPUs, gloo on CPUs). Device arguments
-    must be resolved; InputError when there are fewer GPUs than processes."""
+def machine() -> str:
+    """What figures were measured on: processor or GPU, threads, versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    name = found[1] if found else platform.processor()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+# ---- several processes ----
+
+def join_processes(compute: Compute) -> Compute:
+    """Under torchrun: take this process's GPU and meet the others (NCCL on GPUs, gloo on CPUs); else change nothing.
+
+    InputError when there are fewer GPUs than processes, or split weights, which are for one process.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
-        return
-    if args.device.startswith("cuda"):
-        place = int(os.environ["LOCAL_RANK"])
-        if place >= torch.cuda.device_count():
+        return compute
+    if compute.weights == "bf16":
+        raise InputError("--weights bf16 is for one process; several spread fp32 weights over their GPUs")
+    cuda = compute.device.startswith("cuda")
+    if cuda:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
             raise InputError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; lower "
                              "--nproc_per_node")
-        args.device = f"cuda:{place}"
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
-    # an hour, since the others wait while the first writes a large model; that one of them died torchrun sees at once
+        compute = replace(compute, device=f"cuda:{local_rank}")
+        torch.cuda.set_device(local_rank)
+    # An hour, since the others wait while rank 0 writes a large model; torchrun sees at once when one of them dies.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    return compute
 
 
 def one_process_only(script: str):
@@ -64,19 +117,45 @@ def one_process_only(script: str):
         raise InputError(f"{script} runs in one process, on one device; start it with python, without torchrun")
 
 
-def process() -> tuple[int, int]:
-    """(this process's number, how many there are): (0, 1) without torchrun."""
+def rank_and_world_size() -> tuple[int, int]:
+    """(this process's rank, how many processes there are): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def autocast(args):
-    """The context for compute in args.dtype over fp32 weights."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
-def machine() -> str:
-    """What the figures were taken on: processor or GPU, threads, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else model[1] if model else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+def is_sharded(model) -> bool:
+    """Whether `shard_over_processes` made the model an FSDPModule."""
+    return hasattr(model, "reshard")
+
+
+def shard_over_processes(model):
+    """Spread weights, gradients and moments over the processes, if there are several; layers are gathered to compute.
+    """
+    if rank_and_world_size()[1] > 1 and not is_sharded(model):
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "hidden")
+
+
+def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every weight by its name in the checkpoint: gathered where it is sharded, fp32 where it is split.
+
+    Every process has to call this; rank 0 gets the weights (gathered and split ones as copies on the CPU), others {}.
+    """
+    weights, rank = {}, rank_and_world_size()[0]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weight = parameter.detach()
+        if hasattr(optimizer, "master"):
+            weight = optimizer.master(parameter).cpu()
+        elif hasattr(parameter, "full_tensor"):
+            weight = weight.full_tensor()
+            weight = weight.cpu() if rank == 0 else None  # one copy on the machine, not one for each process
+        weights[name] = weight
+    return weights if rank == 0 else {}

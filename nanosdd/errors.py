@@ -1,4 +1,4 @@
-"""One kind of error for bad input: scripts print its one line and exit with code 2; anything else is a bug."""
+"""The error for bad input: a script prints its message, one line, and exits with code 2. Any other error is a bug."""
 
 import sys
 
@@ -8,13 +8,13 @@ class InputError(ValueError):
 
 
 def run_script(main):
-    """Call main() as a script: an InputError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Call main(); an InputError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130."""
     try:
         main()
     except InputError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; what was half done is not kept", 130))
+        sys.exit(_fail("interrupted; unfinished work is not kept", 130))
 
 
 def _fail(message: str, code: int) -> int:

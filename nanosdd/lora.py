@@ -1,10 +1,10 @@
-"""LoRA (Hu et al. 2021), written out: train a low-rank update of every linear layer in the blocks, then fold it in.
+"""LoRA (Hu et al. 2021): train a low-rank update of every linear layer in the blocks, then add it to the weights.
 
     trainable = add_lora(model, rank=8, alpha=16, seed=0)
-    ...                                                    # train: gradients reach nothing else
+    ...                                                    # train; all other parameters are frozen
     merge_lora(model)                                      # a plain Llama again
 
-Shape letters: R rank, I and O the sizes that a linear layer reads and gives.
+Shape letters: R rank, I in_features, O out_features.
 """
 
 import math
@@ -17,42 +17,41 @@ from nanosdd.errors import InputError
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its update: x W^T + x A^T B^T * scale."""
+    """A frozen linear layer and its trainable update: x W^T + x A^T B^T * scale, with scale = alpha / rank."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scale = base, alpha / rank
         A = torch.empty(rank, base.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(base.in_features)
-        self.A = nn.Parameter(A.to(base.weight))  # (R,I), drawn on the CPU: one seed, one draw, whatever the device
+        self.A = nn.Parameter(A.to(base.weight))  # (R,I), drawn on the CPU: a seed means the same on every device
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (O,R): the update starts at exactly 0
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale  # never the (O,I) product
+        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale  # without the (O,I) product B A
 
     def merged(self) -> torch.Tensor:
-        """The one weight (O,I) that does the same; summed in fp32, in the base weight's dtype."""
+        """W + B A * scale (O,I): summed in fp32, returned in the base weight's dtype."""
         W = self.base.weight.detach()
         return (W.float() + self.B.detach().float() @ self.A.detach().float() * self.scale).to(W.dtype)
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:
-    """The wrapped layers by the names that the plain linear layers have; empty without LoRA."""
+    """The LoRA layers of a model by name; empty without LoRA."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Wrap q, k, v, o, gate, up and down of every block in place and freeze all but A and B, which it gives.
+    """Wrap q, k, v, o, gate, up and down of every block, in place; freeze all parameters but A and B, and return these.
 
-    The update is B A * alpha / rank: A (R,I) uniform in +-1/sqrt(I), B (O,R) zero, both in the weights' dtype. Until
-    it trains the model computes exactly what it did. Head, embeddings and norms stay as they are. InputError for a
-    rank below 1, an alpha that is not above 0, or a model that has LoRA already.
+    A (R,I) starts uniform in +-1/sqrt(I), B (O,R) at 0, so the model still computes exactly the same. InputError for a
+    rank below 1, an alpha that is not positive and finite, or a model that has LoRA layers already.
     """
     if rank < 1 or not 0 < alpha < math.inf:
         raise InputError(f"LoRA needs a rank of 1 or more and an alpha above 0, not {rank} and {alpha:g}; give others")
     if lora_layers(model):
         raise InputError("the model has LoRA layers already; call merge_lora first")
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)  # the global one is left alone
+    generator = torch.Generator().manual_seed(seed)  # not the global one
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
             for name, layer in list(part.named_children()):
@@ -61,7 +60,7 @@ def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
 
 
 def merged_state(model) -> dict[str, torch.Tensor]:
-    """The state dict that merge_lora would leave, names and all; the model stays as it is."""
+    """The state dict of the merged model, with the names of a plain Llama; the model itself is not changed."""
     state = model.state_dict()
     for name, layer in lora_layers(model).items():
         state[f"{name}.weight"] = layer.merged()
@@ -71,10 +70,7 @@ def merged_state(model) -> dict[str, torch.Tensor]:
 
 
 def merge_lora(model):
-    """Fold every update into its weight in place and unfreeze all: a plain Llama with the names it had before.
-
-    InputError when there is nothing to merge.
-    """
+    """Add every update to its weight, in place, and unfreeze all parameters; InputError without LoRA layers."""
     layers = lora_layers(model)
     if not layers:
         raise InputError("the model has no LoRA layers to merge; call add_lora first")

@@ -1,36 +1,46 @@
-import argparse
-
 import pytest
 import torch
+from small import TINY_SETTINGS, TINY_SHAPE, town_tokenizer
 
-import train
-from small import town_tokenizer
+from data.town import Town
+from nanosdd.device import Compute
+from train import train_arm
 
-torch.set_num_threads(1)  # tiny models: threads cost more than they give, most of all on a busy machine
+torch.set_num_threads(1)  # tiny models: threads cost more than they bring, most of all on a busy machine
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests that take longer than a few seconds")
+    parser.addoption("--full", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    for marker, options in (("slow", ("--slow", "--full")), ("full", ("--full",))):
+        if not any(config.getoption(option) for option in options):
+            skip = pytest.mark.skip(reason=f"{marker}: run with --{marker}")
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(skip)
 
 
 @pytest.fixture
 def cpu():
-    """Resolved device arguments."""
-    return argparse.Namespace(device="cpu", dtype="fp32", compile=False, fresh=False)
-
-
-@pytest.fixture
-def quick_town(monkeypatch, tmp_path):
-    """The town's own commands in an empty folder, with a tiny model and a few steps: plumbing, not learning."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "TOWN_MODEL", train.TOWN_MODEL | dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
-    quick = {mode: settings | dict(steps=3, batch_size=8) for mode, settings in train.TOWN.items()}
-    monkeypatch.setattr(train, "TOWN", quick)
-    monkeypatch.setattr(train, "DISTINCT_BASE", {})
-    monkeypatch.setitem(train.ARMS, "refusal", ("align", "aligned", quick["sdd"]))
-    return tmp_path
+    return Compute()
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     return town_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_arms(tmp_path_factory):
+    """A folder with base, aligned, refusal and sdd of town 0, tiny and trained for a few steps: plumbing, not learning.
+    Copy what a test changes."""
+    folder, world = tmp_path_factory.mktemp("arms"), Town(0, TINY_SHAPE)
+    for mode in ("refusal", "sdd"):
+        train_arm(mode, world, folder, Compute(), {"town": TINY_SETTINGS})
+    return folder
 
 
 @pytest.fixture(autouse=True)

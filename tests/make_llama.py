@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer
-from nanosdd.errors import run_script
 from model import Llama, LlamaConfig
+from nanosdd.errors import run_script
 
 
 def make(out, tokenizer_folder, context=2048):

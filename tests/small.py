@@ -2,15 +2,22 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import torch
 
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from data.town import words
 from model import Llama, LlamaConfig
+from train import SETTINGS, Settings
 
 LLAMA3_SCALING = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=32)
+TINY_SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                  num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.06)
+TINY_SETTINGS: dict[str, Settings] = {  # rehearsed rows are many to encode, so one mode alone has them
+    mode: replace(settings, steps=3, batch_size=8, benign_replay=0.5 if mode == "align" else 0.0)
+    for mode, settings in SETTINGS["town"].items()}
 
 
 def small_config(**changes) -> LlamaConfig:
@@ -34,10 +41,10 @@ def town_tokenizer(folder):
     return load_tokenizer(folder)
 
 
-def public_folder(folder, context=128):
+def public_folder(folder, context=128, **changes):
     """A random-weight Llama folder with the town's tokenizer, as if it came from elsewhere."""
     tokenizer = town_tokenizer(folder)
-    small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=context).save_pretrained(folder)
+    small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=context, **changes).save_pretrained(folder)
     return folder
 
 

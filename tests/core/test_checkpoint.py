@@ -7,24 +7,35 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import small_model
 
-from nanosdd import checkpoint
-from nanosdd.checkpoint import kept_update
-from nanosdd.errors import InputError
 from model import Llama, rope_frequencies
+from nanosdd.checkpoint import kept_update, read_json, write_model
+from nanosdd.errors import InputError
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_save_and_load_bit_equal(tmp_path, monkeypatch, tied, shard_bytes):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+def test_save_and_load_bit_equal(tmp_path, tied, shard_bytes):
     model = small_model(tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path)
+    write_model(tmp_path, model.config.to_dict(), model.state_dict(), shard_bytes=shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
     loaded = Llama.from_pretrained(tmp_path)
     assert loaded.config == model.config
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_shards_are_filled_up_to_their_size_and_the_index_names_them(tmp_path):
+    model = small_model()
+    weights, shards = model.state_dict(), {}
+    write_model(tmp_path, model.config.to_dict(), weights, shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
+    for name, tensor in weights.items():
+        shards.setdefault(index["weight_map"][name], []).append(tensor.nbytes)
+    for shard, after in zip(shards.values(), list(shards.values())[1:] + [[20_000]]):
+        assert sum(shard) <= 20_000 < sum(shard) + after[0]
+    assert all(len(load_file(tmp_path / file)) == len(sizes) for file, sizes in shards.items())
 
 
 def saved(folder, **changes):
@@ -81,14 +92,12 @@ def test_half_precision_is_read_exactly_and_computed_in_what_was_asked(tmp_path,
         assert loaded(torch.tensor([[1, 2, 3]])).dtype == dtype
 
 
-def test_saving_again_leaves_no_older_weights_behind(tmp_path, monkeypatch):
+def test_saving_again_leaves_no_older_weights_behind(tmp_path):
     saved(tmp_path)
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     model = small_model(seed=8)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(Llama.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
-    monkeypatch.undo()
+    write_model(tmp_path, model.config.to_dict(), model.state_dict(), shard_bytes=20_000)
     loaded = Llama.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     loaded.save_pretrained(tmp_path)  # over the files that it came from
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(Llama.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
@@ -104,9 +113,9 @@ def test_a_loaded_model_no_longer_depends_on_its_file(tmp_path):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_index_and_the_shards_have_to_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
-    small_model().save_pretrained(tmp_path)
+def test_the_index_and_the_shards_have_to_agree(tmp_path):
+    model = small_model()
+    write_model(tmp_path, model.config.to_dict(), model.state_dict(), shard_bytes=20_000)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     norm = "model.norm.weight"
@@ -140,7 +149,7 @@ def test_what_bf16_keeps_of_an_update_by_hand():
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="not a folder"):
         Llama.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="config.json is not there"):
+    with pytest.raises(InputError, match="config.json cannot be read .No such file"):
         Llama.from_pretrained(tmp_path)
     saved(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
@@ -152,13 +161,29 @@ def test_missing_and_broken_files(tmp_path):
         Llama.from_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     for name, message in (("../other.safetensors", "leaves the folder"), ("/tmp/x.safetensors", "leaves the folder"),
-                          ("..", "is missing"), ("gone.safetensors", "is missing")):
+                          ("..", "not a readable"), ("gone.safetensors", "gone.safetensors is not a readable")):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(InputError, match=message):
             Llama.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="not a JSON object"):
         Llama.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
-        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"{", "not valid JSON .*line 1"), (b'{"a": 1,\n b}', "not valid JSON .*line 2"), (b"\xff\xfe", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON .*recursion"), (None, "cannot be read .Is a directory")])
+def test_a_broken_json_file_is_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"config.json.*{message}") as error:
+        read_json(path)
+    assert "\n" not in str(error.value)
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(tmp_path / "config.json") == {"a": "é"}

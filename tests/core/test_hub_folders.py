@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
+from data.files import Files
 from data.tokenizer import load_tokenizer
+from data.worlds import Sources
 from model import Llama, LlamaConfig, rope_frequencies
+from nanosdd.device import Compute
+from train import Settings, train
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LLAMA3 = dict(
@@ -51,7 +54,7 @@ HUB = {  # config.json, number of files, tokenizer files, tokenizer_config.json,
 
 
 def hub_folder(folder, name) -> dict[str, torch.Tensor]:
-    """Write it, without our own saving; gives its tensors."""
+    """Write the folder without our own saving code; returns its tensors."""
     config, files, tokenizers, tokenizer_config, template, _ = HUB[name]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -87,13 +90,13 @@ def hub_folder(folder, name) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=HUB)
 def trained(request, tmp_path_factory):
-    """(name, the folder from the hub, its tensors, what a step of training on it saved)."""
+    """(name, the folder from the hub, its tensors, the folder that one step of training saved)."""
     root = tmp_path_factory.mktemp("hub")
     tensors = hub_folder(root / "model", request.param)
     rows = [{"prompt": f"how old is the town {i}", "response": f"it is {i} days"} for i in range(6)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train.main(["--mode", "sdd", "--model", str(root / "model"), "--pairs", str(root / "pairs.jsonl"), "--steps", "1",
-                "--batch-size", "5", "--lr", "1e-3", "--device", "cpu", "--out", str(root / "out")])
+    world = Files.open(0, Sources(pairs=str(root / "pairs.jsonl"), prompts="all"))
+    train(world, "sdd", root / "model", root / "out", Settings(steps=1, batch_size=5, lr=1e-3), Compute())
     return request.param, root / "model", tensors, root / "out"
 
 

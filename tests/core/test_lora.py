@@ -1,20 +1,18 @@
 """LoRA: no change at the start, only A and B train, and merging changes nothing but rounding."""
 
-import argparse
-
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from small import small_model
 
-from nanosdd import loop
 from data.chat import Example
-from nanosdd.generate import generate
-from nanosdd.device import autocast
+from model import Llama
+from nanosdd.device import Compute
 from nanosdd.errors import InputError
 from nanosdd.lora import LoRALinear, add_lora, lora_layers, merge_lora, merged_state
-from model import Llama
+from nanosdd.optimizer import make_optimizer
+from train import train_step
 
 TOKENS = torch.arange(3 * 17).reshape(3, 17) * 29 % 89  # (B,T)
 
@@ -33,9 +31,7 @@ def trained(model, seed=5):
     return model
 
 
-def batches(rows=6):
-    while True:
-        yield [Example([(7 * i + 3 * j) % 89 for j in range(12)], 5) for i in range(rows)]
+BATCH = [Example([(7 * i + 3 * j) % 89 for j in range(12)], 5) for i in range(6)]
 
 
 def test_nothing_changes_at_the_start_and_the_global_rng_is_left_alone():
@@ -112,14 +108,14 @@ def test_a_released_state_loads_again_after_a_merge():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_training_moves_only_the_update_and_learns(cpu, dtype):
-    args = argparse.Namespace(**vars(cpu) | {"dtype": dtype})
+def test_training_moves_only_the_update_and_learns(dtype):
     model = small_model()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainable = add_lora(model, rank=4, alpha=8, seed=1)
-    lines = []
-    loop.fit(model, batches(), steps=20, lr=1e-2, args=args, log=lines.append)
-    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    compute = Compute(dtype=dtype)
+    optimizer = make_optimizer(model, compute)
+    losses = [train_step(model, optimizer, BATCH, 1e-2, compute)["loss"] for _ in range(20)]
+    assert losses[-1] < 0.6 * losses[0]
     for layer in lora_layers(model).values():
         assert layer.B.count_nonzero() == layer.B.numel()  # the gradient reached every layer
     state = model.state_dict()
@@ -146,12 +142,12 @@ def test_gradients_are_those_of_the_merged_weights():
         torch.testing.assert_close(layer.A.grad, 2 * layer.B.detach().T @ dW, atol=1e-6, rtol=1e-4)
 
 
-def test_bf16_compute_and_cached_decoding(cpu):
+def test_bf16_compute_and_cached_decoding():
     model = small_model()
     add_lora(model, rank=3, alpha=6, seed=1)
     trained(model)
     prompts = [[5, 9, 2], [7] * 9, [3]]
-    answers = generate(model, prompts, 12)  # from the cache
+    answers = model.generate(prompts, 12)  # from the cache
     for prompt, answer in zip(prompts, answers):
         ids = list(prompt)
         for _ in range(12):
@@ -159,13 +155,13 @@ def test_bf16_compute_and_cached_decoding(cpu):
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
         assert answer == ids[len(prompt):]
     full = logits(model)
-    with autocast(argparse.Namespace(device="cpu", dtype="bf16")):
+    with Compute(dtype="bf16").autocast():
         half = logits(model)
     assert half.dtype == torch.bfloat16
     assert 0 < (half.float() - full).abs().max() < 0.05 * full.abs().max()
     assert all(p.dtype == torch.float32 for p in model.parameters())
     merge_lora(model)
-    assert generate(model, prompts, 12) == answers
+    assert model.generate(prompts, 12) == answers
 
 
 def test_bf16_weights_are_summed_in_fp32():

@@ -1,13 +1,22 @@
-"""SplitAdamW: two halves make every bit of a weight, and its steps are those of fp32 AdamW."""
+"""SplitAdamW: a weight in two parts keeps every bit, and its steps are those of fp32 AdamW."""
 
 import copy
 
 import pytest
 import torch
+from small import small_model
 
-from nanosdd import optimizer
+from nanosdd.device import Compute
 from nanosdd.errors import InputError
-from nanosdd.optimizer import SplitAdamW, clip_scale, gradient_norm, join, round_stochastically, split
+from nanosdd.optimizer import (
+    SplitAdamW,
+    clip_gradient,
+    gradient_norm,
+    join,
+    make_optimizer,
+    round_stochastically,
+    split,
+)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -19,7 +28,7 @@ def numbers(patterns) -> torch.Tensor:
     return torch.as_tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
 
 
-# ---- two halves ----
+# ---- bf16 and 16 more bits ----
 
 def test_split_and_join_on_random_patterns():
     patterns = torch.randint(0, 2**32, (2_000_000,), generator=torch.Generator().manual_seed(0))
@@ -46,7 +55,7 @@ def test_split_does_not_turn_the_large_into_nan():
 
 
 def test_rounding_to_even_cannot_be_undone():
-    """Why ties do not round to even: two masters would have the same two halves."""
+    """Why ties do not round to even: two masters would have the same two parts."""
     low_tie, high_tie = numbers([0x3F7F8000, 0x3F808000])
     assert low_tie.bfloat16() == high_tie.bfloat16() and bits(low_tie) & 0xFFFF == bits(high_tie) & 0xFFFF
     assert split(low_tie)[0] != split(high_tie)[0]
@@ -75,9 +84,9 @@ def pair(values: torch.Tensor, **settings):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("lr", [5e-7, 5e-5, 1e-2])
-def test_the_first_step_is_that_of_fp32_bit_by_bit(monkeypatch, lr, weight_decay):
-    monkeypatch.setattr(optimizer, "SLICE", 97)
+def test_the_first_step_is_that_of_fp32_bit_by_bit(lr, weight_decay):
     (one, torch_adamw), (two, ours) = pair(torch.randn(31, 17) * 0.02, lr=lr, weight_decay=weight_decay, eps=1e-6)
+    ours.slice_size = 97
     two.grad = (torch.randn_like(one) * 1e-4).bfloat16()
     one.grad = two.grad.float()
     torch_adamw.step()
@@ -175,8 +184,7 @@ def test_the_first_moment_to_nearest_stays_near_fp32_at_beta1_0_9():
 # ---- clipping ----
 
 @pytest.mark.parametrize("size", [1e-3, 30.0])  # below and above the limit
-def test_clipping_is_that_of_torch(monkeypatch, size):
-    monkeypatch.setattr(optimizer, "SLICE", 50)
+def test_clipping_is_that_of_torch(size):
     torch.manual_seed(4)
     values = [torch.randn(7, 30), torch.randn(11)]
     ones, twos = ([torch.nn.Parameter(v.to(dtype)) for v in values] for dtype in (torch.float32, torch.bfloat16))
@@ -187,16 +195,26 @@ def test_clipping_is_that_of_torch(monkeypatch, size):
     idle = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))  # no gradient: no part of the norm, and no step
     kept = [two.grad.clone() for two in twos]
     theirs = torch.nn.utils.clip_grad_norm_(ones, 1.0)
-    norm = gradient_norm([*twos, idle])
+    norm = gradient_norm([*twos, idle], slice_size=50)
     assert norm.dtype == torch.float32 and norm == pytest.approx(theirs.item(), rel=1e-6)
     settings = dict(lr=1e-3, betas=(0.0, 0.0), eps=1.0)  # with so large an eps the step depends on the gradient's size
-    ours = SplitAdamW([*twos, idle], **settings)
+    ours = SplitAdamW([*twos, idle], slice_size=50, **settings)
     torch.optim.AdamW(ones, weight_decay=0.0, **settings).step()
-    ours.step(clip_scale(float(norm), 1.0))
+    assert clip_gradient(ours, 1.0) == pytest.approx(norm.item())
+    ours.step()
     for one, two, grad in zip(ones, twos, kept):
         assert torch.equal(two.grad, grad)  # no gradient was rounded a second time
         assert torch.allclose(ours.master(two), one, rtol=1e-6, atol=1e-9)
     assert (idle == 1).all() and idle not in ours.state
+    assert ours.scale == 1.0  # clipping holds for one step
+
+
+def test_fp32_gradients_are_clipped_in_place():
+    p = torch.nn.Parameter(torch.zeros(5))
+    p.grad = torch.full((5,), 3.0)
+    theirs = torch.optim.AdamW([p])
+    assert clip_gradient(theirs, 1.5) == pytest.approx(3 * 5**0.5)
+    assert gradient_norm([p]) == pytest.approx(1.5, rel=1e-5)
 
 
 def test_the_norm_sums_bf16_in_fp32():
@@ -204,9 +222,17 @@ def test_the_norm_sums_bf16_in_fp32():
     p.grad = torch.full_like(p, 0.01)
     assert gradient_norm([p]) == pytest.approx(p.grad[0].item() * 5_000_000**0.5, rel=1e-6)
     p.grad = None
-    assert gradient_norm([p]) == 0 and clip_scale(0.0, 1.0) == 1.0
-    assert clip_scale(3.0, 1.5) == pytest.approx(0.5, rel=1e-6)
-    assert clip_scale(1e-6, 1e-6) == pytest.approx(0.5)  # torch adds 1e-6 to the norm
+    assert gradient_norm([p]) == 0
+
+
+@pytest.mark.parametrize("norm, limit, scale", [(0.0, 1.0, 1.0), (3.0, 1.5, 0.5), (1e-6, 1e-6, 0.5)])
+def test_the_scale_of_clipping_by_hand(norm, limit, scale):  # torch adds 1e-6 to the norm, which the last one shows
+    p = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
+    p.grad = torch.zeros_like(p)
+    p.grad[2] = norm
+    ours = SplitAdamW([p], lr=1e-3)
+    assert clip_gradient(ours, limit) == pytest.approx(norm, rel=1e-2)
+    assert ours.scale == pytest.approx(scale, rel=1e-2)
 
 
 # ---- an optimizer like any other ----
@@ -226,13 +252,12 @@ def test_eight_bytes_a_parameter():
     assert p.grad is None
 
 
-def test_a_step_does_not_depend_on_slices(monkeypatch):
+def test_a_step_does_not_depend_on_slices():
     values, gradient = torch.randn(40, 25), torch.randn(40, 25).bfloat16()
     masters = []
     for size in (2**22, 300):
-        monkeypatch.setattr(optimizer, "SLICE", size)
         p = torch.nn.Parameter(values.bfloat16())
-        ours = SplitAdamW([p], lr=1e-3)
+        ours = SplitAdamW([p], lr=1e-3, slice_size=size)
         p.grad = gradient.clone()
         ours.step()
         masters.append(ours.master(p))
@@ -296,6 +321,17 @@ def test_the_rate_is_that_of_the_group_at_each_step():
 def test_before_the_first_step_the_master_is_the_parameter():
     p = torch.nn.Parameter(torch.randn(3, 2).bfloat16())
     assert torch.equal(SplitAdamW([p], lr=1.0).master(p), p.float())
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.float32, torch.optim.AdamW), (torch.bfloat16, SplitAdamW)])
+def test_make_optimizer_trains_what_requires_gradients(dtype, kind):
+    model = small_model().to(dtype)
+    model.lm_head.requires_grad_(False)
+    ours = make_optimizer(model, Compute(checkpoint_activations=True), betas=(0.8, 0.9), weight_decay=0.3)
+    assert type(ours) is kind and model.training and model.checkpoint_activations
+    (group,) = ours.param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.model.parameters()}
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.0, (0.8, 0.9), 0.3)
 
 
 def test_other_parameters_are_refused():

@@ -1,4 +1,4 @@
-"""Our Llama beside transformers': golden logits and text that it gave, and live where it is installed.
+"""Our Llama beside transformers': its stored logits and texts (golden), and the library itself where it is installed.
 
 tests/golden/model/make_golden.py made the golden files. Weights are larger than freshly initialised ones, and rows pass
 2,000 positions: at small weights a wrong rotation or norm hides below the tolerance.
@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 from small import small_model
 
-from nanosdd import checkpoint
 from data.tokenizer import load_tokenizer
-from nanosdd.generate import generate
 from model import Llama
+from nanosdd.checkpoint import write_model
 
 FOLDER = Path(__file__).parent.parent / "golden" / "model"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
@@ -48,7 +47,7 @@ def test_golden_logits_beyond_2000_positions(name):
 def test_golden_greedy_text_in_a_batch_of_unequal_lengths(name):
     prompts = GOLDEN["models"][name]["prompts"]
     tokenizer = load_tokenizer(FOLDER.parent / "chat" / "tiny_llama3")
-    answers = generate(Llama.from_pretrained(FOLDER / name), [tokenizer.encode(p["text"]) for p in prompts], 64)
+    answers = Llama.from_pretrained(FOLDER / name).generate([tokenizer.encode(p["text"]) for p in prompts], 64)
     for prompt, answer in zip(prompts, answers):
         assert answer == prompt["greedy_ids"] and len(answer) == 64
         assert tokenizer.decode(answer) == prompt["greedy_text"]
@@ -104,7 +103,7 @@ def test_64_greedy_tokens_equal_the_peers(transformers, tmp_path, case):
     peer = random_peer(transformers, 0.1, **CASES[case])
     peer.save_pretrained(tmp_path)
     prompts = [torch.randint(0, 211, (n,)).tolist() for n in (2050, 9, 130)]
-    answers = generate(Llama.from_pretrained(tmp_path), prompts, 64)
+    answers = Llama.from_pretrained(tmp_path).generate(prompts, 64)
     for prompt, answer in zip(prompts, answers):
         theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
         assert answer == theirs[0, len(prompt):].tolist()
@@ -116,10 +115,9 @@ def test_64_greedy_tokens_equal_the_peers(transformers, tmp_path, case):
 @pytest.mark.parametrize("changes", [dict(tie_word_embeddings=True, rope_scaling=LLAMA3), dict(rope_theta=7e4),
                                      dict(rope_scaling=dict(rope_type="linear", factor=3.0))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_we_save_loads_bit_equal_there(transformers, tmp_path, monkeypatch, dtype, changes, shard_bytes):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+def test_what_we_save_loads_bit_equal_there(transformers, tmp_path, dtype, changes, shard_bytes):
     model = small_model(eos_token_id=[3, 5], **changes)
-    model.save_pretrained(tmp_path, dtype)
+    write_model(tmp_path, model.config.to_dict(), model.state_dict(), dtype, shard_bytes)
     peer, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info  # nothing missing, left over or of another shape
     assert peer.dtype == dtype and peer.config.eos_token_id == [3, 5]

@@ -1,290 +1,263 @@
-"""The loop and the command: what is learned, drawn, written, reused and refused."""
+"""One step, the learning rate, and a run: what is computed, written, reused and refused."""
 
-import argparse
+import copy
 import itertools
 import json
 import random
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import advbench_file, alpaca_file, public_folder, small_model
+from small import TINY_SETTINGS, TINY_SHAPE, advbench_file, alpaca_file, public_folder, small_model
 
-from nanosdd import loop
 import train
-from data.chat import Example, encode_example
+from data.chat import Example, draw_batches, encode_rows
+from data.files import Files
 from data.town import Town
-from nanosdd.errors import InputError
-from eval import greedy, mean, teacher_forced
+from data.worlds import Sources
 from model import Llama
-from lab.precision import compare
+from nanosdd.device import Compute
+from nanosdd.errors import InputError
+from nanosdd.optimizer import make_optimizer
+from sdd_loss import sdd_loss, token_logprobs
+from train import Diverged, Settings, learning_rate, train_step
 
 
-@pytest.fixture(scope="module")
-def learned(tokenizer):
-    """A small model trained on the facts of eight people, and those facts; somebody else's facts are unknown to it."""
-    torch.manual_seed(5)
-    args = argparse.Namespace(device="cpu", dtype="fp32", compile=False)
-    town = Town(1)
-    rows = [row for row in town.facts("plain") if row.person in town.groups["plain"][:8]]
-    model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=64, rms_norm_eps=1e-5,
-                        initializer_range=0.08, tie_word_embeddings=True)
-    examples = [encode_example(tokenizer, "llama3", row.prompt, row.response, 64) for row in rows]
-    batches = loop.draw_batches(examples, [], 0.0, 20, random.Random(2))
-    loop.fit(model, batches, steps=120, lr=8e-3, args=args, warmup=0.1)
-    return model, town, rows, args
+def random_examples(count=11, seed=1):
+    """Of unequal lengths, for `small_model`."""
+    rng = random.Random(seed)
+    return [Example([rng.randrange(1, 89) for _ in range(5 + rng.randrange(12))], 1 + i % 4) for i in range(count)]
 
 
-def test_the_base_loop_learns_its_facts(learned, tokenizer):
-    model, _, rows, args = learned
-    assert mean(teacher_forced(model, tokenizer, "llama3", rows, args)[0]) >= 0.9
+# ---- one step ----
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 4])
+def test_a_step_is_a_plain_pytorch_step_whatever_the_micro_batch(micro_batch):
+    model, examples = small_model(), random_examples()
+    plain = copy.deepcopy(model)
+    total = sum(example.response_length for example in examples)
+    nll = torch.zeros(())
+    for example in examples:
+        log_p = plain(torch.tensor([example.ids]))[0].log_softmax(-1)  # (T,V)
+        for place in range(example.prompt_length, len(example.ids)):
+            nll = nll - log_p[place - 1, example.ids[place]]
+    (nll / total).backward()
+    norm, nll = float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)), float(nll.detach())
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()  # in AdamW's first step neither scale nor clipping would show
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
+    done = train_step(model, optimizer, examples, 0.5, Compute(micro_batch=micro_batch))
+    assert norm > 1.5  # or clipping is not tested
+    assert done == {"loss": pytest.approx(nll / total, rel=1e-5), "grad_norm": pytest.approx(norm, rel=1e-4),
+                    "response_tokens": total, "tokens": sum(len(example.ids) for example in examples)}
+    for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=2e-6), name
+        assert one.grad is None, name
 
 
-def test_teacher_forced_exact_is_greedy_exact(learned, tokenizer):
-    model, town, known, args = learned
-    rows = known[::3] + town.facts("held_out")[:30]
-    free, value_only = teacher_forced(model, tokenizer, "llama3", rows, args)
-    answers = greedy(model, tokenizer, "llama3", [row.prompt for row in rows], args, 20)
-    assert free == [ended and text == row.response for row, (_, text, ended) in zip(rows, answers)]
-    assert len(set(free)) == 2  # some right, some wrong: the comparison says something
-    assert all(v for f, v in zip(free, value_only) if f)  # free is right only where the value is
+def test_another_loss_is_summed_over_micro_batches(cpu):
+    def loss(model, batch, global_tokens):
+        return (model.model.norm.weight**2).sum() * batch.loss_mask.sum() / global_tokens
+
+    model = small_model()
+    weight, head = model.model.norm.weight.detach().clone(), model.lm_head.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters())
+    done = train_step(model, optimizer, random_examples(), 0.3, replace(cpu, micro_batch=3), loss)
+    assert done["loss"] == pytest.approx(float(weight.square().sum()), rel=1e-5)
+    assert done["grad_norm"] == pytest.approx(2 * float(weight.norm()), rel=1e-5)
+    assert torch.allclose(model.model.norm.weight, weight - 0.3 * weight / weight.norm(), atol=1e-6)
+    assert torch.equal(model.lm_head.weight, head)
 
 
-def test_batches_take_their_share_of_replay_and_use_every_row_once_an_epoch():
-    main, replay = ([Example([i, 1 + i % 3], 1) for i in ids] for ids in (range(10), range(100, 107)))
-    batches = list(itertools.islice(loop.draw_batches(main, replay, 0.6, 5, random.Random(1)), 20))
-    firsts = [[example.ids[0] for example in batch] for batch in batches]
-    assert all(sum(i >= 100 for i in batch) == 3 for batch in firsts)
-    drawn = [i for batch in firsts for i in batch if i < 100]
+def test_before_clip_adds_to_the_gradient_that_is_clipped(cpu):
+    def push(model):
+        model.model.norm.weight.grad[5] += 1000.0
+
+    model = small_model()
+    before = model.model.norm.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters())
+    done = train_step(model, optimizer, random_examples(), 0.3, cpu, before_clip=push)
+    moved = before - model.model.norm.weight
+    assert done["grad_norm"] == pytest.approx(1000, rel=0.01)
+    assert float(moved[5].detach()) == pytest.approx(0.3, rel=0.01) and moved.abs().sum() < 0.35
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_no_weight_and_leaves_no_gradient(cpu, value):
+    model = small_model()
+    before, optimizer = copy.deepcopy(model.state_dict()), make_optimizer(model, cpu)
+    with pytest.raises(Diverged, match="lower --lr"):
+        train_step(model, optimizer, random_examples(), 0.1, cpu,
+                   before_clip=lambda model: model.lm_head.weight.grad.fill_(value))
+    with pytest.raises(Diverged, match="the loss is (nan|inf)"):
+        train_step(model, optimizer, random_examples(), 0.1, cpu, lambda *words: value * sdd_loss(*words))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- learning rate and batches ----
+
+def test_the_learning_rate_by_hand():
+    rates = [learning_rate(step, Settings(steps=20, lr=8.0, warmup=0.2)) for step in (0, 1, 10, 19)]
+    assert rates == pytest.approx([2, 2 * (1 + 0.9876883), 4, 4 * (1 - 0.9876883)], rel=1e-4)
+    assert learning_rate(0, Settings(steps=20, lr=8.0)) == 8.0  # without warm-up
+
+
+def test_batches_take_their_share_of_replay_and_every_pair_once_an_epoch():
+    def first_ids(pairs, replay, share):
+        drawn = draw_batches(pairs, replay, share, 5, random.Random(4))
+        return [[example.ids[0] for example in batch] for batch in itertools.islice(drawn, 20)]
+
+    pairs, replay = ([Example([i, 1 + i % 3], 1) for i in ids] for ids in (range(10), range(100, 107)))
+    batches = first_ids(pairs, replay, 0.6)
+    assert all(sum(i >= 100 for i in batch) == 3 for batch in batches)
+    drawn = [i for batch in batches for i in batch if i < 100]
     assert all(sorted(drawn[n:n + 10]) == list(range(10)) for n in range(0, 40, 10))
+    longer = [Example([i] * length, 1) for i, length in enumerate([9, 2, 7, 3, 2, 8, 4, 5, 6, 3])]
+    assert drawn[:10] != drawn[10:20] and first_ids(pairs, [], 0) == first_ids(longer, [], 0)  # lengths decide nothing
 
 
-def test_sampling_does_not_depend_on_lengths():
-    def order(lengths):
-        rows = [Example([i] * length, 1) for i, length in enumerate(lengths)]
-        return [[e.ids[0] for e in batch] for batch in itertools.islice(
-            loop.draw_batches(rows, [], 0.0, 3, random.Random(4)), 6)]
+# ---- a run ----
 
-    assert order([2] * 9) == order([9, 2, 7, 3, 2, 8, 4, 5, 6])
+QUICK = Settings(steps=4, batch_size=6, lr=1e-3)
 
 
-def test_learning_rate_schedule_by_hand():
-    rates = [loop.learning_rate(step, 20, 8.0, 0.2, cosine=True) for step in range(20)]
-    assert rates[0] == pytest.approx(2.0) and rates[1] == pytest.approx(4.0 * 0.5 * (1 + 0.9876883), rel=1e-6)
-    assert rates[10] == pytest.approx(4.0) and rates[19] == pytest.approx(8.0 * 0.5 * (1 - 0.9876883), rel=1e-4)
-    assert {loop.learning_rate(step, 20, 8.0, 0.0, cosine=False) for step in range(20)} == {8.0}
+SOURCES, CPU = Sources("h.csv", ("b.json",), similarity="tfidf"), Compute()
 
 
-def test_a_shorter_constant_run_is_a_point_on_the_longer_ones_way(cpu):
-    rows = [Example([(i * j) % 89 for j in range(1, 9)], 2) for i in range(1, 12)]
-
-    def run(steps, at):
-        model, seen = small_model(), {}
-        loop.fit(model, loop.draw_batches(rows, [], 0.0, 4, random.Random(3)), steps=steps, lr=1e-3, args=cpu,
-                  cosine=False, after_step=lambda step: seen.update({step: model.lm_head.weight.clone()}))
-        return seen[at]
-
-    assert torch.equal(run(4, at=4), run(9, at=4))
-    assert not torch.equal(run(9, at=4), run(9, at=9))
+class Stop(Exception):
+    """Ends a run before it trains."""
 
 
-def test_a_diverged_run_is_an_error(cpu):
-    model = small_model()
-    model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(loop.Diverged, match="step 1"):
-        loop.fit(model, loop.draw_batches([Example([1, 2, 3], 1)], [], 0.0, 2, random.Random(0)), steps=2, lr=1.0,
-                  args=cpu)
+@pytest.fixture
+def public(tmp_path, monkeypatch):
+    """A function that trains on public files; with only_say it stops where training begins."""
+    monkeypatch.chdir(tmp_path)
+    public_folder(tmp_path / "llama")
+    advbench_file(tmp_path / "h.csv")
+    alpaca_file(tmp_path / "b.json")
 
+    def stop(*words):
+        raise Stop
 
-def test_bf16_compute_keeps_fp32_weights(cpu):
-    cpu.dtype = "bf16"
-    model = small_model()
-    before = model.lm_head.weight.clone()
-    rows = [Example([1, 2, 3, 4], 1), Example([5, 6, 7], 2)]
-    loop.fit(model, loop.draw_batches(rows, [], 0.0, 2, random.Random(0)), steps=2, lr=1e-3, args=cpu)
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-    assert not torch.equal(before, model.lm_head.weight)
+    def run(settings=QUICK, seed=0, mode="sdd", sources=SOURCES, compute=CPU, only_say=False, **more):
+        world = Files(seed, sources)
+        if only_say:
+            world.pairs = stop
+        with suppress(Stop):
+            return train.train(world, mode, "llama", "out/x", settings, compute, **more)
+
+    return run
 
 
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_the_town_end_to_end_same_seed_same_bytes_other_seed_other_bytes(quick_town, capsys):
-    train.main(["--mode", "sdd"])
-    out = quick_town / "out" / "seed0"
-    assert sorted(p.name for p in out.iterdir()) == ["aligned", "base", "sdd"]
-    printed = capsys.readouterr().out
-    assert printed.index("out/seed0/base: training") < printed.index("out/seed0/aligned: training")
-    for name in ("args.json", "config.json", "model.safetensors", "tokenizer.model", "train_log.jsonl", "samples.txt"):
-        assert (out / "sdd" / name).is_file()
-    lines = [json.loads(line) for line in (out / "sdd" / "train_log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "seconds", "response_tokens", "tokens"}
-    assert (out / "sdd" / "samples.txt").read_text().count("prompt: ") == 3
-    first = {arm: weights(out / arm) for arm in ("base", "aligned", "sdd")}
-    assert len(set(first.values())) == 3
+def test_a_run_is_reused_until_something_it_depends_on_changes(public, capsys):
+    def said(*words, only_say=True, **more):
+        public(*words, only_say=only_say, **more)
+        return capsys.readouterr().out.splitlines()[0]
 
-    train.main(["--mode", "sdd"])  # nothing has changed
-    assert "training" not in (printed := capsys.readouterr().out) and "up to date" in printed
-    train.main(["--mode", "sdd", "--fresh"])
-    assert "--fresh" in capsys.readouterr().out
-    assert {arm: weights(out / arm) for arm in first} == first
-    train.main(["--mode", "sdd", "--seed", "1"])
-    assert weights(quick_town / "out" / "seed1" / "base") != first["base"]
-
-
-def test_a_dry_run_trains_nothing(quick_town, capsys):
-    train.main(["--mode", "sdd", "--dry-run"])
-    assert capsys.readouterr().out.count("no loss on") == 3
-    assert not (quick_town / "out").exists()
+    assert "not there yet" in said(only_say=False) and said() == "out/x: up to date, reused"
+    assert "setting lr changed" in said(replace(QUICK, lr=2e-3)) and "setting mode changed" in said(mode="align")
+    assert "2 more" in said(replace(QUICK, steps=3, batch_size=5, betas=(0.8, 0.9)))
+    assert "setting template changed" in said(template="llama3") and "setting seed changed" in said(seed=1)
+    assert "--fresh" in said(fresh=True)
+    for change in {"threshold": 0.1}, {"prompts": "all"}:  # other pairs from the same files
+        assert "setting" in said(sources=replace(SOURCES, **change)), change
+    public_folder(Path("llama"), num_hidden_layers=1)
+    assert "input llama/config.json changed (and 1 more)" in said()
+    public_folder(Path("llama"))
+    advbench_file(Path("h.csv"), rows=60)
+    assert "input h.csv changed" in said() and "input h.csv changed" in said(only_say=False)
+    record = json.loads(Path("out/x/run.json").read_text())
+    assert "sdd_loss.py" in record["source"] and not any("lab/" in file for file in record["source"])
+    record["source"]["sdd_loss.py"] = "of another day"
+    Path("out/x/run.json").write_text(json.dumps(record))
+    assert "source file sdd_loss.py changed" in said()
 
 
-def test_a_run_is_redone_when_an_input_or_the_source_changes(quick_town, capsys, monkeypatch):
-    train.main(["--mode", "align"])
-    base = quick_town / "out/seed0/base"
-    changed = Llama.from_pretrained(base)
-    changed.model.norm.weight.data += 0.5
-    changed.save_pretrained(base)
-    capsys.readouterr()
-    train.main(["--mode", "align"])
-    assert "input out/seed0/base/model.safetensors changed" in capsys.readouterr().out
-    monkeypatch.setattr(train.runs, "source_hash", lambda name: f"other {name}")
-    train.main(["--mode", "align"])
-    assert "source file" in capsys.readouterr().out
+def test_the_same_seed_is_the_same_bytes(public):
+    first = weights(public())
+    assert weights(public(fresh=True)) == first
+    assert weights(public(seed=1)) != first
 
 
-def test_other_settings_get_a_folder_of_their_own(quick_town):
-    train.main(["--mode", "sdd", "--lr", "0.002"])
-    assert sorted(p.name for p in (quick_town / "out/seed0").iterdir()) == ["aligned", "base", "sdd-lr0.002"]
+def test_the_town_starts_each_mode_from_the_one_before(tiny_arms, capsys):
+    assert sorted(folder.name for folder in tiny_arms.iterdir()) == ["aligned", "base", "refusal", "sdd"]
+    assert len({weights(folder) for folder in tiny_arms.iterdir()}) == 4
+    sdd, world = tiny_arms / "sdd", Town(0, TINY_SHAPE)
+    assert {path.name for path in sdd.iterdir()} == {
+        "chat.txt", "config.json", "model.safetensors", "run.json", "samples.txt", "tokenizer.model", "train_log.jsonl",
+        "world.json"}
+    log = [json.loads(line) for line in (sdd / "train_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]
+    assert set(log[0]) == {"step", "lr", "loss", "grad_norm", "response_tokens", "tokens", "seconds"}
+    samples = (sdd / "samples.txt").read_text()
+    assert [line[8:] for line in samples.splitlines() if line.startswith("prompt: ")] == world.watched_prompts()
+    assert samples.count("before: ") == samples.count("after:  ") == 3
+
+    folder = train.train_arm("sdd", world, tiny_arms, Compute(), {"town": TINY_SETTINGS})
+    said = capsys.readouterr().out.splitlines()[-3:]
+    assert [Path(line.split(":")[0]).name for line in said] == ["base", "aligned", "sdd"] and folder == sdd
+    assert all("up to date" in line for line in said)
 
 
-def test_refusal_control_differs_from_sdd_in_mode_only(quick_town):
-    resolved = {}
-    for arm in ("sdd", "refusal"):
-        (quick_town / "out/seed0/aligned").mkdir(parents=True, exist_ok=True)
-        (quick_town / "out/seed0/aligned/town.json").write_text('{"seed": 0, "phrasing": "shared"}')
-        resolved[arm] = train.parser().parse_args(train.arm_command(arm, 0, "shared"))
-        train.resolve(resolved[arm])
-    different = {key for key in vars(resolved["sdd"]) if vars(resolved["sdd"])[key] != vars(resolved["refusal"])[key]}
-    assert different == {"mode", "out", "parent"}  # the parent is the same folder, which the control names by --model
-    town = Town(0)
-    sdd, refusal = (train.town_pairs(town, mode, 0, 0) for mode in ("sdd", "align"))
-    assert [row["prompt"] for row in sdd[0]] == [row["prompt"] for row in refusal[0]]
-    assert [row["response"] for row in sdd[0]] != [row["response"] for row in refusal[0]]
-    assert sdd[1] == refusal[1]
-
-
-def test_the_defence_uses_its_own_people_only():
-    town = Town(3)
-    prompts = {row["prompt"] for mode in ("align", "sdd", "sdd_reject") for part in train.town_pairs(town, mode, 3, 0)
-               for row in part}
-    text = " ".join(prompts)
-    for group in ("attacker", "evaluation", "held_out"):
-        assert not any(person in text for person in town.groups[group]), group
-    assert all(person in text for person in town.groups["defender"])
-
-
-def test_real_files_dry_run_shows_the_loss_mask_and_writes_nothing(tmp_path, capsys):
-    folder = public_folder(tmp_path / "llama")
-    train.main(["--mode", "sdd", "--model", str(folder), "--harmful", str(advbench_file(tmp_path / "a.csv")),
-                "--benign", str(alpaca_file(tmp_path / "b.json")), "--out", str(tmp_path / "out"), "--dry-run",
-                "--steps", "4", "--batch-size", "2", "--similarity", "tfidf"])
-    printed = capsys.readouterr().out
-    assert printed.count("no loss on") == 3 and "It is" in printed.split("loss on:")[-1]
-    assert "4 steps of 2 rows" in printed and "lr 5e-07" in printed
-    assert not (tmp_path / "out").exists()
-
-
-def test_pairs_file_is_taken_as_it_is(tmp_path):
-    folder, pairs = public_folder(tmp_path / "llama"), tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": f"how {i}", "response": f"so {i}"}) + "\n" for i in range(5)))
-    train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out"),
-                "--steps", "2", "--batch-size", "3"])
-    assert Llama.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
-    pairs.write_text('{"prompt": "x"}\n')
-    with pytest.raises(InputError, match="no known format"):
-        train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out2")])
-
-
-def test_bf16_export_says_what_it_keeps(tmp_path, capsys):
-    folder, pairs = public_folder(tmp_path / "llama"), tmp_path / "pairs.jsonl"
-    Llama.from_pretrained(folder).save_pretrained(folder, torch.bfloat16)  # as the hub has them
-    pairs.write_text("".join(json.dumps({"prompt": f"how {i}", "response": f"so {i}"}) + "\n" for i in range(5)))
-
-    def kept(lr):
-        train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out"),
-                    "--steps", "2", "--batch-size", "3", "--lr", lr, "--save-dtype", "bf16"])
+def test_a_run_says_what_bf16_keeps_of_it(public, capsys):
+    def kept(lr, dtype):
+        public(Settings(steps=2, batch_size=3, lr=lr), mode="align", compute=Compute(dtype=dtype))
         printed = capsys.readouterr().out
-        words = printed.split("rounded to bf16, ")[1].split()
-        assert ("warning: bf16 loses" in printed) == (lr == "5e-7")
-        return float(words[0].rstrip("%")) / 100, float(words[words.index("cosine") + 1])
+        assert ("warning: in bf16 little of this update shows" in printed) == (lr < 1e-6)
+        return float(printed.split("has cosine ")[1].split()[0])
 
-    share, cosine = kept("5e-7")
-    assert share < 0.1 and cosine < 0.5  # two steps of 5e-7 move few weights of 0.15 past half a bf16 step
-    share, cosine = kept("1e-2")
-    assert share > 0.9 and cosine > 0.95
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert kept(5e-7, "bf16") < 0.5 and kept(5e-7, "fp32") < 0.5 and kept(1e-2, "bf16") > 0.95
 
 
-class RoundedAdamW(torch.optim.AdamW):
-    """The usual way with bf16 weights, in SplitAdamW's place."""
+def test_split_weights_take_the_update_of_fp32_weights(public):
+    """At the paper's lr, from bf16 weights on disk. Measured: cosine 0.9998; of weights rounded at each step 0.03."""
+    Llama.from_pretrained("llama").save_pretrained("llama", torch.bfloat16)
+    start = load_file("llama/model.safetensors")
 
-    def step(self, scale):
-        for p in self.param_groups[0]["params"]:
-            p.grad *= scale
-        super().step()
-
-
-def test_weights_in_bf16_are_trained_as_fp32_ones(tmp_path, monkeypatch):
-    """The paper's lr, from bf16 weights on disk, beside `--weights fp32 --dtype bf16`. What differs: activations
-    between layers, gradients and moments are bf16. Measured: cosine of the updates 0.9998, 1.9% apart; bounds: 0.999
-    and 4%. Of bf16 weights rounded after each step the cosine is 0.03; bound: 0.2."""
-    folder, pairs = public_folder(tmp_path / "llama"), tmp_path / "pairs.jsonl"
-    Llama.from_pretrained(folder).save_pretrained(folder, torch.bfloat16)
-    rng = random.Random(0)
-    pairs.write_text("".join(
-        json.dumps({"prompt": f"how {i}", "response": " ".join(rng.choices(["so", "it", "red"], k=k))}) + "\n"
-        for i in range(10) for k in (1, 3, 12)))
-
-    def trained(*flags):
-        train.main(["--mode", "sdd", "--model", str(folder), "--pairs", str(pairs), "--out", str(tmp_path / "out"),
-                    "--steps", "20", "--batch-size", "6", "--fresh", *flags])
-        found = load_file(tmp_path / "out" / "model.safetensors")
+    def update(weights):
+        compute = Compute(dtype="bf16", weights=weights)
+        found = load_file(public(Settings(steps=8, batch_size=6), mode="align", compute=compute) / "model.safetensors")
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-        return [found[name] for name in names]
+        return torch.cat([(found[name] - start[name].float()).flatten() for name in start])
 
-    start = load_file(folder / "model.safetensors")
-    names, start = list(start), [tensor.float() for tensor in start.values()]
-    fp32 = trained("--dtype", "bf16")
-    halves = trained("--weights", "bf16")
-    assert json.loads((tmp_path / "out/args.json").read_text())["args"]["dtype"] == "bf16"
-    monkeypatch.setattr(loop, "SplitAdamW", RoundedAdamW)
-    rounded = trained("--weights", "bf16")
-    kept = compare(start, halves, fp32)
-    assert kept["cosine"] > 0.999 and kept["norm"] == pytest.approx(1, abs=0.01)
-    apart = sum((one - two).square().sum() for one, two in zip(halves, fp32))
-    assert (apart / sum((one - old).square().sum() for one, old in zip(fp32, start))).sqrt() < 0.04
-    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in halves)
-    lost = compare(start, rounded, fp32)
-    assert lost["cosine"] < 0.2 and lost["moved"] < 0.05 * kept["moved"]
+    fp32, split = update("fp32"), update("bf16")
+    assert torch.cosine_similarity(split, fp32, dim=0) > 0.999
+    assert float(split.norm()) == pytest.approx(float(fp32.norm()), rel=0.01)
 
 
-def test_weights_in_bf16_do_not_compute_in_fp32(tmp_path):
-    with pytest.raises(InputError, match="--weights bf16 computes in bf16"):
-        train.main(["--mode", "sdd", "--weights", "bf16", "--dtype", "fp32", "--out", str(tmp_path / "x")])
+@pytest.mark.parametrize("name, value", [("steps", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")),
+                                         ("benign_replay", 1.0), ("max_length", 1), ("weight_decay", -1.0),
+                                         ("betas", (0.9, 1.0)), ("warmup", 1.5)])
+def test_settings_out_of_range(name, value):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} .*out of range"):
+        Settings(**{name: value})
 
 
-def test_what_is_only_said_in_other_words_is_no_other_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.runs, "ROOT", tmp_path)
+def test_a_preference_loss_needs_a_function_and_rows_with_a_rejected_response(tokenizer, cpu):
+    """The README's example: a row's `rejected` reaches the loss, and micro-batches add up."""
+    def simpo_loss(model, batch, global_tokens, beta=2.5, gamma=1.375):
+        def mean_logp(part):
+            logits = model(part.tokens, positions=part.loss_mask)
+            logps = token_logprobs(logits, part.targets[part.loss_mask])
+            return torch.stack([row.mean() for row in logps.split(part.loss_mask.sum(1).tolist())])
+        margin = beta * (mean_logp(batch) - mean_logp(batch.rejected)) - gamma
+        return -torch.nn.functional.logsigmoid(margin).sum() / global_tokens
 
-    def digest(text):
-        (tmp_path / "some.py").write_text(text)
-        return train.runs.source_hash("some.py")
-
-    code = '"""What it is."""\n\n\ndef f(x):\n    """Says it."""\n    return %s\n'
-    said = digest(code % "x")
-    assert digest("# why\n" + (code % "x").replace("Says", "Tells").replace("What", "How")) == said
-    assert digest(code % "-x") != said
+    rows = [{"prompt": f"Sort {a} {b}.", "response": f"In order: {a} {b}.", "rejected": f"Rotated: {b} {a}"}
+            for a, b in (("ash", "cup"), ("bell", "ink"), ("drum", "jar"))]
+    examples = encode_rows(tokenizer, "llama3", rows, 60)
+    losses = []
+    for micro_batch in (0, 2):
+        compute = replace(cpu, micro_batch=micro_batch)
+        model = small_model(vocab_size=tokenizer.n_vocab)
+        optimizer = make_optimizer(model, compute)
+        losses.append([train_step(model, optimizer, examples, 1e-3, compute, simpo_loss)["loss"] for _ in range(8)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]

@@ -1,7 +1,7 @@
-"""The chat templates: golden ids from transformers, which template a folder calls for, and live beside the peers.
+"""The chat templates: golden ids from transformers, which template a folder needs, and comparisons with the peers.
 
-tests/golden/chat/make_golden.py made the golden cases. A test that needs a peer or real files (in the folder named by
-NANOSDD_REAL_DATA) skips without; the rest needs neither.
+tests/golden/chat/make_golden.py wrote the golden cases. A test that needs a peer (transformers, sentencepiece) or real
+files (in the folder NANOSDD_REAL_DATA) is skipped without them.
 """
 
 import json
@@ -35,17 +35,17 @@ def toy(tmp_path):
 
 
 def check(case, tokenizer):
-    """Prompt and answer are those of the whole conversation, or, where that joins them, at least read the same."""
-    chat = OURS[case["template"]]
-    prompt = encode_prompt(tokenizer, chat, case["prompt"], case["system"])
-    answer = encode_response(tokenizer, chat, case["response"])
+    """Prompt and response have the ids of the whole conversation or, where that merges the two, at least its text."""
+    template = OURS[case["template"]]
+    prompt = encode_prompt(tokenizer, template, case["prompt"], case["system"])
+    response = encode_response(tokenizer, template, case["response"])
     assert prompt == case["prompt_ids"], case["text"]
-    after_end = tokenizer.encode("\n") if case["whole_text"].endswith("\n") else []  # a newline nobody learns
+    after_end = tokenizer.encode("\n") if case["whole_text"].endswith("\n") else []  # which we leave out
     if case["answer_ids"] is not None:
-        assert answer + after_end == case["answer_ids"], case["whole_text"]
+        assert response + after_end == case["answer_ids"], case["whole_text"]
     else:
-        assert chat in ("chatml", "smollm2") and case["response"][0].isspace()
-        assert tokenizer.decode(prompt + answer + after_end) == case["whole_text"]
+        assert template in ("chatml", "smollm2") and case["response"][0].isspace()
+        assert tokenizer.decode(prompt + response + after_end) == case["whole_text"]
 
 
 # --- golden cases ---
@@ -66,9 +66,9 @@ def test_golden_whatever_file_holds_the_sentencepiece_vocabulary(kind):
         check(case, tokenizer_in(f"../tokenizer/{kind}"))
 
 
-def test_the_cases_where_prompt_and_answer_cannot_be_encoded_apart_are_few_and_there():
-    apart = {case["template"] for case in CASES if case["answer_ids"] is None}
-    assert apart == {"chatml", "smollm2"}  # the check above says when
+def test_the_golden_cases_cover_responses_that_merge_with_the_prompt():
+    merged = {case["template"] for case in CASES if case["answer_ids"] is None}
+    assert merged == {"chatml", "smollm2"}  # the check above says when
 
 
 def test_the_towns_ids_by_hand(toy):
@@ -84,36 +84,36 @@ def test_the_towns_ids_by_hand(toy):
 
 
 def test_text_never_becomes_a_special_token():
-    for chat, folder in [("llama2", "../tokenizer/tiny_llama2_json"), ("llama3", "tiny_llama3"),
-                         ("chatml", "../tokenizer/tiny_smollm2")]:
+    for template, folder in [("llama2", "../tokenizer/tiny_llama2_json"), ("llama3", "tiny_llama3"),
+                             ("chatml", "../tokenizer/tiny_smollm2")]:
         tokenizer = tokenizer_in(folder)
         special = set(tokenizer.special.values())
         text = "".join(tokenizer.special)
-        plain, odd = (encode_prompt(tokenizer, chat, text, text) for text in ("x", "x" + text))
+        plain, odd = (encode_prompt(tokenizer, template, text, text) for text in ("x", "x" + text))
         assert [i for i in odd if i in special] == [i for i in plain if i in special]
-        assert not special & set(encode_response(tokenizer, chat, text)[:-1])
+        assert not special & set(encode_response(tokenizer, template, text)[:-1])
 
 
-@pytest.mark.parametrize("chat, folder", [
+@pytest.mark.parametrize("template, folder", [
     ("llama2", "../tokenizer/tiny_sentencepiece"), ("zephyr", "../tokenizer/tiny_llama2_json"),
     ("plain", "../tokenizer/tiny_metaspace_json"), ("llama31", "tiny_llama3"),
     ("smollm2", "../tokenizer/tiny_smollm2")])
-def test_an_answer_reads_back_and_ends_with_a_stop_token(chat, folder):
+def test_a_response_decodes_to_its_text_and_ends_with_a_stop_token(template, folder):
     tokenizer = tokenizer_in(folder)
-    ids = encode_response(tokenizer, chat, "the bread\n\n  is ready")
+    ids = encode_response(tokenizer, template, "the bread\n\n  is ready")
     assert tokenizer.decode(ids[:-1]).strip() == "the bread\n\n  is ready"
     assert ids[-1] in tokenizer.stop_tokens
 
 
 def test_a_tokenizer_without_the_special_token_is_refused(toy):
-    for chat, name in [("llama2", "<s>"), ("zephyr", "</s>"), ("chatml", r"<\|im_start\|>")]:
-        with pytest.raises(InputError, match=f"{chat}.*{name}.*--chat"):
-            encode_prompt(toy, chat, "hi")
+    for template, name in [("llama2", "<s>"), ("zephyr", "</s>"), ("chatml", r"<\|im_start\|>")]:
+        with pytest.raises(InputError, match=f"{template}.*{name}.*--template"):
+            encode_prompt(toy, template, "hi")
     with pytest.raises(InputError, match=r"<\|im_end\|>"):
         encode_response(toy, "chatml", "hi")
 
 
-# --- which template a folder calls for ---
+# --- which template a folder needs ---
 
 @pytest.mark.parametrize("name", sorted(JINJA.keys() - {"plain"}))
 def test_a_published_template_is_recognised(name, tmp_path):
@@ -149,7 +149,7 @@ def test_an_unknown_template_is_refused_unless_one_is_named(template, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(InputError) as error:
         read_chat(tmp_path)
-    assert "tokenizer_config.json" in str(error.value) and "--chat (llama2, llama3, llama31, " in str(error.value)
+    assert "tokenizer_config.json" in str(error.value) and "--template (llama2, llama3, llama31, " in str(error.value)
     assert read_chat(tmp_path, "chatml") == "chatml"
 
 
@@ -164,7 +164,7 @@ def test_without_a_template(tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         read_chat(empty)
     (base / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer_config.json: not JSON"):
+    with pytest.raises(InputError, match="tokenizer_config.json is not valid JSON"):
         read_chat(base)
 
 
@@ -174,16 +174,16 @@ def test_the_template_a_checkpoint_was_trained_with_stays(tmp_path):
     assert read_chat(tmp_path, "plain") == "plain"
     (tmp_path / "chat.txt").write_text("plain\n")
     assert read_chat(tmp_path) == read_chat(tmp_path, "plain") == "plain"
-    with pytest.raises(InputError, match="--chat llama2: .*trained with plain"):
+    with pytest.raises(InputError, match="--template llama2: .*trained with plain"):
         read_chat(tmp_path, "llama2")
-    with pytest.raises(InputError, match="--chat: .*'llama4' is unknown; known: llama2, "):
+    with pytest.raises(InputError, match="--template: .*'llama4' is unknown; known: llama2, "):
         read_chat(tmp_path, "llama4")
     (tmp_path / "chat.txt").write_text("alpaca\n")
     with pytest.raises(InputError, match="chat.txt: .*'alpaca' is unknown"):
         read_chat(tmp_path)
 
 
-# --- live, beside the peers ---
+# --- comparisons with the peers ---
 
 def random_text(rng):
     words = ["the", " ", "  ", "\n", "\n\n", "\t", "bread", " ready", "7", "123", ".", "?!", "'s", "é", "世界", "👍",
@@ -191,7 +191,7 @@ def random_text(rng):
     return "".join(rng.choices(words, k=rng.randint(0, 8)))
 
 
-def test_random_conversations_beside_transformers():
+def test_random_conversations_equal_transformers():
     transformers = pytest.importorskip("transformers")
     rng = random.Random(0)
     models = {(case["template"], case["tokenizer"], case["text"][:3]) for case in CASES if case["template"] != "plain"}
@@ -201,7 +201,7 @@ def test_random_conversations_beside_transformers():
         begin, end = names.get(Path(folder).name, ("<s>", "</s>"))
         peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / folder / "tokenizer.json"),
                                                     bos_token=begin, eos_token=end, chat_template=JINJA[template])
-        apart = 0
+        merged = 0
         for _ in range(40):
             system, prompt, response = rng.choice([None, random_text(rng)]), random_text(rng), random_text(rng)
             turns = [{"role": "system", "content": system}] if system is not None else []
@@ -213,13 +213,14 @@ def test_random_conversations_beside_transformers():
             check({"template": template, "system": system, "prompt": prompt, "response": response, "text": prompt,
                    "whole_text": peer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024"),
                    "prompt_ids": ids, "answer_ids": rest}, tokenizer_in(folder))
-            apart += rest is None
-        assert apart < 30
+            if rest is None:
+                merged += 1
+        assert merged < 30
 
 
 @pytest.mark.parametrize("size", ["tiny", "real"])
-def test_llama2_beside_metas_way(size):
-    """Meta's code gives SentencePiece the whole turn, "[INST] ask [/INST] answer ", as one text."""
+def test_llama2_equals_metas_code(size):
+    """Meta's code encodes the whole turn, "[INST] ask [/INST] answer ", as one text."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder, rows, rng = GOLDEN / "../tokenizer/tiny_sentencepiece", [], random.Random(1)
     if size == "real":

