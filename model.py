@@ -1,10 +1,5 @@
 """Llama, written out: the configuration, the layers, the key-value cache and greedy decoding.
 
-    model = Llama.from_pretrained(folder)              # a Hugging Face checkpoint folder
-    logits = model(tokens)                             # (B,T) -> (B,T,V)
-    answers = model.generate(prompts, 64, stop_tokens) # lists of token ids in, lists of token ids out
-    model.save_pretrained(folder)
-
 Module names are those of the Hugging Face checkpoint, so a state dict key is a tensor name in the file.
 Shape letters: B rows, T tokens, S keys in view, C hidden_size, H heads, G key-value heads, D head_dim, V vocabulary;
 N tokens of packed rows (all rows one after the other, without padding).
@@ -133,8 +128,10 @@ def unpack(x: torch.Tensor, slots: torch.Tensor, B: int, T: int) -> torch.Tensor
 
 
 class KVCache:
-    """Keys and values of every layer for B rows of at most `size` tokens; row b holds lengths[b] tokens so far, at most
-    `longest`: attention covers that many places and the new tokens."""
+    """Keys and values of every layer, for B rows of up to `size` tokens each.
+
+    Row b holds lengths[b] tokens so far, none more than `longest`: attention covers that many places and the new ones.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
@@ -304,7 +301,7 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(), compiled=False):
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(), compiled=False) -> list:
         """Greedy answers: prompts as token ids -> list[list[int]], the new token ids without the stop token.
 
         Prompts may differ in length. Each gets the tokens that it gets alone (in fp32, ties within rounding aside):

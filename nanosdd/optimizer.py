@@ -132,7 +132,7 @@ class SplitAdamW(torch.optim.Optimizer):
             generator.manual_seed(random.Random(f"{self.seed} {state['step']} {i}").getrandbits(32))
             tensors = (p, p.grad, state["low"], state["exp_avg"], state["exp_avg_sq"])
             for parts in zip(*(tensor.reshape(-1).split(self.slice_size) for tensor in tensors)):  # views
-                _update(*parts, group, state["step"], self.scale, generator)
+                _update(parts, group, state["step"], self.scale, generator)
         self.scale = 1.0  # holds for one step
 
     def master(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -141,11 +141,13 @@ class SplitAdamW(torch.optim.Optimizer):
         return join(parameter.detach(), state["low"].view(torch.int16)) if state else parameter.detach().float()
 
 
-def _update(weight, grad, low, exp_avg, exp_avg_sq, group, step: int, scale: float, generator):
+def _update(parts: tuple, group: dict, step: int, scale: float, generator: torch.Generator):
     """One AdamW step, in place, on slices (n,) in bf16; the operations and their order are PyTorch's.
 
-    The step uses the moments in fp32; they are rounded to bf16 to be stored until the next one.
+    parts: weight, gradient, low, exp_avg and exp_avg_sq. The step uses the moments in fp32; they are rounded to bf16 to
+    be stored until the next one.
     """
+    weight, grad, low, exp_avg, exp_avg_sq = parts
     beta1, beta2 = group["betas"]
     low = low.view(torch.int16)  # kept as bf16: load_state_dict would convert an int16 to the parameter's type
     master = join(weight, low)
