@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data.chat import Example, draw_batches, encode_rows
 from data.worlds import Sources, add_world_arguments, open_world
 from eval import add_test_arguments, answer, mean_logp, score, teacher_forced
-from nanosdd.chat_model import Chat, load_chat
+from nanosdd.chat_model import Chat, load_chat, model_folder
 from nanosdd.checkpoint import read_config
 from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
@@ -277,14 +277,15 @@ def main(argv=None):
                       mmlu_shots=args.mmlu_shots, openbookqa=args.openbookqa)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
-    named = {Path(folder).name: Path(folder) for folder in args.model}
-    if len(named) < len(args.model):
+    models = [model_folder(name) for name in args.model]
+    named = {Path(folder).name: Path(folder) for folder in models}
+    if len(named) < len(models):
         raise InputError("two --model folders have the same name; arms are named after their folders, rename one")
-    for folder in args.model:
+    for folder in models:
         read_config(folder)  # names what is missing before anything runs
     cells = []
     for seed in args.seeds:
-        world = [open_world(args.world, seed, sources, folder) for folder in args.model or [None]][0]  # all know it
+        world = [open_world(args.world, seed, sources, folder) for folder in models or [None]][0]  # all know it
         given = {field.name: getattr(args, field.name) for field in fields(Grid)}
         grid = replace(GRIDS.get(world.name, Grid()), **{name: tuple(value) if isinstance(value, list) else value
                                                          for name, value in given.items() if value is not None})

@@ -20,7 +20,7 @@ import torch
 from data.answers import Answer, keyword_refusal
 from data.chat import collate, encode_prompt, encode_rows
 from data.worlds import Sources, add_world_arguments, open_world, read_world
-from nanosdd.chat_model import Chat, load_chat
+from nanosdd.chat_model import Chat, load_chat, model_folder
 from nanosdd.checkpoint import read_config, read_json
 from nanosdd.device import (
     add_compute_arguments,
@@ -127,7 +127,7 @@ def add_test_arguments(p):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folders", metavar="DIR", nargs="+", help="checkpoint folders")
+    p.add_argument("folders", metavar="DIR", nargs="+", help="checkpoint folders, or smollm2")
     add_world_arguments(p)
     add_test_arguments(p)
     p.add_argument("--xstest", metavar="FILE", help="XSTest's safe and unsafe prompts, CSV")
@@ -144,14 +144,15 @@ def main(argv=None):
     compute = resolve_compute(args.device, args.dtype, args.compile)
     sources = Sources(args.harmful, tuple(args.benign), similarity=args.similarity, threshold=args.similarity_threshold,
                       similarity_model=args.similarity_model, max_new_tokens=args.max_new_tokens)
-    for folder in args.folders:
+    folders = [model_folder(name) for name in args.folders]
+    for folder in folders:
         read_config(folder)  # names what is missing before anything runs
     tests = {}
     if args.mmlu or args.openbookqa or args.xstest:
         from nanosdd import capability  # only where a flag asks for it
         tests = capability.read_tests(args.mmlu, args.mmlu_shots, args.openbookqa, args.xstest)
     table, results = [], {}
-    for folder in args.folders:
+    for folder in folders:
         chat = load_chat(folder, compute, args.template)
         if args.prompt is not None:
             print(f"{folder}: {answer(chat, [args.prompt], args.max_new_tokens)[0].text}")

@@ -36,7 +36,7 @@ from data.worlds import Sources, add_world_arguments, open_world
 from eval import answer
 from model import Llama
 from nanosdd import runs
-from nanosdd.chat_model import load_chat, random_chat, save_chat
+from nanosdd.chat_model import load_chat, model_folder, random_chat, save_chat
 from nanosdd.checkpoint import kept_update
 from nanosdd.device import (
     DTYPES,
@@ -231,7 +231,7 @@ def train_arm(mode: str, world, folder, compute: Compute, table=SETTINGS) -> Pat
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mode", required=True, choices=list(STARTS_FROM))
-    p.add_argument("--model", metavar="DIR", help="checkpoint to start from (default on the town: its own)")
+    p.add_argument("--model", metavar="DIR", help="checkpoint to start from, or smollm2 (default on the town: its own)")
     p.add_argument("--out", metavar="DIR", help="folder to write (default on the town: out/seedS/ARM)")
     add_world_arguments(p)
     p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on, such as data.pairs writes")
@@ -252,33 +252,34 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    model = model_folder(args.model) if args.model else None
     compute = join_processes(resolve_compute(
         args.device, args.dtype, args.compile, weights=args.weights, micro_batch=args.micro_batch,
         checkpoint_activations=args.checkpoint_activations))
     sources = Sources(args.harmful, tuple(args.benign), args.pairs, args.prompts, args.similarity,
                       args.similarity_model, args.similarity_threshold)
-    world = open_world(args.world, args.seed, sources, args.model)
+    world = open_world(args.world, args.seed, sources, model)
     default = SETTINGS.get(world.name, {}).get(args.mode, Settings())
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     given = {name: tuple(value) if name == "betas" else value for name, value in given.items() if value is not None}
     settings = replace(default, **given)
     changed = "".join(f"-{name}{value}" for name, value in given.items() if value != getattr(default, name))
     changed = changed.translate({ord(mark): None for mark in "(), "})  # of betas
-    if args.out is None and (args.model or world.shape is None):
+    if args.out is None and (model or world.shape is None):
         raise InputError("--model DIR, a Llama folder to start from, and --out DIR, the folder to write, go together")
     out = Path(args.out or world.root / (FOLDERS[args.mode] + changed))
-    if args.model and Path(args.model).resolve() == out.resolve():
+    if model and Path(model).resolve() == out.resolve():
         raise InputError("--out is the folder of --model; choose another, to keep the model it starts from")
     runs.check_out(out)
     with redirect_stdout(None) if rank_and_world_size()[0] else nullcontext():  # rank 0 speaks for all
         if args.dry_run:
-            chat, _, examples, _ = prepare(world, args.mode, args.model, settings, compute, args.template)
+            chat, _, examples, _ = prepare(world, args.mode, model, settings, compute, args.template)
             for example in examples[:3]:
                 prompt, response = example.ids[:example.prompt_length], example.ids[example.prompt_length:]
                 print(f"--- no loss on: {chat.tokenizer.decode(prompt)!r}\n    loss on:    "
                       f"{chat.tokenizer.decode(response)!r}")
         else:
-            start = args.model
+            start = model
             if start is None and args.mode != "base":
                 start = train_arm(STARTS_FROM[args.mode], world, world.root, compute)
             train(world, args.mode, start, out, settings, compute, args.template, args.fresh)

@@ -25,6 +25,14 @@ class Chat:
     compute: Compute
 
 
+def model_folder(name: str) -> str:
+    """The folder that a --model names; "smollm2" is written from its pip package on first use (data/smollm2.py)."""
+    if name != "smollm2" or Path(name).is_dir():
+        return name
+    from data.smollm2 import smollm2_folder
+    return str(smollm2_folder())
+
+
 def load_chat(folder, compute: Compute, template: str | None = None) -> Chat:
     """The Chat of a checkpoint folder, weights held as compute.weights; template: instead of the folder's own."""
     tokenizer = load_tokenizer(folder)
