@@ -218,7 +218,7 @@ def most_harm(cells: list[dict], harm: str = "harm", before: dict | None = None)
 
 def attack_table(cells: list[dict], world) -> str:
     """Arms by attack at the attacker's choice, means over seeds; at the right the worst case over the whole grid."""
-    aim, groups, rows = world.outcomes[0], {}, [("chance level", world.chance, "")]
+    aim, groups, rows = world.outcomes[0], {}, [("chance level", world.chance, "")] if world.chance else []
     for cell in cells:
         groups.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
     for (arm, attack, shots), group in groups.items():

@@ -168,7 +168,8 @@ def main(argv=None):
         kept = {name: part for name, part in old.items() if isinstance(part, dict)} if scores else old  # the tests
         write_text(path, json.dumps(kept | scores | results.get(Path(folder).name, {}), indent=1) + "\n")
     if table:
-        print(text_table("percent", world.columns, [("chance level", world.chance, ""), *table]))
+        chance = [("chance level", world.chance, "")] if world.chance else []
+        print(text_table("percent", world.columns, chance + table))
         print(f"\n{world.legend}")
     if results:
         print(capability.tests_table(results))
