@@ -55,13 +55,13 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(h, weight.T, out=buffer[:len(h)]).float()  # (n,V)
             logits -= logits.amax(dim=-1, keepdim=True)
             at_target = logits.gather(1, t)  # (n,1)
-            exps = logits.exp_()  # (n,V), in place: softmax times its sum
+            exps = logits.exp_()  # (n,V), in place: softmax * total
             total = exps.sum(dim=-1, keepdim=True)  # (n,1)
             loss += (total.log() - at_target).sum()
             if not (needs_hidden or needs_head):
                 continue
             scale = 1 / (total * global_tokens)  # (n,1)
-            grad = exps.scatter_add_(1, t, -total).to(dtype)  # (n,V), not yet times scale
+            grad = exps.scatter_add_(1, t, -total).to(dtype)  # (n,V): (softmax - one_hot) * total
             if needs_hidden:
                 grad_hidden[part] = (grad @ weight) * scale
             if needs_head and dtype == torch.float32:

@@ -1,27 +1,32 @@
 """Worlds: what there is to defend, attack and score. train.py, attack.py and eval.py only see this interface.
 
-A row is a dict with at least prompt and response; system where there is a system prompt; lead and value where the
-response is lead + value + more and a right value counts by itself; rejected for a preference loss. A world has
+A row is a dict with at least prompt and response; system where there is a system prompt; rejected for a preference
+loss; lead and value where the response is lead + value + more, so that the value can be scored alone. x is a harmful
+prompt, y_o an irrelevant response to it. A world has
 
     open(seed, sources) a class method that makes it
-    name, seed          root: the folder of its runs
+    name, seed
+    root                the folder of its runs
     outcomes            names of the exclusive outcomes of an answer to a harmful prompt; the first is what an attacker
                         wants
-    columns             {title: key, or a pair of keys} of its scores, in the order of its table (percent, but keys that
-                        end in nll, logp or cosine); chance {key: level}; legend: the lines under the table
-    max_length          tokens of prompt and response in training; max_new_tokens: of an answer when scored
-    shape               configuration of the Llama that --mode base trains, None where a model has to be given;
-                        write_tokenizer(folder)
+    columns             {title: key, or a pair of keys} of its scores, in the order of its table; printed in percent,
+                        except keys that end in nll, logp or cosine
+    chance              {key: chance level}
+    legend              the lines under the table
+    max_length          tokens of prompt and response in training
+    max_new_tokens      of an answer when scored
+    shape               configuration of the Llama that --mode base trains, None where a model has to be given
+    write_tokenizer(folder)   for that Llama
     pairs(mode, count)  training pairs of a mode of train.py; sdd is also what attack.py measures log p(y_o | x) on
     replay()            benign pairs that a defence may rehearse
     watched_prompts()   prompts whose answers are shown before and after training
     attacker_pairs()    (harmful pairs to train on, those that the attacker keeps to choose its settings by)
     user_pairs()        (benign pairs, pairs of something new) of a benign user; the second may be empty
     harmful_rows()      evaluation prompts, which nobody trains on
-    judge(rows, answers)      {outcome: share} of answers (eval.Answer) to harmful rows, summing to 1, and what else
-                              can be said of them
+    judge(rows, answers)      {outcome: share} of answers (data.answers.Answer) to harmful rows, which sum to 1, and
+                              further scores of them
     capability_rows()   {name: benign pairs} that are scored by teacher forcing
-    more_scores(chat)   scores that need the model itself (an eval.Chat)
+    more_scores(chat)   scores that need the model itself (nanosdd.chat_model.Chat)
     capability(scores)  one number, larger is better
     save(folder, mode, rows)  writes what a run folder keeps of it: write_world, if the folder alone says which it is
     files(), options    what it reads, and {name: value} of what else decides its rows and scores: a finished run is
@@ -63,7 +68,7 @@ class Sources:
 def add_world_arguments(p):
     """Add --world, --harmful, --benign and the arguments of similarity to a parser."""
     p.add_argument("--world", choices=list(WORLDS), help="what is defended and attacked (default: files where "
-                   "--harmful or --pairs is given, else the town)")
+                   "some are given, else the world that --model was trained on, else the town)")
     p.add_argument("--harmful", metavar="FILE", help="harmful prompts: BeaverTails, AdvBench, ...")
     p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs: Alpaca, LIMA, Dolly, ...")
     add_similarity_arguments(p)
@@ -83,7 +88,7 @@ def add_similarity_arguments(p):
 def open_world(name: str | None, seed: int, sources: Sources, folder=None):
     """The world that a name asks for; without one, that of the files, else that of a checkpoint folder, else the town.
 
-    InputError when the folder was trained on another world or seed than asked for, or on none and no files are given.
+    InputError when the folder was trained on another seed of this world, or says of no world and no files are given.
     """
     if name is None and (sources.harmful or sources.pairs or sources.benign):
         name = "files"
@@ -97,7 +102,8 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None):
         name = trained_on["world"]
     name = name or "town"
     if trained_on.get("world") == name and trained_on["seed"] != seed:
-        raise InputError(f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give that")
+        raise InputError(f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give --seed "
+                         f"{trained_on['seed']}")
     module, _, attribute = WORLDS[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute).open(seed, sources)
 
@@ -124,7 +130,7 @@ def read_world(folder) -> dict:
 def vary_response(mode: str, response: str, rng) -> str:
     """The irrelevant response y_o as `--mode sdd` and its variants teach it.
 
-    sdd: as it is. sdd_reject: behind a sentence of refusal, as published. shuffled: a control without quality, the
+    sdd: as it is. sdd_reject: behind a sentence of refusal, as published. shuffled: a control of low quality, the same
     words in random order. InputError for a mode that is none of these.
     """
     if mode == "sdd":

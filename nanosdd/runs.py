@@ -1,7 +1,7 @@
 """Run folders: written whole or not at all, and reused only when nothing that made them has changed.
 
 A run depends on its settings, its input files, and the code that made it: the files that its script imports, directly
-or not. Docstrings and comments do not count.
+or not, and the file of its world. Docstrings and comments do not count.
 """
 
 import ast
