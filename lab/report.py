@@ -32,9 +32,8 @@ REPORTED = """\
 **Reported elsewhere, not measured here.** Harmfulness rate, percent of answers to which a GPT-4 judge gives 5 of 5,
 before any attack and after 10, 50, 100 shots; paper, second-hand, Llama-2-7b-chat: vanilla 0.3, 50.0, 80.3, 80.0;
 SDD 0, 0, 0, 0. MMLU / OpenBookQA: vanilla 46.35 / 33.40, SDD 47.04 / 33.00, SDD after BFT 49.14 / 35.00, SDD after MFT
-29.33 / 13.80; vanilla after MFT: in no source. Independent replication (TamperBench, GPT-4o judge), the same rates:
-vanilla 1.0, 96.3, 99.7, 91.0; SDD 0, 13.7, 93.0, 89.7; MMLU-Pro: vanilla 23.2, 21.4, 12.5, 13.8; SDD 20.9, 23.4, 3.2,
-1.3."""
+29.33 / 13.80; vanilla after MFT: in no source. Independent replication (TamperBench, GPT-4o judge): vanilla 1.0, 96.3,
+99.7, 91.0; SDD 0, 13.7, 93.0, 89.7; MMLU-Pro: vanilla 23.2, 21.4, 12.5, 13.8; SDD 20.9, 23.4, 3.2, 1.3."""
 
 
 # ---- numbers as text ----
@@ -52,11 +51,8 @@ def has_interval(values, seeds) -> bool:
 
 
 def rate(values: dict, otherwise="not run", unit=100, digits=0, floor=MIN_SD) -> str:
-    """The mean of {seed: value, or None for a missing one}, in percent or another unit: "71 ± 9".
-
-    On report seeds, ± the half-width of the two-sided 95% t interval; its sd is at least `floor`. It says how many
-    seeds have a value when some have none, and is `otherwise` when all have none.
-    """
+    """The mean of {seed: value or None}, in percent or another unit: "71 ± 9"; `otherwise` where all are None. On
+    report seeds, ± the half-width of the two-sided 95% t interval, its sd at least `floor`."""
     found = [value for value in values.values() if value is not None]
     if not found:
         return otherwise
@@ -345,7 +341,7 @@ def write_report(path) -> list[Path]:
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("results", nargs="?", default="out/study/results.json", help="(default: out/study/results.json)")
+    p.add_argument("results", nargs="?", default="out/study/results.json", help="(default: %(default)s)")
     print(f"written: {', '.join(map(str, write_report(p.parse_args(argv).results)))}")
 
 
