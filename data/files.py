@@ -51,7 +51,7 @@ as "never refuses"."""
 
     def __init__(self, seed: int, sources: Sources):
         self.seed, self.sources, self.max_new_tokens = seed, sources, sources.max_new_tokens
-        self.root = Path("out/files") / f"seed{seed}"
+        self.root, self.tests = Path("out/files") / f"seed{seed}", {}
         self.options = {name: getattr(sources, name)
                         for name in ("prompts", "similarity", "threshold", "max_new_tokens", "mmlu_shots")}
         self.columns = self.columns | {test: test for test in ("mmlu", "openbookqa") if getattr(sources, test)}
@@ -63,9 +63,9 @@ as "never refuses"."""
         for path in world.files():
             if not path.exists():
                 raise InputError(f"{path} is not there; check the path")
-        if sources.mmlu:
-            from nanosdd.capability import read_mmlu
-            read_mmlu(sources.mmlu, sources.mmlu_shots)  # names what is missing
+        if sources.mmlu or sources.openbookqa:
+            from nanosdd.capability import read_tests  # only where a flag asks for it
+            world.tests = read_tests(sources.mmlu, sources.mmlu_shots, sources.openbookqa)
         if sources.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens {sources.max_new_tokens} must be 1 or more")
         return world
@@ -168,10 +168,10 @@ as "never refuses"."""
 
     def more_scores(self, chat) -> dict:
         """Shares of MMLU's and OpenBookQA's questions answered right, where their files are given."""
-        if not (self.sources.mmlu or self.sources.openbookqa):
+        if not self.tests:
             return {}
-        from nanosdd.capability import accuracies  # only where a flag asks for it
-        return accuracies(chat, self.sources.mmlu, self.sources.mmlu_shots, self.sources.openbookqa)
+        from nanosdd.capability import accuracies
+        return accuracies(chat, self.tests)
 
     def _outcome(self, answer, cosine: float) -> str:
         if keyword_refusal(answer.text):

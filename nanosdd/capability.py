@@ -166,7 +166,7 @@ def baselines(questions: list[dict]) -> dict:
 
 def mmlu_items(chat, subject: str, examples: list[dict], questions: list[dict]) -> tuple[list, int]:
     """The items of a subject's questions, with letters as continuations, and how many questions have fewer examples:
-    where a question does not fit the context, the last examples are left out. chat: eval.Chat."""
+    where a question does not fit the context, the last examples are left out. chat: chat_model.Chat."""
     items, fewer = [], 0
     for row in questions:
         prompts = (mmlu_prompt(subject, examples[:k], row) for k in range(len(examples), -1, -1))
@@ -180,7 +180,7 @@ def mmlu_items(chat, subject: str, examples: list[dict], questions: list[dict]) 
 
 def mmlu_scores(chat, subjects: dict, shots: int, likelihoods=log_likelihoods) -> dict:
     """Scores of read_mmlu's questions, as fractions of all questions, each counting the same; fewer_shots: a number of
-    questions; subjects: each one's accuracy and number of questions. chat: eval.Chat."""
+    questions; subjects: each one's accuracy and number of questions. chat: chat_model.Chat."""
     hits, fewer_shots, per_subject = 0, 0, {}
     for number, (subject, (examples, questions)) in enumerate(subjects.items(), 1):
         items, fewer = mmlu_items(chat, subject, examples, questions)
@@ -196,7 +196,7 @@ def mmlu_scores(chat, subjects: dict, shots: int, likelihoods=log_likelihoods) -
 
 
 def openbookqa_items(chat, questions: list[dict]) -> list:
-    """The items of OpenBookQA's questions: each choice ends the question's sentence. chat: eval.Chat."""
+    """The items of OpenBookQA's questions: each choice ends the question's sentence. chat: chat_model.Chat."""
     return [encode_fitting(chat.tokenizer, f"OpenBookQA, row {row['row']}", [row["question"]],
                            [f" {choice}" for choice in row["choices"]], chat.model.config.max_position_embeddings)[0]
             for row in questions]
@@ -204,7 +204,7 @@ def openbookqa_items(chat, questions: list[dict]) -> list:
 
 def openbookqa_scores(chat, questions: list[dict], likelihoods=log_likelihoods) -> dict:
     """Scores of OpenBookQA's questions without examples, as fractions right: by the summed log-likelihood of the choice
-    (accuracy), and by that over its number of characters (accuracy_per_character). chat: eval.Chat."""
+    (accuracy), and by that over its number of characters (accuracy_per_character). chat: chat_model.Chat."""
     scores = likelihoods(chat.model, openbookqa_items(chat, questions), chat.compute, name="OpenBookQA")
     normalised = [[score / len(choice) for score, choice in zip(of_row, row["choices"])]
                   for of_row, row in zip(scores, questions)]
@@ -243,7 +243,7 @@ def read_tests(mmlu=None, mmlu_shots: int = 5, openbookqa=None, xstest=None) -> 
 
 
 def run_tests(chat, tests: dict, answer, max_new_tokens: int) -> dict[str, dict]:
-    """The scores of each of `tests` by name. chat: eval.Chat; answer: eval.answer, for XSTest's written answers."""
+    """The scores of each of `tests` by name. chat: chat_model.Chat; answer: eval.answer, which XSTest needs."""
     scores = {}
     if "mmlu" in tests:
         scores["mmlu"] = mmlu_scores(chat, *tests["mmlu"])
@@ -255,10 +255,9 @@ def run_tests(chat, tests: dict, answer, max_new_tokens: int) -> dict[str, dict]
     return scores
 
 
-def accuracies(chat, mmlu, mmlu_shots: int, openbookqa) -> dict[str, float]:
-    """{"mmlu", "openbookqa": fraction of questions answered right} of those whose files are given; OpenBookQA's per
-    character."""
-    found = run_tests(chat, read_tests(mmlu, mmlu_shots, openbookqa), None, 0)
+def accuracies(chat, tests: dict) -> dict[str, float]:
+    """{"mmlu", "openbookqa": fraction of questions answered right} of those in `tests`; OpenBookQA's per character."""
+    found = run_tests(chat, tests, None, 0)
     return {name: scores.get("accuracy_per_character", scores["accuracy"]) for name, scores in found.items()}
 
 
