@@ -150,7 +150,7 @@ def _jsonl(text):
 
 def _json_list(path, text):
     skip, decode = re.compile(r"[ \t\r\n]*").match, json.JSONDecoder().raw_decode
-    line, counted, at = 1, 0, text.index("[")
+    line, counted, at, whole = 1, 0, text.index("["), 0
     try:
         while text[at] in "[,":
             start = skip(text, at + 1).end()
@@ -159,6 +159,7 @@ def _json_list(path, text):
                 break
             line, counted = line + text.count("\n", counted, start), start
             record, end = decode(text, start)
+            whole += 1
             yield line, record
             at = skip(text, end).end()
             if text[at:at + 1] not in (",", "]"):
@@ -166,8 +167,17 @@ def _json_list(path, text):
         if text[at + 1:].strip():
             raise json.JSONDecodeError("more after the end of the list", text, at + 1)
     except (ValueError, RecursionError) as error:  # the start of the next record is unknown
+        if whole >= 100 and isinstance(error, json.JSONDecodeError) and _cut_short(text, error):
+            print(f"{path} is cut short in line {text.count(chr(10)) + 1}: the {whole:,} whole records before it are "
+                  "read")
+            return
         raise InputError(f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({getattr(error, 'msg', error)}); "
                          "is the file cut short? fetch it again") from None
+
+
+def _cut_short(text, error) -> bool:
+    """Whether the text ended where JSON went on: inside a string, or where nothing but white space follows."""
+    return error.msg.startswith("Unterminated string") or not text[error.pos:].strip()
 
 
 def _csv(path, text):

@@ -288,6 +288,23 @@ def test_an_unclosed_quote_is_named_with_the_line_where_its_record_starts(tmp_pa
     assert "line 4: the CSV record that starts there has an unclosed or misplaced quote" in message
 
 
+@pytest.mark.parametrize("cut", [-1, -5, -40, -52])  # after the list, in a string, in a record, between records
+def test_whole_records_before_a_cut_are_read(tmp_path, capsys, cut):
+    records = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}]}
+               for i in range(130)]
+    text = json.dumps(records)
+    (tmp_path / "s.json").write_text(text[:cut])
+    whole = 130 if cut == -1 else 129
+    assert [row["response"] for row in read_rows(tmp_path / "s.json")] == [f"a{i}" for i in range(whole)]
+    assert f"the {whole} whole records before it are read" in capsys.readouterr().out
+    (tmp_path / "s.json").write_text(json.dumps(records[:99])[:cut])  # so few that the file is more likely damaged
+    with pytest.raises(InputError, match="cut short"):
+        read_rows(tmp_path / "s.json")
+    (tmp_path / "s.json").write_text(text.replace('"a120"', '"a120'))  # broken in the middle, not cut
+    with pytest.raises(InputError, match="line 1"):
+        read_rows(tmp_path / "s.json")
+
+
 def test_json_lines_end_at_newlines_only(tmp_path):
     text = "one\u2028two\u2029three\x85four\x0bfive"
     content = json.dumps({"prompt": "p", "response": "r"}) + "\r\n \n" + json.dumps(
