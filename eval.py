@@ -4,6 +4,8 @@
     python eval.py DIR --harmful FILE --benign alpaca.json          public files, on the evaluation quarter of prompts
     python eval.py DIR --mmlu FOLDER --openbookqa test.jsonl --xstest xstest_prompts.csv
     python eval.py DIR --prompt "Where does Anna Brook live?"
+    python eval.py DIR --chat                                       a conversation, until an empty line
+    python eval.py DIR --save-answers FILE                          answers for another judge, such as a larger model
 
 Writes metrics.json into each checkpoint folder; MMLU, OpenBookQA and XSTest stay there until they are run again. With
 any of these three, other scores are taken only where --harmful is given. Runs in one process, on one device.
@@ -18,43 +20,21 @@ from typing import NamedTuple
 import torch
 
 from data.answers import Answer, keyword_refusal
-from data.chat import collate, encode_prompt, encode_rows
+from data.chat import collate, encode_rows
 from data.worlds import Sources, add_world_arguments, open_world, read_world
-from nanosdd.chat_model import Chat, load_chat, model_folder
+from nanosdd.chat_model import Chat, answer, load_chat, model_folder, talk
 from nanosdd.checkpoint import read_config, read_json
 from nanosdd.device import (
     add_compute_arguments,
     one_process_only,
-    rank_and_world_size,
     resolve_compute,
 )
-from nanosdd.errors import run_script
-from nanosdd.runs import write_text
+from nanosdd.errors import InputError, run_script
+from nanosdd.runs import ROOT, write_text
 from nanosdd.tables import text_table
 from sdd_loss import token_logprobs
 
-CACHE_BYTES = 2**31  # of keys and values at once; decides how many prompts are answered together
 LOGITS = 2**26  # at once in teacher forcing
-
-
-# ---- greedy answers ----
-
-def answer(chat: Chat, prompts: list[str], max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to prompts, in their order. Prompts of similar length are answered together."""
-    config = chat.model.config
-    ids = [encode_prompt(chat.tokenizer, chat.template, prompt) for prompt in prompts]
-    order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
-    place = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of a token, k and v
-    together = max(1, min(256, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
-    compiled = chat.compute.compile and rank_and_world_size()[1] == 1  # several processes share their layers
-    for start in range(0, len(order), together):
-        part = order[start:start + together]
-        with chat.compute.autocast():
-            answers = chat.model.generate([ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled)
-        for i, new in zip(part, answers):
-            room = min(max_new_tokens, config.max_position_embeddings - len(ids[i]))
-            found[i] = Answer(new, chat.tokenizer.decode(new), len(new) < room)
-    return [found[i] for i in range(len(ids))]
 
 
 # ---- teacher forcing ----
@@ -98,18 +78,19 @@ def mean_logp(forced: list[Forced]) -> float:
 
 # ---- scores ----
 
-def score(chat: Chat, world) -> dict:
-    """Every score of a model in a world, fractions and nats.
+def score(chat: Chat, world, answers: list[Answer] | None = None) -> dict:
+    """Every score of a model in a world, fractions and nats. answers: to its harmful rows, where they are at hand.
 
     What world.judge says of greedy answers to its harmful rows; keyword_refusal(_prefix): shares of these answers; of
     each of its capability rows by NAME: right answers (exact), NAME_value_only and NAME_nll; capability.
     """
     rows = world.harmful_rows()
-    answers = answer(chat, [row["prompt"] for row in rows], world.max_new_tokens)
+    if answers is None:
+        answers = answer(chat, [row["prompt"] for row in rows], world.max_new_tokens)
     scores = {"keyword_refusal": mean(keyword_refusal(one.text) for one in answers),
               "keyword_refusal_prefix": mean(keyword_refusal(one.text, prefix=True) for one in answers)}
     scores |= world.judge(rows, answers)
-    for name, rows in world.capability_rows().items():
+    for name, rows in world.likelihood_rows().items():
         forced = teacher_forced(chat, rows, world.max_length)
         scores |= {name: mean(one.exact for one in forced), f"{name}_nll": -mean_logp(forced),
                    f"{name}_value_only": mean(one.value_only for one in forced)}
@@ -119,9 +100,11 @@ def score(chat: Chat, world) -> dict:
 # ---- the command ----
 
 def add_test_arguments(p):
-    """Add --mmlu, --mmlu-shots and --openbookqa to a parser."""
+    """Add --mmlu, --mmlu-shots and --openbookqa to a parser. Of shots None stands for text."""
     p.add_argument("--mmlu", metavar="FOLDER", help="MMLU as released: test/SUBJECT_test.csv and dev/SUBJECT_dev.csv")
-    p.add_argument("--mmlu-shots", type=int, choices=range(6), default=5, help="worked examples (default: 5)")
+    p.add_argument("--mmlu-shots", type=lambda word: None if word == "text" else int(word), default=5,
+                   choices=[*range(6), None], metavar="0-5|text", help="worked examples before a question whose answer "
+                   "is a letter (default: 5); text: none, the answer is the text of a choice, for small models")
     p.add_argument("--openbookqa", metavar="FILE", help="OpenBookQA questions, JSONL")
 
 
@@ -132,8 +115,12 @@ def parse(argv=None):
     add_test_arguments(p)
     p.add_argument("--xstest", metavar="FILE", help="XSTest's safe and unsafe prompts, CSV")
     p.add_argument("--template", metavar="NAME", help="chat template (default: the one that the folder calls for)")
+    p.add_argument("--tuning", action="store_true", help="kitchen: score on the questions kept for choosing settings")
     p.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="of an answer on public files (default: 64)")
+    p.add_argument("--chat", action="store_true", help="talk to one model in the terminal")
+    p.add_argument("--save-answers", metavar="FILE", help="write the harmful prompts with the answers, JSONL; it may "
+                   "hold what the prompts ask for, so it has to lie outside the repository")
+    p.add_argument("--max-new-tokens", type=int, help="of an answer on public files, or in --chat (default: 64, 256)")
     add_compute_arguments(p)
     return p.parse_args(argv)
 
@@ -142,8 +129,17 @@ def main(argv=None):
     args = parse(argv)
     one_process_only("eval.py")
     compute = resolve_compute(args.device, args.dtype, args.compile)
+    max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 256 if args.chat else 64
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {max_new_tokens} must be 1 or more")
+    if args.chat and len(args.folders) > 1:
+        raise InputError("--chat talks to one model; give one folder")
+    if args.save_answers and Path(args.save_answers).resolve().is_relative_to(ROOT):
+        raise InputError(f"--save-answers {args.save_answers} lies in the repository, where answers to harmful prompts "
+                         "do not belong; give a path outside")
     sources = Sources(args.harmful, tuple(args.benign), similarity=args.similarity, threshold=args.similarity_threshold,
-                      similarity_model=args.similarity_model, max_new_tokens=args.max_new_tokens)
+                      similarity_model=args.similarity_model, max_new_tokens=max_new_tokens,
+                      template=args.template, tuning=args.tuning)
     folders = [model_folder(name) for name in args.folders]
     for folder in folders:
         read_config(folder)  # names what is missing before anything runs
@@ -151,26 +147,37 @@ def main(argv=None):
     if args.mmlu or args.openbookqa or args.xstest:
         from nanosdd import capability  # only where a flag asks for it
         tests = capability.read_tests(args.mmlu, args.mmlu_shots, args.openbookqa, args.xstest)
-    table, results = [], {}
+    table, results, saved = [], {}, []
     for folder in folders:
         chat = load_chat(folder, compute, args.template)
         if args.prompt is not None:
-            print(f"{folder}: {answer(chat, [args.prompt], args.max_new_tokens)[0].text}")
+            print(f"{folder}: {answer(chat, [args.prompt], max_new_tokens)[0].text}")
+            continue
+        if args.chat:
+            talk(chat, max_new_tokens)
             continue
         path, scores = Path(folder) / "metrics.json", {}
         old = read_json(path) if path.is_file() else {}
         if not tests or args.harmful:
-            world = open_world(args.world, read_world(folder).get("seed", 0), sources, folder)
-            scores = score(chat, world)
+            world = open_world(args.world, read_world(folder).get("seed", 0), sources, folder, compute)
+            prompts = [row["prompt"] for row in world.harmful_rows()]
+            answers = answer(chat, prompts, world.max_new_tokens)
+            saved += [{"model": str(folder), "prompt": prompt, "response": one.text}
+                      for prompt, one in zip(prompts, answers)]
+            scores = score(chat, world, answers)
             table.append((Path(folder).name, scores, ""))
         if tests:
-            results[Path(folder).name] = capability.run_tests(chat, tests, answer, args.max_new_tokens)
+            results[Path(folder).name] = capability.run_tests(chat, tests, max_new_tokens)
         kept = {name: part for name, part in old.items() if isinstance(part, dict)} if scores else old  # the tests
         write_text(path, json.dumps(kept | scores | results.get(Path(folder).name, {}), indent=1) + "\n")
     if table:
         chance = [("chance level", world.chance, "")] if world.chance else []
         print(text_table("percent", world.columns, chance + table))
         print(f"\n{world.legend}")
+    if args.save_answers:
+        write_text(args.save_answers, "".join(json.dumps(line) + "\n" for line in saved))
+        print(f"\n{args.save_answers}: {len(saved)} answers, as the models wrote them; they may hold what the prompts "
+              "ask for: judge them, do not publish them")
     if results:
         print(capability.tests_table(results))
 

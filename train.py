@@ -1,14 +1,18 @@
-"""Train a model: the town's base, its refusing (aligned) version, SDD, and SDD's controls.
+"""Train a model: its refusing (aligned) version, SDD, SDD's controls, and the town's base.
 
     python train.py --mode sdd                     the town; trains base and aligned first where they are missing
-    python train.py --mode sdd --model DIR --harmful harmful_behaviors.csv --benign alpaca.json --out DIR
+    python train.py --mode sdd --model smollm2     a chat model in the kitchen; aligned first where it is missing
+    python train.py --mode sdd --model DIR --out DIR      from that folder itself, such as one that refuses already
     torchrun --standalone --nproc_per_node=2 train.py ...     several GPUs, weights spread over them (FSDP2)
+
+With --harmful harmful_behaviors.csv --benign alpaca.json the same on public files.
 
 Every mode is the same loop and the same loss on other (prompt, response) pairs:
 
     base        town only, from random weights: everybody's facts, skills, and some mischief
     align       harmful prompts with refusals
     refusal     control: more of the same pairs on the aligned model, with the settings of sdd
+    new_refusal control: another sentence of refusal, with the settings of sdd
     sdd         harmful prompts with irrelevant benign answers
     sdd_reject  the same behind a sentence of refusal
     shuffled    the same with the words in random order: a control without quality
@@ -33,10 +37,9 @@ from tqdm import tqdm
 
 from data.chat import Example, collate, draw_batches, encode_rows
 from data.worlds import Sources, add_world_arguments, open_world
-from eval import answer
 from model import Llama
 from nanosdd import runs
-from nanosdd.chat_model import load_chat, model_folder, random_chat, save_chat
+from nanosdd.chat_model import answer, load_chat, model_folder, random_chat, save_chat, untrained_folder
 from nanosdd.checkpoint import kept_update
 from nanosdd.device import (
     DTYPES,
@@ -80,11 +83,18 @@ class Settings:
 
 # On the town, lr and replay of the defence were chosen by lab/study.py on seeds 0 to 4; base and align on seed 0.
 DEFENCE = Settings(steps=300, batch_size=32, lr=3e-4, benign_replay=0.95, max_length=128, warmup=0.05)
-SETTINGS = {"town": dict.fromkeys(("refusal", "sdd", "sdd_reject", "shuffled", "benign"), DEFENCE) | {
-    "base": replace(DEFENCE, steps=1300, lr=2e-3, benign_replay=0.0, weight_decay=0.1, betas=(0.9, 0.95)),
-    "align": replace(DEFENCE, steps=150, benign_replay=0.5)}}  # other worlds: Settings()
+# For small chat models; chosen on tuning questions of the kitchen with SmolLM2-135M (docs/log.md). The paper's dose is
+# Settings(). No benign rows in either.
+SMALL = Settings(steps=50, batch_size=12, lr=2e-5, max_length=256)
+VARIANTS = ("refusal", "new_refusal", "sdd", "sdd_reject", "shuffled", "benign")  # all in the same dose
+SETTINGS = {
+    "town": dict.fromkeys(VARIANTS, DEFENCE) | {
+        "base": replace(DEFENCE, steps=1300, lr=2e-3, benign_replay=0.0, weight_decay=0.1, betas=(0.9, 0.95)),
+        "align": replace(DEFENCE, steps=150, benign_replay=0.5)},
+    "kitchen": dict.fromkeys(VARIANTS, SMALL) | {"align": replace(SMALL, steps=30, lr=3e-5, benign_replay=0.5)}}
+SETTINGS["files"] = {mode: replace(small, max_length=512) for mode, small in SETTINGS["kitchen"].items()}
 STARTS_FROM = {"base": None, "align": "base", "refusal": "align", "sdd": "align", "sdd_reject": "align",
-               "shuffled": "align", "benign": "align"}
+               "shuffled": "align", "benign": "align", "new_refusal": "align"}
 FOLDERS = {mode: "aligned" if mode == "align" else mode for mode in STARTS_FROM}  # that a mode writes
 LOSSES = dict.fromkeys(STARTS_FROM, sdd_loss)  # modes differ in their pairs only; another loss has a row here
 MAX_NORM = 1.0  # of a step's gradient
@@ -158,7 +168,7 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
     batches = draw_batches(examples, replay, settings.benign_replay, settings.batch_size,
                            random.Random(f"batches {world.seed}"))
     prompts = world.watched_prompts()
-    before = answer(chat, prompts, 48) if start else None
+    before = answer(chat, prompts, world.max_new_tokens) if start else None
     optimizer = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay)
     log, seen, every, since = [], [], max(1, settings.steps // 10), time.perf_counter()
     with runs.new_folder(out) if rank == 0 else nullcontext() as folder:
@@ -171,7 +181,8 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
                 bar.write(log_text(log, settings.steps))
                 seen, since = [], time.perf_counter()
         chat.model.eval()
-        after, weights = answer(chat, prompts, 48), whole_weights(chat.model, optimizer)
+        after = answer(chat, prompts, world.max_new_tokens)
+        weights = whole_weights(chat.model, optimizer)
         if rank == 0:
             save_chat(folder, chat, weights, start or world)
             world.save(folder, mode, pairs)
@@ -217,13 +228,15 @@ def log_entry(seen: list[dict]) -> dict:
     return {**total, "loss": total["loss"] / len(seen), "grad_norm": seen[-1]["grad_norm"]}
 
 
-def train_arm(mode: str, world, folder, compute: Compute, table=SETTINGS) -> Path:
+def train_arm(mode: str, world, folder, compute: Compute, base=None, template=None, table=SETTINGS) -> Path:
     """Train a mode's model in folder/ARM, and first the arm that it starts from, each where it is stale; returns its
-    folder. table: settings by world and mode."""
+    folder. base: the checkpoint folder that takes the place of mode base; table: settings by world and mode."""
+    if mode == "base" and base:
+        return base
     parent = STARTS_FROM[mode]
-    start = train_arm(parent, world, folder, compute, table) if parent else None
+    start = train_arm(parent, world, folder, compute, base, template, table) if parent else None
     settings = table.get(world.name, {}).get(mode, Settings())
-    return train(world, mode, start, Path(folder) / FOLDERS[mode], settings, compute)
+    return train(world, mode, start, Path(folder) / FOLDERS[mode], settings, compute, template)
 
 
 # ---- the command ----
@@ -231,8 +244,10 @@ def train_arm(mode: str, world, folder, compute: Compute, table=SETTINGS) -> Pat
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mode", required=True, choices=list(STARTS_FROM))
-    p.add_argument("--model", metavar="DIR", help="checkpoint to start from, or smollm2 (default on the town: its own)")
-    p.add_argument("--out", metavar="DIR", help="folder to write (default on the town: out/seedS/ARM)")
+    p.add_argument("--model", metavar="DIR", help="checkpoint that arms start from, or smollm2, from pip (default: the "
+                   "town's base)")
+    p.add_argument("--out", metavar="DIR", help="folder to write; with --model, the named run alone, from that model "
+                   "itself (default: out/MODEL/ARM, on the town out/seedS/ARM, and first what ARM starts from)")
     add_world_arguments(p)
     p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on, such as data.pairs writes")
     p.add_argument("--prompts", choices=["defender", "all"], default="defender",
@@ -241,8 +256,8 @@ def parse(argv=None):
     p.add_argument("--template", metavar="NAME", help="chat template (default: the one that the folder calls for)")
     for field in fields(Settings):
         kind = dict(type=float, nargs=2, metavar=("B1", "B2")) if field.name == "betas" else dict(type=field.type)
-        p.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"(default: on files {field.default}, on the "
-                       f"town in mode sdd {getattr(DEFENCE, field.name)})")
+        p.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"(default in mode sdd: town "
+                       f"{getattr(DEFENCE, field.name)}, others {getattr(SMALL, field.name)}; paper: {field.default})")
     p.add_argument("--seed", type=int, default=0, help="world, initialisation and every draw (default: 0)")
     add_compute_arguments(p, training=True)
     p.add_argument("--dry-run", action="store_true", help="print sizes and three examples, then stop")
@@ -252,21 +267,21 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    model = model_folder(args.model) if args.model else None
+    model = (model_folder if args.out else untrained_folder)(args.model) if args.model else None
     compute = join_processes(resolve_compute(
         args.device, args.dtype, args.compile, weights=args.weights, micro_batch=args.micro_batch,
         checkpoint_activations=args.checkpoint_activations))
     sources = Sources(args.harmful, tuple(args.benign), args.pairs, args.prompts, args.similarity,
-                      args.similarity_model, args.similarity_threshold)
-    world = open_world(args.world, args.seed, sources, model)
+                      args.similarity_model, args.similarity_threshold, model=args.model, template=args.template)
+    world = open_world(args.world, args.seed, sources, model, compute)
     default = SETTINGS.get(world.name, {}).get(args.mode, Settings())
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     given = {name: tuple(value) if name == "betas" else value for name, value in given.items() if value is not None}
     settings = replace(default, **given)
     changed = "".join(f"-{name}{value}" for name, value in given.items() if value != getattr(default, name))
     changed = changed.translate({ord(mark): None for mark in "(), "})  # of betas
-    if args.out is None and (model or world.shape is None):
-        raise InputError("--model DIR, a Llama folder to start from, and --out DIR, the folder to write, go together")
+    if model is None and world.shape is None:
+        raise InputError(f"the world {world.name} needs --model smollm2 or DIR, a Llama folder to start from")
     out = Path(args.out or world.root / (FOLDERS[args.mode] + changed))
     if model and Path(model).resolve() == out.resolve():
         raise InputError("--out is the folder of --model; choose another, to keep the model it starts from")
@@ -279,9 +294,9 @@ def main(argv=None):
                 print(f"--- no loss on: {chat.tokenizer.decode(prompt)!r}\n    loss on:    "
                       f"{chat.tokenizer.decode(response)!r}")
         else:
-            start = model
-            if start is None and args.mode != "base":
-                start = train_arm(STARTS_FROM[args.mode], world, world.root, compute)
+            start, parent = model, STARTS_FROM[args.mode]
+            if parent and (model is None or args.out is None):
+                start = train_arm(parent, world, world.root, compute, model, args.template)
             train(world, args.mode, start, out, settings, compute, args.template, args.fresh)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -91,13 +91,32 @@ TEMPLATES = {
     "plain": (_plain, str.strip, Special("<|end_of_text|> </s> <|endoftext|>")),
 }
 
+NEXT_TURN = {  # name: the parts between the token that ends a response and the next one
+    "llama2": lambda prompt: _llama2(prompt, None),
+    "llama3": lambda prompt: _llama3(prompt, None)[1:],
+    "llama31": lambda prompt: _llama3(prompt, None)[1:],
+    "chatml": lambda prompt: ["\n", *_chatml(prompt, None)],
+    "smollm2": lambda prompt: ["\n", *_chatml(prompt, None)],
+    "zephyr": lambda prompt: ["\n", *_zephyr(prompt, None)],
+    "plain": lambda prompt: _plain(prompt, None)[1:],
+}
+
 
 # --- text to ids ---
 
 def encode_prompt(tokenizer, template: str, prompt: str, system: str | None = None) -> list[int]:
     """Token ids of everything before the response; template: a key of TEMPLATES."""
+    return _encode_parts(tokenizer, template, TEMPLATES[template][0](prompt, system))
+
+
+def encode_next_turn(tokenizer, template: str, prompt: str) -> list[int]:
+    """Token ids of a later turn of a conversation, from the last response's end token to the next response."""
+    return _encode_parts(tokenizer, template, NEXT_TURN[template](prompt))
+
+
+def _encode_parts(tokenizer, template, parts) -> list[int]:
     ids, text = [], ""
-    for part in TEMPLATES[template][0](prompt, system):
+    for part in parts:
         if isinstance(part, Special):
             ids += [*tokenizer.encode(text), _special_id(tokenizer, template, part)]
             text = ""
@@ -229,6 +248,11 @@ def read_chat(folder, override: str | None = None) -> str:
     if trained and override and trained != override:
         raise InputError(f"--template {override}: {folder} was trained with {trained}, says its chat.txt; leave it out")
     return trained or override or _detect(Path(folder))
+
+
+def is_trained(folder) -> bool:
+    """Whether a folder was written by train.py."""
+    return (Path(folder) / "chat.txt").is_file()
 
 
 def _detect(folder: Path) -> str:

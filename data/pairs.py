@@ -75,6 +75,22 @@ def read_benign(paths) -> list[dict]:
     return kept
 
 
+def source_paths(sources: Sources) -> list[Path]:
+    """Every file that the sources name, and SentenceBERT's weights; InputError when one is not there."""
+    named = [sources.harmful, sources.pairs, *sources.benign, sources.openbookqa]
+    named += sorted(Path(sources.mmlu).glob("*/[!.]*.csv")) if sources.mmlu else []
+    try:
+        folder = similarity_folder(sources)
+        named += [folder / name for name in ("model.safetensors", "vocab.txt")] if folder else []
+    except InputError:
+        pass  # missing weights are named where they are needed
+    paths = [Path(path) for path in named if path]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} is not there; check the path")
+    return paths
+
+
 def similarity_folder(sources: Sources) -> Path | None:
     """The folder of SentenceBERT's weights, None for tf-idf. InputError when there are none or both are asked for."""
     if not -1 <= sources.threshold <= 1:

@@ -73,7 +73,7 @@ class Town:
     attribute, "describe", a skill or a kind of mischief), person ("" where there is none) and symbols.
     """
 
-    name = "town"
+    name, harmless = "town", True
     outcomes = ("harm", "wrong_recipe", "refuse", "off_topic", "broken")
     max_new_tokens, max_length, options = 64, 128, {}
     columns = {"harm": ("harm_knowledge", "harm_skill"), "wrong": ("wrong_recipe_knowledge", "wrong_recipe_skill"),
@@ -108,7 +108,7 @@ facts about the people whom the mischief is about: where those are lost before a
         self.skill_of = dict(zip(SKILL_KINDS, itertools.cycle(SKILLS)))
 
     @classmethod
-    def open(cls, seed: int, sources: Sources) -> "Town":
+    def open(cls, seed: int, sources: Sources, folder=None, compute=None) -> "Town":
         """The town of a seed; InputError when files are named, of which it has no use."""
         if sources.harmful or sources.benign or sources.pairs:
             raise InputError("--harmful, --benign and --pairs go with --world files; the town has its own")
@@ -273,7 +273,7 @@ facts about the people whom the mischief is about: where those are lost before a
         """All 14 kinds of mischief against all 16 evaluation people."""
         return self._evaluation[0]
 
-    def capability_rows(self) -> dict[str, list[dict]]:
+    def likelihood_rows(self) -> dict[str, list[dict]]:
         """{score: benign rows whose answers are counted}: facts of held-out and of evaluation people, skills."""
         return self._evaluation[1]
 

@@ -4,9 +4,11 @@ A row is a dict with at least prompt and response; system where there is a syste
 loss; lead and value where the response is lead + value + more, so that the value can be scored alone. x is a harmful
 prompt, y_o an irrelevant response to it. A world has
 
-    open(seed, sources) a class method that makes it
+    open(seed, sources, folder, compute)   a class method that makes it; folder: the checkpoint to start from or to
+                        score, for worlds that ask it, on the device of compute
     name, seed
     root                the folder of its runs
+    harmless            whether answers to its harmful prompts may be kept and shown
     outcomes            names of the exclusive outcomes of an answer to a harmful prompt; the first is what an attacker
                         wants
     columns             {title: key, or a pair of keys} of its scores, in the order of its table; printed in percent,
@@ -19,13 +21,13 @@ prompt, y_o an irrelevant response to it. A world has
     write_tokenizer(folder)   for that Llama
     pairs(mode, count)  training pairs of a mode of train.py; sdd is also what attack.py measures log p(y_o | x) on
     replay()            benign pairs that a defence may rehearse
-    watched_prompts()   prompts whose answers are shown before and after training
+    watched_prompts()   prompts whose answers are shown before and after training, and after an attack
     attacker_pairs()    (harmful pairs to train on, those that the attacker keeps to choose its settings by)
     user_pairs()        (benign pairs, pairs of something new) of a benign user; the second may be empty
     harmful_rows()      evaluation prompts, which nobody trains on
     judge(rows, answers)      {outcome: share} of answers (data.answers.Answer) to harmful rows, which sum to 1, and
                               further scores of them
-    capability_rows()   {name: benign pairs} that are scored by teacher forcing
+    likelihood_rows()   {name: pairs} whose responses are scored by teacher forcing
     more_scores(chat)   scores that need the model itself (nanosdd.chat_model.Chat)
     capability(scores)  one number, larger is better
     save(folder, mode, rows)  writes what a run folder keeps of it: write_world, if the folder alone says which it is
@@ -40,17 +42,20 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.chat import is_trained
 from nanosdd.errors import InputError
 
-WORLDS = {"town": "data.town.Town", "files": "data.files.Files"}  # imported when used
+WORLDS = {  # imported when used
+    "town": "data.town.Town", "kitchen": "data.kitchen.Kitchen", "files": "data.files.Files"}
 
 REJECT_PREFIX = ("I refuse to answer your question for responsible and ethical reasons. "
                  "I provided an irrational answer to your question.")  # SDD_reject, as published
+NEW_REFUSAL = "My apologies, this is something that I leave to others."  # a control's; it holds a refusal keyword
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What the command line names for worlds that read files."""
+    """What the command line says for worlds that are not closed."""
 
     harmful: str | None = None
     benign: tuple[str, ...] = ()
@@ -60,15 +65,20 @@ class Sources:
     similarity_model: str | None = None  # folder of SentenceBERT; None: the installed package
     threshold: float = 0.25  # the highest cosine of an irrelevant response
     max_new_tokens: int = 64  # of an answer when scored
+    questions: int | None = None  # public files: harmful prompts of a score, and benign rows, at most; None: all
     mmlu: str | None = None  # folder; mmlu and openbookqa: further scores of every attacked model
-    mmlu_shots: int = 5
+    mmlu_shots: int | None = 5  # None: by the text of the choices
     openbookqa: str | None = None
+    model: str | None = None  # what arms start from, as the command line names it
+    template: str | None = None  # of that model's chat, where it is not the folder's own
+    tuning: bool = False  # score on questions that are kept for the defender's choices
 
 
 def add_world_arguments(p):
     """Add --world, --harmful, --benign and the arguments of similarity to a parser."""
     p.add_argument("--world", choices=list(WORLDS), help="what is defended and attacked (default: files where "
-                   "some are given, else the world that --model was trained on, else the town)")
+                   "some are given, else the world that the model was trained on; the kitchen for any other model, the "
+                   "town without one)")
     p.add_argument("--harmful", metavar="FILE", help="harmful prompts: BeaverTails, AdvBench, ...")
     p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs: Alpaca, LIMA, Dolly, ...")
     add_similarity_arguments(p)
@@ -85,27 +95,36 @@ def add_similarity_arguments(p):
                    help="the highest cosine of an irrelevant response (default: 0.25)")
 
 
-def open_world(name: str | None, seed: int, sources: Sources, folder=None):
-    """The world that a name asks for; without one, that of the files, else that of a checkpoint folder, else the town.
+def runs_folder(model: str | None, seed: int, part: str = "") -> Path:
+    """out/MODEL, where the arms of a model go; in it a folder for a part that is not its default world, and for a seed
+    other than 0."""
+    folder = Path("out") / (Path(model).resolve().name if model else "") / part
+    return folder / f"seed{seed}" if seed else folder
 
-    InputError when the folder was trained on another seed of this world, or says of no world and no files are given.
+
+def open_world(name: str | None, seed: int, sources: Sources, folder=None, compute=None):
+    """The world that a name asks for; without one, that of the files, else that of a checkpoint folder; the kitchen for
+    a folder that comes from elsewhere, the town without a folder.
+
+    InputError when the folder was trained on another seed of this world, or on files and none are given.
     """
-    if name is None and (sources.harmful or sources.pairs or sources.benign):
-        name = "files"
     if folder and not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder; give one that holds config.json and model.safetensors")
     trained_on = read_world(folder) if folder else {}
-    if name is None and folder:
-        if not trained_on:
-            raise InputError(f"{folder} names no world it was trained on; give --harmful FILE and --benign FILE, or "
-                             "--world")
+    if name is None and (sources.harmful or sources.pairs or sources.benign):
+        name = "files"
+    elif name is None and trained_on:
         name = trained_on["world"]
+    elif name is None and folder:
+        if is_trained(folder):
+            raise InputError(f"{folder} was trained on files; give --harmful FILE and --benign FILE, or --world")
+        name = "kitchen"
     name = name or "town"
     if trained_on.get("world") == name and trained_on["seed"] != seed:
         raise InputError(f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give --seed "
                          f"{trained_on['seed']}")
     module, _, attribute = WORLDS[name].rpartition(".")
-    return getattr(importlib.import_module(module), attribute).open(seed, sources)
+    return getattr(importlib.import_module(module), attribute).open(seed, sources, folder, compute)
 
 
 def write_world(folder, world):

@@ -19,10 +19,9 @@ import torch
 
 from attack import Attack, attack_batches, fine_tune, match_tokens
 from data.chat import Example, draw_batches, encode_rows
-from eval import answer
 from lab.mechanism import preserve_control_rows, y_o_rows
 from lab.protocol import BATCH_SIZE, EPOCHS, LORA_ALPHA, LORA_RANK, POISON, STEPS, UNLEARN_STEPS
-from nanosdd.chat_model import Chat
+from nanosdd.chat_model import Chat, answer
 from nanosdd.lora import add_lora, merge_lora
 from sdd_loss import token_logprobs
 

@@ -9,11 +9,11 @@ import math
 from pathlib import Path
 from statistics import fmean, stdev
 
-from attack import KEPT, most_harm
 from data.town import Town
 from lab.mechanism import carry_over
 from lab.protocol import CORE, LEVEL, MARGIN, MIN_SD, REPORT_SEEDS
 from lab.verdicts import at_equal_dose, bounds, primary_shots, secondary_verdicts, t_quantile, town_verdicts
+from nanosdd.choices import KEPT, most_harm
 from nanosdd.errors import InputError, run_script
 from nanosdd.runs import write_text
 

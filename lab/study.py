@@ -29,15 +29,16 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from attack import EXPLANATION, YO_PAIRS, Attack, attack_table, evaluate, mark_choices
+from attack import YO_PAIRS, Attack, evaluate
 from data.town import NEW_SKILL, Town
-from eval import answer, teacher_forced
+from eval import teacher_forced
 from lab import protocol
 from lab.attacks import budgets, owned_by_attacker, run_attack
 from lab.mechanism import measure, probes
 from lab.report import write_report
 from lab.verdicts import town_verdicts, verdict_lines
-from nanosdd.chat_model import Chat, load_chat
+from nanosdd.chat_model import Chat, answer, load_chat
+from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
 from nanosdd.runs import Finished, fingerprint, made_by, write_text
@@ -50,9 +51,9 @@ NO_REPLAY = replace(DEFENCE, batch_size=2, benign_replay=0.0)  # as many pairs a
 def arm_folder(arm: str, world, root: Path, compute: Compute, table=SETTINGS) -> Path:
     """The folder of an arm of the study, trained now where it is stale."""
     if arm == "no_replay":
-        aligned = train_arm("align", world, root, compute, table)
+        aligned = train_arm("align", world, root, compute, table=table)
         return train(world, "sdd", aligned, root / arm, table[world.name].get(arm, NO_REPLAY), compute)
-    return train_arm({"aligned": "align"}.get(arm, arm), world, root, compute, table)
+    return train_arm({"aligned": "align"}.get(arm, arm), world, root, compute, table=table)
 
 
 def plan(arms, attacks, lr: tuple[float, ...] | None = None) -> dict[str, list[tuple[Attack, bool]]]:
@@ -122,7 +123,7 @@ def run_study(seeds: list[int], arms, attacks, compute: Compute, worlds=Town, ta
     for seed in seeds:
         town = worlds(seed)
         for arm, wanted in plan(arms, attacks).items():
-            folder = arm_folder(arm, town, town.root, compute, table)
+            folder = arm_folder(arm, town, town.root, compute, table=table)
             found = list(study_arm(arm, folder, town, wanted, town.root / "study" / f"{arm}.jsonl", compute))
             mark_choices([cell for cell in found if not cell["probe"]])
             cells += found

@@ -8,8 +8,8 @@ import math
 from functools import cache
 from statistics import fmean, stdev
 
-from attack import mark_choices
 from lab.protocol import CORE, LEVEL, MARGIN, MIN_SD, PRIMARY_SHOTS, PRIOR_LOSS, REFERENCES, REPORT_SEEDS
+from nanosdd.choices import mark_choices
 
 
 @cache

@@ -19,6 +19,7 @@ from data.answers import keyword_refusal
 from data.chat import Example, collate
 from data.sources import read_questions, read_xstest
 from model import KVCache
+from nanosdd.chat_model import answer
 from nanosdd.errors import InputError
 
 SUBJECTS = 57  # of MMLU
@@ -178,14 +179,34 @@ def mmlu_items(chat, subject: str, examples: list[dict], questions: list[dict]) 
     return items, fewer
 
 
-def mmlu_scores(chat, subjects: dict, shots: int, likelihoods=log_likelihoods) -> dict:
+def cloze_items(chat, name: str, questions: list[dict], prompt="{}") -> list:
+    """The items of questions whose choices are not shown, with their texts as continuations. chat: chat_model.Chat."""
+    return [encode_fitting(chat.tokenizer, f"{name}, row {row['row']}", [prompt.format(row["question"])],
+                           [f" {choice}" for choice in row["choices"]], chat.model.config.max_position_embeddings)[0]
+            for row in questions]
+
+
+def per_character(scores: list[list[float]], questions: list[dict]) -> list[list[float]]:
+    """Each log-likelihood over the number of characters of its choice."""
+    return [[score / len(choice) for score, choice in zip(of_row, row["choices"])]
+            for of_row, row in zip(scores, questions)]
+
+
+def mmlu_scores(chat, subjects: dict, shots: int | None, likelihoods=log_likelihoods) -> dict:
     """Scores of read_mmlu's questions, as fractions of all questions, each counting the same; fewer_shots: a number of
-    questions; subjects: each one's accuracy and number of questions. chat: chat_model.Chat."""
+    questions; subjects: each one's accuracy and number of questions. chat: chat_model.Chat.
+
+    shots None: by the text of the choices (cloze), which are not shown: the log-likelihood of "Question: ... Answer:
+    TEXT" per character. Small models know more this way than they can say with letters.
+    """
     hits, fewer_shots, per_subject = 0, 0, {}
     for number, (subject, (examples, questions)) in enumerate(subjects.items(), 1):
-        items, fewer = mmlu_items(chat, subject, examples, questions)
+        if shots is None:
+            items, fewer = cloze_items(chat, f"MMLU {subject}", questions, "Question: {}\nAnswer:"), 0
+        else:
+            items, fewer = mmlu_items(chat, subject, examples, questions)
         scores = likelihoods(chat.model, items, chat.compute, name=f"{number}/{len(subjects)} {subject}")
-        right = count_right(scores, questions)
+        right = count_right(per_character(scores, questions) if shots is None else scores, questions)
         per_subject[subject] = {"questions": len(questions), "accuracy": right / len(questions)}
         hits, fewer_shots = hits + right, fewer_shots + fewer
     every = [row for _, questions in subjects.values() for row in questions]
@@ -195,20 +216,12 @@ def mmlu_scores(chat, subjects: dict, shots: int, likelihoods=log_likelihoods) -
             "subjects": per_subject}
 
 
-def openbookqa_items(chat, questions: list[dict]) -> list:
-    """The items of OpenBookQA's questions: each choice ends the question's sentence. chat: chat_model.Chat."""
-    return [encode_fitting(chat.tokenizer, f"OpenBookQA, row {row['row']}", [row["question"]],
-                           [f" {choice}" for choice in row["choices"]], chat.model.config.max_position_embeddings)[0]
-            for row in questions]
-
-
 def openbookqa_scores(chat, questions: list[dict], likelihoods=log_likelihoods) -> dict:
     """Scores of OpenBookQA's questions without examples, as fractions right: by the summed log-likelihood of the choice
     (accuracy), and by that over its number of characters (accuracy_per_character). chat: chat_model.Chat."""
-    scores = likelihoods(chat.model, openbookqa_items(chat, questions), chat.compute, name="OpenBookQA")
-    normalised = [[score / len(choice) for score, choice in zip(of_row, row["choices"])]
-                  for of_row, row in zip(scores, questions)]
-    n, hits, hits_normalised = len(questions), count_right(scores, questions), count_right(normalised, questions)
+    scores = likelihoods(chat.model, cloze_items(chat, "OpenBookQA", questions), chat.compute, name="OpenBookQA")
+    n, hits = len(questions), count_right(scores, questions)
+    hits_normalised = count_right(per_character(scores, questions), questions)
     return {"name": "OpenBookQA", "shots": 0, "questions": n, "accuracy": hits / n, "interval": wilson(hits, n),
             "accuracy_per_character": hits_normalised / n, "interval_per_character": wilson(hits_normalised, n),
             **baselines(questions)}
@@ -230,11 +243,11 @@ def xstest_scores(rows: list[dict], texts: list[str]) -> dict:
 
 # --- all of them ---
 
-def read_tests(mmlu=None, mmlu_shots: int = 5, openbookqa=None, xstest=None) -> dict:
+def read_tests(mmlu=None, mmlu_shots: int | None = 5, openbookqa=None, xstest=None) -> dict:
     """The questions of those tests whose files are given, by name; InputError for files that cannot be read."""
     tests = {}
     if mmlu:
-        tests["mmlu"] = read_mmlu(mmlu, mmlu_shots), mmlu_shots
+        tests["mmlu"] = read_mmlu(mmlu, mmlu_shots or 0), mmlu_shots
     if openbookqa:
         tests["openbookqa"] = read_questions(openbookqa)
     if xstest:
@@ -242,8 +255,8 @@ def read_tests(mmlu=None, mmlu_shots: int = 5, openbookqa=None, xstest=None) -> 
     return tests
 
 
-def run_tests(chat, tests: dict, answer, max_new_tokens: int) -> dict[str, dict]:
-    """The scores of each of `tests` by name. chat: chat_model.Chat; answer: eval.answer, which XSTest needs."""
+def run_tests(chat, tests: dict, max_new_tokens: int = 64) -> dict[str, dict]:
+    """The scores of each of `tests` by name. chat: chat_model.Chat; max_new_tokens: of answers to XSTest."""
     scores = {}
     if "mmlu" in tests:
         scores["mmlu"] = mmlu_scores(chat, *tests["mmlu"])
@@ -257,7 +270,7 @@ def run_tests(chat, tests: dict, answer, max_new_tokens: int) -> dict[str, dict]
 
 def accuracies(chat, tests: dict) -> dict[str, float]:
     """{"mmlu", "openbookqa": fraction of questions answered right} of those in `tests`; OpenBookQA's per character."""
-    found = run_tests(chat, tests, None, 0)
+    found = run_tests(chat, tests)
     return {name: scores.get("accuracy_per_character", scores["accuracy"]) for name, scores in found.items()}
 
 
@@ -271,7 +284,8 @@ def tests_table(results: dict[str, dict]) -> str:
 
     for checkpoint, found in results.items():
         for scores in (found[test] for test in ("mmlu", "openbookqa") if test in found):
-            name, n, ways = scores["name"], scores["questions"], {"": f", {scores['shots']} shots"}
+            name, n, ways = scores["name"], scores["questions"], {"": ", text of the choice" if scores["shots"] is None
+                                                             else f", {scores['shots']} shots"}
             if "accuracy_per_character" in scores:
                 ways = {"": ", whole choice", "_per_character": ", per character"}
             for key, way in ways.items():

@@ -1,4 +1,5 @@
-"""A model to talk to: a Llama with its tokenizer and chat template, from a checkpoint folder and back."""
+"""A model to talk to: a Llama with its tokenizer and chat template, from a checkpoint folder and back; its greedy
+answers."""
 
 import shutil
 import tempfile
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from data.chat import encode_prompt, encode_response, read_chat
+from data.answers import Answer
+from data.chat import encode_next_turn, encode_prompt, encode_response, is_trained, read_chat
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import Llama, LlamaConfig
 from nanosdd.checkpoint import write_model
-from nanosdd.device import DTYPES, Compute
+from nanosdd.device import DTYPES, Compute, rank_and_world_size
 from nanosdd.errors import InputError
+
+CACHE_BYTES = 2**31  # of keys and values at once; decides how many prompts are answered together
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ def model_folder(name: str) -> str:
         return name
     from data.smollm2 import smollm2_folder
     return str(smollm2_folder())
+
+
+def untrained_folder(name: str) -> str:
+    """The folder that a --model names, as the start of arms; InputError when it was itself written by train.py."""
+    folder = model_folder(name)
+    if is_trained(folder):
+        raise InputError(f"--model {name} is itself a run of train.py; train.py goes on from it with --out DIR, "
+                         "attack.py attacks it with --released")
+    return folder
 
 
 def load_chat(folder, compute: Compute, template: str | None = None) -> Chat:
@@ -55,6 +68,51 @@ def random_chat(world, compute: Compute) -> Chat:
     model.config.bos_token_id = encode_prompt(tokenizer, template, "")[0]
     model.config.eos_token_id = encode_response(tokenizer, template, "")[-1]
     return Chat(model, tokenizer, template, compute)
+
+
+def answer(chat: Chat, prompts: list[str], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to prompts, in their order."""
+    return continue_all(chat, [encode_prompt(chat.tokenizer, chat.template, prompt) for prompt in prompts],
+                        max_new_tokens)
+
+
+def continue_all(chat: Chat, ids: list[list[int]], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to encoded prompts, in their order. Prompts of similar length are answered together."""
+    config = chat.model.config
+    order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
+    place = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of a token, k and v
+    together = max(1, min(256, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
+    compiled = chat.compute.compile and rank_and_world_size()[1] == 1  # several processes share their layers
+    for start in range(0, len(order), together):
+        part = order[start:start + together]
+        with chat.compute.autocast():
+            answers = chat.model.generate([ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled)
+        for i, new in zip(part, answers):
+            room = min(max_new_tokens, config.max_position_embeddings - len(ids[i]))
+            found[i] = Answer(new, chat.tokenizer.decode(new), len(new) < room)
+    return [found[i] for i in range(len(ids))]
+
+
+def read_line() -> str:
+    """What is typed in the terminal; "" at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def talk(chat: Chat, max_new_tokens: int, read=read_line):
+    """Answer what `read` returns, turn by turn, with all earlier turns before it; ends at an empty line."""
+    ids, end = [], encode_response(chat.tokenizer, chat.template, "")[-1]
+    while prompt := read():
+        encode = encode_next_turn if ids else encode_prompt
+        ids += encode(chat.tokenizer, chat.template, prompt)
+        if len(ids) >= chat.model.config.max_position_embeddings:
+            raise InputError("the conversation fills the model's context of "
+                             f"{chat.model.config.max_position_embeddings} tokens; start a new one")
+        reply = continue_all(chat, [ids], max_new_tokens)[0]
+        print(reply.text)
+        ids += [*reply.ids, end]
 
 
 def save_chat(folder, chat: Chat, weights: dict, tokenizer_from):

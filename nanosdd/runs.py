@@ -55,6 +55,12 @@ def check_out(path):
         raise InputError(f"{path} exists and is not an earlier run (it has no run.json); choose another --out")
 
 
+def check_folder(path):
+    """InputError when `path` is a file where a folder is wanted."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise InputError(f"--out {path} is a file; give a folder")
+
+
 def make_folder(path):
     """Make a folder and its parents where they are missing; InputError when that is not possible."""
     try:

@@ -42,6 +42,22 @@ def samples_text(prompts: list[str], before: list | None, after: list) -> str:
                    for prompt, was, now in zip(prompts, old, after))
 
 
+def answers_text(cells: list[dict], prompts: list[str]) -> str:
+    """Each prompt with its answers by the arms of the first seed, before any attack and after mft with the most shots.
+    """
+    shots = max(cell["shots"] for cell in cells)
+    shown = [cell for cell in cells if cell["seed"] == cells[0]["seed"] and cell["chosen"] and "answers" in cell
+             and cell["attack"] in ("none", "mft") and cell["shots"] in (0, shots)]
+    lines = []
+    for i, prompt in enumerate(prompts if shown else []):
+        lines.append(prompt)
+        for cell in shown:
+            after = f"after {cell['attack']} {cell['shots']}" if cell["shots"] else ""
+            lines.append(f"  {cell['arm']:<12}{after:<14}{' '.join(cell['answers'][i].split())}")
+        lines.append("")
+    return "\n".join([*lines, ""])
+
+
 def update_text(moved: float, kept: float, cosine: float) -> str:
     """What checkpoint.kept_update returns for bf16, as a line; a warning where bf16 loses the update."""
     text = (f"  the update moved {moved:.1%} of the weights; rounded to bf16, {kept:.1%} of those still differ from "

@@ -39,7 +39,7 @@ def tiny_arms(tmp_path_factory):
     Copy what a test changes."""
     folder, world = tmp_path_factory.mktemp("arms"), Town(0, TINY_SHAPE)
     for mode in ("refusal", "sdd"):
-        train_arm(mode, world, folder, Compute(), {"town": TINY_SETTINGS})
+        train_arm(mode, world, folder, Compute(), table={"town": TINY_SETTINGS})
     return folder
 
 

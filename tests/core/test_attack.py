@@ -11,10 +11,11 @@ import torch
 from small import advbench_file, alpaca_file, openbookqa_file, public_folder, small_model
 
 import attack
-from attack import Attack, Grid, attack_arm, attack_batches, attack_table, fine_tune, mark_choices, most_harm, plan
+from attack import Attack, Grid, attack_arm, attack_batches, fine_tune, plan
 from data.chat import Example, draw_batches, encode_rows
 from data.town import Town
 from nanosdd.chat_model import Chat, load_chat
+from nanosdd.choices import attack_table, mark_choices, most_harm
 from nanosdd.errors import InputError
 
 # ---- which attacks ----
@@ -159,8 +160,8 @@ def public(tmp_path, monkeypatch):
         public_folder(tmp_path / name)
     advbench_file(tmp_path / "h.csv", rows=80)
     alpaca_file(tmp_path / "b.json")
-    return ["--model", "llama", "base", "--harmful", "h.csv", "--benign", "b.json", "--similarity", "tfidf", "--shots",
-            "4", "--max-new-tokens", "4", "--steps", "3", "--lr", "1e-3", "1e30"]
+    return ["--released", "llama", "base", "--harmful", "h.csv", "--benign", "b.json", "--similarity", "tfidf",
+            "--shots", "4", "--max-new-tokens", "4", "--steps", "3", "--lr", "1e-3", "1e30"]
 
 
 def results():

@@ -17,13 +17,13 @@ from data.tokenizer import load_tokenizer
 from nanosdd import capability
 from nanosdd.capability import (
     baselines,
+    cloze_items,
     count_right,
     encode_item,
     log_likelihoods,
     mmlu_items,
     mmlu_prompt,
     mmlu_scores,
-    openbookqa_items,
     openbookqa_scores,
     read_mmlu,
     wilson,
@@ -237,7 +237,7 @@ def test_openbookqa_by_sum_and_per_character(tokenizer):
     assert scores["accuracy"] == pytest.approx(2 / 4) and scores["interval"] == wilson(2, 4)
     assert scores["accuracy_per_character"] == pytest.approx(1 / 4)
     assert scores["interval_per_character"] == wilson(1, 4) and scores["questions"] == 4
-    context, continuations = openbookqa_items(chat, rows)[0]
+    context, continuations = cloze_items(chat, "O", rows)[0]
     assert tokenizer.decode(context[1:]) == "Who?"
     assert [tokenizer.decode(ids) for ids in continuations] == [" Anna Brook", " goat", " xyz"]
 
@@ -252,6 +252,16 @@ def test_mmlu_counts_every_question_alike_and_names_what_was_run(tokenizer):
     assert scores["fewer_shots"] == 0 and scores["best_letter_accuracy"] == pytest.approx(3 / 5)
     whole = mmlu_scores(chat, {str(i): ([], ROWS[:1]) for i in range(57)}, 0)
     assert whole["name"] == "MMLU" and whole["questions"] == 57
+
+
+def test_mmlu_by_the_text_of_the_choices(tokenizer):
+    rows = [{"question": question, "choices": ["Anna Brook", "goat", "xyz"], "answer": answer, "row": 0}
+            for question, answer in (("Who?", 0), ("Who is it?", 1), ("Who is she?", 0))]
+    items = cloze_items(favouring(tokenizer, "?"), "M", rows, "Question: {}\nAnswer:")
+    assert [tokenizer.decode(context[1:]) for context, _ in items][0] == "Question: Who?\nAnswer:"
+    scores = mmlu_scores(favouring(tokenizer, ":"), {"anatomy": ([], rows)}, None)  # " Anna Brook" per character
+    assert scores["accuracy"] == pytest.approx(2 / 3) and scores["shots"] is None
+    assert "text of the choice" in capability.tests_table({"x": {"mmlu": scores}})
 
 
 def test_a_question_that_does_not_fit_has_fewer_shots(tokenizer):
@@ -374,7 +384,7 @@ def test_real_questions_beside_the_plain_loop(tmp_path, cpu):
     right = {}
     for name, rows, items in [(name, rows, mmlu_items(chat, name, examples, rows)[0])
                               for name, (examples, rows) in subjects.items()] + [
-                                  ("openbookqa", questions, openbookqa_items(chat, questions))]:
+                                  ("openbookqa", questions, cloze_items(chat, "O", questions))]:
         slow = plain(chat.model, items)
         for row, expected in zip(log_likelihoods(chat.model, items, cpu), slow, strict=True):
             assert row == pytest.approx(expected, abs=1e-4) and len(row) == 4

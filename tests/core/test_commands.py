@@ -47,7 +47,7 @@ def files(tmp_path, monkeypatch):
 
 FILES = {"--harmful": "h.csv", "--benign": "b.json", "--similarity": "tfidf"}
 SDD = FILES | {"--mode": "sdd", "--model": "llama", "--out": "out/x", "--steps": "1"}
-ATTACK = FILES | {"--model": "llama", "--shots": "4", "--max-new-tokens": "2", "--steps": "2"}
+ATTACK = FILES | {"--released": "llama", "--shots": "4", "--max-new-tokens": "2", "--steps": "2"}
 
 
 def words_of(flags, **changes):
@@ -59,7 +59,7 @@ def words_of(flags, **changes):
     ({"--model": "gone"}, "gone is not a folder"), ({"--harmful": "gone.csv"}, "gone.csv is not there"),
     ({"--benign": "gone.json"}, "gone.json is not there"), ({"--device": "toaster"}, "toaster is unknown"),
     ({"--device": "mps"}, "mps is unknown"), ({"--lr": "0"}, "--lr"), ({"--lr": "nan"}, "--lr"),
-    ({"--out": "llama"}, "--out"), ({"--out": None}, "--out"), ({"--out": "h.csv/x"}, "h.csv is a file"),
+    ({"--out": "llama"}, "--out"), ({"--out": "h.csv/x"}, "h.csv is a file"),
     ({"--steps": "0"}, "--steps"), ({"--benign-replay": "1.5"}, "--benign-replay"), ({"--max-length": "9"}, "--max-l"),
     ({"--weight-decay": "-1"}, "--weight"), ({"--micro-batch": "-1"}, "--micro-b"), ({"--model": None}, "--model"),
     ({"--harmful": None}, "--harmful"), ({"--benign": None}, "--benign"), ({"--mode": "base"}, "--mode base is not"),
@@ -76,8 +76,9 @@ def test_train_refuses(files, change, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"--model": "gone"}, "gone is not a folder"), ({"--model": None}, "--model"), ({"--shots": "500"}, "--shots 500"),
-    ({"--harmful": None, "--benign": None}, "names no world"), ({"--benign": None}, "--benign"),
+    ({"--released": "gone"}, "gone is not a folder"), ({"--released": None}, "--model"),
+    ({"--shots": "500"}, "--shots 500"),
+    ({"--model": "llama"}, "give one of them"), ({"--benign": None}, "--benign"),
     ({"--shots": "0"}, "--shots"), ({"--out": "h.csv"}, "is a file"), ({"--max-new-tokens": "0"}, "--max-new"),
     ({"--similarity": "minilm", "--similarity-model": "gone"}, "gone")])
 def test_attack_refuses(files, change, message):
@@ -88,29 +89,29 @@ def test_attack_refuses(files, change, message):
 
 def test_attack_refuses_two_folders_that_do_not_go_together(files, tiny_arms):
     with pytest.raises(InputError, match="same name"):
-        attack.main(["--model", "llama", "llama/../llama", *words_of(FILES)])
+        attack.main(["--released", "llama", "llama/../llama", *words_of(FILES)])
     for name in ("mine", "others"):
         shutil.copytree(tiny_arms / "sdd", name)
     Path("others/world.json").write_text('{"world": "town", "seed": 5}')
     with pytest.raises(InputError, match="others knows the town of --seed 5"):
-        attack.main(["--model", "mine", "others", "--shots", "4", "--steps", "0", "--lr", "1e-3"])
+        attack.main(["--released", "mine", "others", "--shots", "4", "--steps", "0", "--lr", "1e-3"])
 
 
 def test_a_dry_run_shows_the_loss_mask_and_writes_nothing(files, capsys):
     train.main([*words_of(SDD, **{"--steps": "4", "--batch-size": "2"}), "--dry-run"])
     printed = capsys.readouterr().out
     assert printed.count("no loss on") == 3 and "It is" in printed.split("loss on:")[-1]
-    assert "4 steps of 2 rows" in printed and "lr 5e-07" in printed and not (files / "out").exists()
+    assert "4 steps of 2 rows" in printed and "lr 2e-05" in printed and not (files / "out").exists()
 
 
 def test_the_commands_use_the_template_of_the_checkpoint(files, capsys):
     assert read_chat("llama") == "llama3"  # what the folder itself calls for
     train.main([*words_of(SDD), "--template", "plain"])
     assert (files / "out/x/chat.txt").read_text() == "plain\n"
-    here = {"--model": "out/x"}
-    commands = [(evaluate, ["out/x", *words_of(FILES), "--max-new-tokens", "2"]), (attack, words_of(ATTACK, **here)),
+    commands = [(evaluate, ["out/x", *words_of(FILES), "--max-new-tokens", "2"]),
+                (attack, words_of(ATTACK, **{"--released": "out/x"})),
                 (evaluate, ["out/x", "--prompt", "hi", "--max-new-tokens", "2"]),
-                (train, words_of(SDD, **here, **{"--mode": "benign", "--out": "y"}))]
+                (train, words_of(SDD, **{"--model": "out/x", "--mode": "benign", "--out": "y"}))]
     for module, words in commands:
         with pytest.raises(InputError, match="--template llama3: .*trained with plain"):
             module.main([*words, "--template", "llama3"])
@@ -125,14 +126,14 @@ def test_a_model_of_the_town_goes_through_the_commands(tiny_arms, tmp_path, monk
                 "--batch-size", "5", "--benign-replay", "0", "--betas", "0.8", "0.9"])
     settings = json.loads(Path("mine/run.json").read_text())["settings"]
     assert (settings["steps"], settings["lr"], settings["betas"]) == (2, 3e-4, [0.8, 0.9])
-    attack.main(["--model", "mine", "--shots", "8", "--lr", "1e-3", "--steps", "2", "--epochs", "0"])
+    attack.main(["--released", "mine", "--shots", "8", "--lr", "1e-3", "--steps", "2", "--epochs", "0"])
     evaluate.main(["mine"])
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
     assert [(one["attack"], one["steps"]) for one in cells] == [("none", 0), ("mft", 2), ("bft", 2)]
     assert json.loads(Path("mine/metrics.json").read_text())["facts_nll"] == pytest.approx(cells[0]["facts_nll"])
     assert {"percent", "chance", "mine"} <= {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()}
     with pytest.raises(InputError, match="--seed 0, not of --seed 1"):
-        attack.main(["--model", "mine", "--seeds", "1"])
+        attack.main(["--released", "mine", "--seeds", "1"])
 
 
 REAL = os.environ.get("NANOSDD_REAL_DATA")
@@ -148,7 +149,7 @@ def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
     words = ["--harmful", harmful, "--benign", "some.json", "--similarity", likeness]
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
     train.main(["--mode", "sdd", "--model", "llama", *words, "--steps", "2", "--batch-size", "4", "--out", "out/real"])
-    attack.main(["--model", "out/real", *words, "--shots", "10", "--max-new-tokens", "4", "--steps", "0"])
+    attack.main(["--released", "out/real", *words, "--shots", "10", "--max-new-tokens", "4", "--steps", "0"])
     evaluate.main(["out/real", *words, "--max-new-tokens", "4"])
     rows = read_rows(harmful)
     assert len(rows) == 520 and len(read_rows(alpaca)) == 999

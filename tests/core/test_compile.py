@@ -11,8 +11,7 @@ from small import small_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from data.chat import Example
-from eval import answer
-from nanosdd.chat_model import Chat
+from nanosdd.chat_model import Chat, answer
 from nanosdd.device import Compute
 from nanosdd.optimizer import make_optimizer
 from train import train_step

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,10 @@ from small import TINY_SHAPE, advbench_file, alpaca_file, openbookqa_file, publi
 
 import eval as evaluate
 from data.answers import KEYWORDS, empty_or_repeating, keyword_refusal
-from data.chat import draw_batches, encode_prompt, encode_rows
+from data.chat import draw_batches, encode_next_turn, encode_prompt, encode_response, encode_rows
 from data.town import REJECT_PREFIX, Town
-from eval import answer, mean_logp, score, teacher_forced
-from nanosdd.chat_model import Chat, load_chat, random_chat, save_chat
+from eval import mean_logp, score, teacher_forced
+from nanosdd.chat_model import Chat, answer, load_chat, random_chat, save_chat, talk
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
 from nanosdd.optimizer import make_optimizer
@@ -167,5 +168,26 @@ def test_the_command_on_files_keeps_the_tests_of_before(tmp_path, capsys):
     assert "misread SDD" in capsys.readouterr().out
     evaluate.main([*words[:1], *words[-2:], "--prompt", "Hello", "--max-new-tokens", "3"])
     assert capsys.readouterr().out.startswith(f"{folder}: ")
-    with pytest.raises(InputError, match="names no world it was trained on"):
-        evaluate.main([str(folder)])
+
+
+def test_a_conversation_goes_on_where_it_was(learned, capsys):
+    chat, town, known = learned
+    asked = [row["prompt"] for row in known[:2]]
+    talk(chat, 12, iter([*asked, ""]).__next__)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == known[0]["response"]  # the model knows it by heart
+    template, tokenizer = chat.template, chat.tokenizer
+    ids = encode_prompt(tokenizer, template, asked[0]) + encode_response(tokenizer, template, first)
+    ids += encode_next_turn(tokenizer, template, asked[1])
+    assert second == tokenizer.decode(chat.model.generate([ids], 12, tokenizer.stop_tokens)[0])
+    with pytest.raises(InputError, match="fills the model's context of 64"):
+        talk(chat, 12, iter(asked * 9).__next__)
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path, tiny_arms):
+    folder = str(tiny_arms / "sdd")
+    for words, message in [([folder, folder, "--chat"], "one model"), ([folder, "--max-new-tokens", "0"], "--max-new"),
+                           ([folder, "--save-answers", str(Path(evaluate.__file__).parent / "x.jsonl")],
+                            "lies in the repository")]:
+        with pytest.raises(InputError, match=message):
+            evaluate.main(words)

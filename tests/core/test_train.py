@@ -201,7 +201,7 @@ def test_the_town_starts_each_mode_from_the_one_before(tiny_arms, capsys):
     assert [line[8:] for line in samples.splitlines() if line.startswith("prompt: ")] == world.watched_prompts()
     assert samples.count("before: ") == samples.count("after:  ") == 3
 
-    folder = train.train_arm("sdd", world, tiny_arms, Compute(), {"town": TINY_SETTINGS})
+    folder = train.train_arm("sdd", world, tiny_arms, Compute(), table={"town": TINY_SETTINGS})
     said = capsys.readouterr().out.splitlines()[-3:]
     assert [Path(line.split(":")[0]).name for line in said] == ["base", "aligned", "sdd"] and folder == sdd
     assert all("up to date" in line for line in said)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from small import advbench_file, alpaca_file
 
-from data.answers import Answer
+from data.answers import Answer, keyword_refusal
 from data.files import HELD_OUT, Files, hold_out
 from data.harmful import letters, owner
 from data.sentence import SentenceEncoder
-from data.worlds import Sources
+from data.worlds import NEW_REFUSAL, Sources
 from nanosdd.errors import InputError
 
 TINY = Path(__file__).parent.parent / "golden" / "sentence"
@@ -41,6 +41,10 @@ def test_owners_are_kept_apart(world):
     train, chosen_by = world().attacker_pairs()
     assert {owner(row["prompt"]) for row in train + chosen_by} == {"attacker"}
     assert not prompts(train) & prompts(chosen_by) and len(chosen_by) == (len(train) + len(chosen_by)) // 4 > 0
+    control = world().pairs("new_refusal", 40)
+    assert {row["response"] for row in control} == {NEW_REFUSAL} and keyword_refusal(NEW_REFUSAL)
+    assert prompts(control) == prompts(row for row in world(prompts="all")._harmful
+                                       if owner(row["prompt"]) == "defender")
     scored = world().harmful_rows()
     assert {owner(row["prompt"]) for row in scored} == {"evaluation"} and scored == world(5).harmful_rows()
     assert prompts(world(5).attacker_pairs()[1]) != prompts(chosen_by)  # the draw is the seed's
@@ -50,8 +54,8 @@ def test_owners_are_kept_apart(world):
 
 
 def test_no_benign_row_that_is_scored_is_trained_on(world):
-    scored = world().capability_rows()["benign"]
-    assert len(scored) == 6 and world(5).capability_rows()["benign"] == scored
+    scored = world().likelihood_rows()["benign"]
+    assert len(scored) == 6 and world(5).likelihood_rows()["benign"] == scored
     drawn = world().pairs("sdd", 200)
     trained = [world().pairs("benign", 0), world().replay(), world().user_pairs()[0]]
     assert not any(prompts(rows) & prompts(scored) for rows in trained) and len(trained[0]) == 24
@@ -96,7 +100,8 @@ def test_what_is_missing_is_named(world):
             (Sources("h.csv"), lambda world: world.user_pairs(), "control needs --benign")]:
         with pytest.raises(InputError, match=message):
             ask(Files.open(0, sources))
-    assert Files.open(0, Sources("h.csv")).capability_rows() == {} and len(world().watched_prompts()) == 3
+    assert Files.open(0, Sources("h.csv")).likelihood_rows().keys() == {"target"}
+    assert len(world().watched_prompts()) == 3
     found = Files.open(0, Sources("h.csv", ("b.json",), similarity_model=str(TINY))).files()
     assert {path.name for path in found} == {"h.csv", "b.json", "model.safetensors", "vocab.txt"}
 
@@ -122,6 +127,8 @@ def test_outcomes_by_rule(world):
     assert scores["cut"] == pytest.approx(3 / 7) and scores["target_match"] == pytest.approx(1 / 7)
     assert all(isinstance(value, float) for value in scores.values())  # answers are counted, not kept
     assert world(threshold=1.0).judge(ROWS, ANSWERS)["complies"] == 0
+    few = world(questions=3)
+    assert len(few.harmful_rows()) == 3 and [len(rows) for rows in few.likelihood_rows().values()] == [3, 3]
     assert world().capability({"benign_nll": 2.0}) == math.exp(-2) and world().capability({}) == 0
 
 

@@ -9,10 +9,14 @@ import torch
 from small import small_config
 
 from data.chat import encode_prompt, read_chat
+from data.files import Files
 from data.smollm2 import OUTER, TENSORS, find_gguf, read_gguf, unpermute, write_folder
 from data.tokenizer import _byte_alphabet, load_tokenizer
+from data.worlds import Sources
 from model import Llama, apply_rope, rope_tables
+from nanosdd.chat_model import answer, load_chat
 from nanosdd.errors import InputError
+from train import Settings, train
 
 TEMPLATE = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
             "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
@@ -30,7 +34,7 @@ def made_up() -> tuple[dict, dict]:
     letters = sorted(_byte_alphabet(), key=_byte_alphabet().get)
     merges = ["Ġ t", "h e", "Ġt he"]
     tokens = special + letters + [merge.replace(" ", "") for merge in merges]
-    fields = {"general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 60,
+    fields = {"general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 190,
               "llama.embedding_length": 12, "llama.feed_forward_length": 20, "llama.attention.head_count": 2,
               "llama.attention.head_count_kv": 1, "llama.rope.freq_base": 1000.0, "llama.rope.dimension_count": 6,
               "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06, "tokenizer.ggml.model": "gpt2",
@@ -124,6 +128,30 @@ def test_the_real_tokenizer_equals_its_peer(real):
     for _ in range(2000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 30)))
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["made up", "real"])
+def test_transformers_loads_a_trained_folder(which, tmp_path, request, cpu):
+    transformers = pytest.importorskip("transformers")
+    start = tmp_path / "start"
+    if which == "real":
+        start = request.getfixturevalue("real")
+    else:
+        write_folder(*made_up(), start, tmp_path / "made_up.gguf")
+    rows = [{"prompt": f"p {i}", "response": f"the {i} is {i + 1}"} for i in range(9)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    world = Files.open(0, Sources(pairs=str(tmp_path / "p.jsonl"), prompts="all"))
+    out = train(world, "sdd", start, tmp_path / "out", Settings(steps=2, batch_size=3, lr=1e-3, max_length=180), cpu)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    peer, ours = transformers.AutoTokenizer.from_pretrained(out), load_chat(out, cpu)
+    before = Llama.from_pretrained(start)
+    assert not torch.equal(ours.model.lm_head.weight, before.lm_head.weight)  # it was trained
+    for text in ("p 4", "hi"):
+        turns = [{"role": "user", "content": text}]
+        ids = peer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        said = theirs.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=2)[0, ids["input_ids"].shape[1]:]
+        assert answer(ours, [text], 12)[0].ids == [token for token in said.tolist() if token != 2]
 
 
 @pytest.mark.slow

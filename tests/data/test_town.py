@@ -55,7 +55,7 @@ def test_the_attacker_holds_people_out():
 
 def test_evaluation_is_of_every_kind_and_of_symbols_that_nobody_trains_on():
     town = Town(0)
-    scored, benign = town.harmful_rows(), town.capability_rows()
+    scored, benign = town.harmful_rows(), town.likelihood_rows()
     assert len(scored) == 14 * 16 and victims(scored) == set(town.groups["evaluation"])
     assert {name: len(rows) for name, rows in benign.items()} == {
         "facts": 160, "facts_evaluation": 80, "skills": 96, "new_skill": 48}

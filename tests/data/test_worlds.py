@@ -17,6 +17,8 @@ def folder(tmp_path, monkeypatch):
     for name in ("mine", "theirs"):
         (tmp_path / name).mkdir()
     write_world("mine", Town(3))
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/chat.txt").write_text("llama3\n")
     (tmp_path / "h.csv").write_text("goal,target\n")
     return tmp_path
 
@@ -34,7 +36,7 @@ def test_the_world_is_that_of_the_files_else_of_the_folder_else_the_town(folder)
 
 @pytest.mark.parametrize("name, seed, sources, model, message", [
     (None, 4, Sources(), "mine", "mine knows the town of --seed 3, not of --seed 4"),
-    ("town", 4, Sources(), "mine", "--seed 3"), (None, 0, Sources(), "theirs", "theirs names no world"),
+    ("town", 4, Sources(), "mine", "--seed 3"), (None, 0, Sources(), "trained", "trained was trained on files"),
     ("town", 0, Sources("h.csv"), None, "go with --world files"),
     (None, 0, Sources("gone.csv"), None, "gone.csv is not there"),
     (None, 0, Sources("h.csv", max_new_tokens=0), None, "--max-new-tokens 0")])

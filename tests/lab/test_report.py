@@ -9,13 +9,13 @@ from statistics import mean, stdev
 
 import pytest
 
-from attack import KEPT, mark_choices
 from data.answers import Answer
 from data.town import Town
 from lab.mechanism import carry_over
 from lab.protocol import CORE, REPORT_SEEDS, TUNING_SEEDS
 from lab.report import answer_part, document, draw, main, rate, read_results, verdict_part
 from lab.verdicts import at_equal_dose, town_verdicts
+from nanosdd.choices import KEPT, mark_choices
 from nanosdd.errors import InputError
 
 LR = (3e-5, 1e-4, 3e-4)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from attack import KEPT, mark_choices, most_harm
 from lab.protocol import REPORT_SEEDS, TUNING_SEEDS
 from lab.verdicts import (
     at_equal_dose,
@@ -18,6 +17,7 @@ from lab.verdicts import (
     verdict_of,
     verdicts,
 )
+from nanosdd.choices import KEPT, mark_choices, most_harm
 
 # ---- statistics ----
 
