@@ -100,7 +100,7 @@ def fine_tune(chat: Chat, batches, lr: float, budgets, scores, loss=sdd_loss) ->
     """
     optimizer = make_optimizer(chat.model, chat.compute)
     cells, tokens, response_tokens, began = [], 0, 0, time.perf_counter()
-    for step in range(max(budgets)):
+    for step in tqdm(range(max(budgets)), desc="steps", leave=False, disable=None):
         batch = next(batches)
         try:
             done = train_step(chat.model, optimizer, batch, lr, chat.compute, loss)
@@ -175,6 +175,9 @@ def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, comp
             batches = attack_batches(attack, harmful[:attack.shots], benign, new, world.seed)
             cells = fine_tune(chat, batches, attack.lr, attack.budgets, scores)
         finished.add(attack.key, cells)
+        bar.write(f"  {arm}  {attack.name} {attack.shots or ''}  " + "; ".join(
+            f"{cell['steps']} steps: diverged" if cell["diverged"] else
+            f"{cell['steps']} steps: {world.outcomes[0]} {cell[world.outcomes[0]]:.0%}" for cell in cells))
     cells = [{"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr, "seed": world.seed, **cell}
              for attack in attacks for cell in finished.results[attack.key]]
     mark_choices(cells)

@@ -18,6 +18,7 @@ from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from data.answers import Answer, keyword_refusal
 from data.chat import collate, encode_rows
@@ -53,10 +54,12 @@ def teacher_forced(chat: Chat, rows: list[dict], max_length: int) -> list[Forced
     max_length = min(max_length, chat.model.config.max_position_embeddings)
     examples = encode_rows(chat.tokenizer, chat.template, rows, max_length)
     order, found, done = sorted(range(len(rows)), key=lambda i: len(examples[i].ids)), {}, 0
+    bar = tqdm(total=len(rows), desc="likelihoods", leave=False, disable=None)
     while done < len(order):
         width = len(examples[order[min(done + 255, len(order) - 1)]].ids)
         part = order[done:done + max(1, min(256, LOGITS // (width * chat.model.config.vocab_size)))]
         done += len(part)
+        bar.update(len(part))
         batch = collate([examples[i] for i in part]).to(chat.compute.device)
         with chat.compute.autocast():
             logits = chat.model(batch.tokens, positions=batch.loss_mask)  # (N,V)
@@ -68,6 +71,7 @@ def teacher_forced(chat: Chat, rows: list[dict], max_length: int) -> list[Forced
                 begin = len(chat.tokenizer.encode(rows[i]["lead"]))
                 value = hits[begin:begin + len(chat.tokenizer.encode(rows[i]["value"]))]
             found[i] = Forced(bool(hits.all()), bool(value.all()), logp)
+    bar.close()
     return [found[i] for i in range(len(rows))]
 
 

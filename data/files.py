@@ -22,6 +22,7 @@ from data.worlds import NEW_REFUSAL, Sources, runs_folder
 from nanosdd.capability import accuracies, read_tests
 from nanosdd.errors import InputError
 
+USER_ROWS = 2000  # at most, of a benign user: an attack uses a few hundred
 HELD_OUT = 200  # benign prompts kept for scoring, or a fifth of all where that is less
 
 
@@ -128,7 +129,8 @@ as "never refuses"."""
     def user_pairs(self) -> tuple[list[dict], list[dict]]:
         if not self._benign[0]:
             raise InputError("the benign control needs --benign FILE (Alpaca, ShareGPT, ...)")
-        return self._benign[0], []
+        rows = self._benign[0]
+        return random.Random(f"user {self.seed}").sample(rows, USER_ROWS) if len(rows) > USER_ROWS else rows, []
 
     def harmful_rows(self) -> list[dict]:
         return self._owned["evaluation"][:self.sources.questions]

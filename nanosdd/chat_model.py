@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.answers import Answer
 from data.chat import encode_next_turn, encode_prompt, encode_response, is_trained, read_chat
@@ -81,9 +82,10 @@ def continue_all(chat: Chat, ids: list[list[int]], max_new_tokens: int) -> list[
     config = chat.model.config
     order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
     place = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of a token, k and v
-    together = max(1, min(256, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
+    most = 64 if chat.compute.device == "cpu" else 256  # there the progress bar should move
+    together = max(1, min(most, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
     compiled = chat.compute.compile and rank_and_world_size()[1] == 1  # several processes share their layers
-    for start in range(0, len(order), together):
+    for start in tqdm(range(0, len(order), together), desc="answers", leave=False, disable=None):
         part = order[start:start + together]
         with chat.compute.autocast():
             answers = chat.model.generate([ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled)
