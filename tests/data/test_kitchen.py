@@ -12,7 +12,7 @@ import eval as evaluate
 import train
 from data import kitchen
 from data.answers import OUTCOMES, Answer, keyword_refusal
-from data.kitchen import DISH_FORMS, DISHES, TOPIC_FORMS, TOPICS, Kitchen, own_answers, whole_sentences
+from data.kitchen import DISH_FORMS, DISHES, TOPIC_FORMS, TOPICS, Kitchen, first_answers, whole_sentences
 from data.worlds import NEW_REFUSAL, Sources
 from nanosdd.errors import InputError
 
@@ -119,15 +119,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_model_is_asked_once(folder, cpu, capsys):
-    first = own_answers(folder, cpu, None)
+    first = first_answers(folder, cpu, None)
     assert len(first) == 160 * 2 + 60 * 4 and "asked 560 questions" in capsys.readouterr().out
     (kept,) = Path("out/kitchen").iterdir()
     lines = kept.read_text().splitlines()
     kept.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:20])  # as if killed while it wrote
-    assert own_answers(folder, cpu, None) == first and "asked 3 questions" in capsys.readouterr().out
-    assert own_answers(folder, cpu, None) == first and "asked" not in capsys.readouterr().out
+    assert first_answers(folder, cpu, None) == first and "asked 3 questions" in capsys.readouterr().out
+    assert first_answers(folder, cpu, None) == first and "asked" not in capsys.readouterr().out
     public_folder(folder, context=200, initializer_range=0.3)  # other weights
-    assert own_answers(folder, cpu, None) != first and len(list(Path("out/kitchen").iterdir())) == 2
+    assert first_answers(folder, cpu, None) != first and len(list(Path("out/kitchen").iterdir())) == 2
 
 
 def test_the_commands_on_any_chat_model(folder, capsys):
@@ -135,7 +135,7 @@ def test_the_commands_on_any_chat_model(folder, capsys):
     train.main(["--mode", "sdd", "--model", "llama", "--steps", "2", "--batch-size", "4", *words, "--out", "direct"])
     settings = json.loads(Path("direct/run.json").read_text())["settings"]
     assert settings["world"] == "kitchen" and not Path("out/llama").exists()  # from llama itself: nothing is aligned
-    given = own_answers("direct", None, None)  # a trained folder carries them
+    given = first_answers("direct", None, None)  # a trained folder carries them
     assert len(given) == 560 and (Path("direct") / kitchen.ANSWERS).is_file()
     attack.main(["--released", "direct", "--shots", "5", "--epochs", "1", *words])
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
@@ -147,7 +147,7 @@ def test_the_commands_on_any_chat_model(folder, capsys):
     capsys.readouterr()
     evaluate.main(["direct", "llama", *words, "--save-answers", "answers.jsonl"])
     printed = capsys.readouterr().out
-    assert "y_c nll" in printed and "a proxy" in printed and "do not publish" in printed
+    assert "y_c nll" in printed and "proxy" in printed and "do not publish" in printed
     saved = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert len(saved) == 64 and set(saved[0]) == {"model", "prompt", "response"}
     assert json.loads(Path("direct/metrics.json").read_text())["benign_nll"] == pytest.approx(cells[0]["benign_nll"])
@@ -158,7 +158,7 @@ def test_the_commands_on_any_chat_model(folder, capsys):
     with pytest.raises(InputError, match="direct knows the kitchen of --seed 0, not of --seed 1"):
         attack.main(["--released", "direct", "--seeds", "1"])
     Path("direct", kitchen.ANSWERS).write_text("half")
-    with pytest.raises(InputError, match="answers.jsonl is damaged"):
+    with pytest.raises(InputError, match="answers.jsonl is damaged, or of other questions"):
         evaluate.main(["direct", *words])
 
 
