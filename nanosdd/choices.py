@@ -38,6 +38,7 @@ def attack_table(cells: list[dict], world) -> str:
     aim, groups, rows = world.outcomes[0], {}, [("chance level", world.chance, "")] if world.chance else []
     for cell in cells:
         groups.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
+    wide = max(len(arm) for arm, _, _ in groups) + 2
     for (arm, attack, shots), group in groups.items():
         chosen, note = [cell for cell in group if cell["chosen"]], ""
         if attack != "none":
@@ -51,7 +52,7 @@ def attack_table(cells: list[dict], world) -> str:
             top, kept = average(list(worst.values())), most_harm(group, aim, before)
             note += f"{100 * top[aim]:.0f} ({100 * top['capability']:.0f})".ljust(15)
             note += f"{100 * average(list(kept.values()))[aim]:.0f}" if len(kept) == len(worst) else "-"
-        rows.append((f"{arm:<9}{attack} {shots or ''}", average(chosen) if chosen else {}, note))
+        rows.append((f"{arm:<{wide}}{attack} {shots or ''}", average(chosen) if chosen else {}, note))
     return text_table("percent", world.columns | {"log p(y_o)": "yo_logp"}, rows,
                       f"lr/steps      worst {aim:<9}and capability kept")
 

@@ -181,7 +181,7 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(public, tmp_path, cap
     for one in first["cells"]:
         assert not (one["diverged"] and one["chosen"]) and ("complies" in one) != one["diverged"]
     text = (tmp_path / "out/attack/table.txt").read_text()
-    assert text in capsys.readouterr().out and "base     mft 4" in text and "misread SDD" in text
+    assert text in capsys.readouterr().out and "base   mft 4" in text and "misread SDD" in text
     assert "dragon" not in text + json.dumps(first)  # answers are counted, not kept
 
     attack.main(public)
