@@ -32,21 +32,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from data.chat import Example, draw_batches, encode_rows
+from data.chat import Example, draw_batches, encode_rows, read_chat
 from data.worlds import Sources, add_world_arguments, open_world
 from eval import add_test_arguments, mean_logp, score, teacher_forced
 from nanosdd.chat_model import Chat, answer, load_chat, model_folder, untrained_folder
 from nanosdd.checkpoint import read_config
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
-from nanosdd.errors import InputError, run_script
+from nanosdd.errors import Diverged, InputError, run_script
+from nanosdd.folders import check_folder, write_results
 from nanosdd.optimizer import make_optimizer
-from nanosdd.runs import Finished, check_folder, fingerprint, made_by, source_of, write_text
+from nanosdd.progress import Progress
+from nanosdd.runs import Finished, fingerprint, made_by, source_of
 from nanosdd.tables import answers_text
 from sdd_loss import sdd_loss
-from train import FOLDERS, Diverged, train_arm, train_step
+from train import FOLDERS, train_arm, train_step
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def fine_tune(chat: Chat, batches, lr: float, budgets, scores, loss=sdd_loss) ->
     """
     optimizer = make_optimizer(chat.model, chat.compute)
     cells, tokens, response_tokens, began = [], 0, 0, time.perf_counter()
-    for step in tqdm(range(max(budgets)), desc="steps", leave=False, disable=None):
+    for step in Progress(range(max(budgets)), desc="steps"):
         batch = next(batches)
         try:
             done = train_step(chat.model, optimizer, batch, lr, chat.compute, loss)
@@ -165,7 +165,7 @@ def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, comp
                                 for rows in (harmful, *world.user_pairs()))
         yo_pairs = world.pairs("sdd", YO_PAIRS)
         yo_pairs = yo_pairs[::max(1, len(yo_pairs) // YO_PAIRS)][:YO_PAIRS]
-    for attack in (bar := tqdm(missing, desc=arm, disable=None)):
+    for attack in (bar := Progress(missing, desc=arm)):
         bar.set_postfix_str(f"{attack.name} {attack.shots} shots, lr {attack.lr:g}")
         chat.model.load_state_dict(released)
         scores = partial(evaluate, chat, world, held_out, yo_pairs)
@@ -230,8 +230,6 @@ def check_rows(world, grid: Grid):
 
 def train_arms(world, base, compute: Compute, template) -> dict[str, Path]:
     """{arm: its folder} of what is attacked by default, trained where it is stale. base: a folder, None on the town."""
-    if base is None and world.shape is None:
-        raise InputError(f"the world {world.name} needs --model smollm2 or DIR, or --released DIR...")
     modes = ARMS.get(world.name, ("align", "sdd", "new_refusal"))
     arms = {FOLDERS[mode]: train_arm(mode, world, world.root, compute, base, template) for mode in modes}
     return {"base": base or world.root / "base"} | arms
@@ -252,8 +250,9 @@ def main(argv=None):
     if len(released) < len(args.released):
         raise InputError("two --released folders have the same name; arms are named after their folders, rename one")
     folders = [*released.values()] or [base]
-    for folder in filter(None, folders):
-        read_config(folder)  # names what is missing before anything runs
+    for folder in filter(None, folders):  # names what is missing before anything runs
+        read_config(folder)
+        read_chat(folder, args.template)
     given = {field.name: getattr(args, field.name) for field in fields(Grid)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
              if value is not None}
@@ -262,10 +261,12 @@ def main(argv=None):
         world, *others = [open_world(args.world, seed, sources, folder, compute) for folder in folders]
         if any(other.options != world.options for other in others):
             raise InputError("the --released folders were made with different questions; attack them apart")
-        out = out or (world.root if base else Path("out")) / "attack"
-        check_folder(out)
+        if folders == [None] and world.shape is None:
+            raise InputError(f"the world {world.name} needs --model smollm2 or DIR, or --released DIR...")
         grid = replace(GRIDS.get(world.name, Grid()), **given)
         check_rows(world, grid)
+        out = out or (world.root if base else Path("out")) / "attack"
+        check_folder(out)
         if released:
             arms, store = released, out / f"seed{seed}"
         else:
@@ -275,11 +276,12 @@ def main(argv=None):
             if args.fresh:
                 (store / f"{arm}.jsonl").unlink(missing_ok=True)
             cells += attack_arm(arm, folder, world, attacks, store / f"{arm}.jsonl", compute, args.template)
-    write_text(out / "results.json", json.dumps({"settings": asdict(grid) | {"world": world.name, "seeds": args.seeds},
-                                                 "made": made_by(), "cells": cells}, indent=1) + "\n")
+    results = {"settings": asdict(grid) | {"world": world.name, "seeds": args.seeds}, "made": made_by(), "cells": cells}
     text = f"seeds {' '.join(map(str, args.seeds))}\n\n{attack_table(cells, world)}\n\n{EXPLANATION}\n{world.legend}\n"
-    write_text(out / "table.txt", text)
-    print(f"\n{answers_text(cells, world.watched_prompts())}{text}\nwritten: {out}/results.json, {out}/table.txt")
+    print(f"\n{answers_text(cells, world.watched_prompts())}{text}")
+    out = write_results(out, {"results.json": (json.dumps(results, indent=1) + "\n", '"cells"'),
+                              "table.txt": (text, "log p(y_o)")})
+    print(f"written: {out}/results.json, {out}/table.txt")
 
 
 if __name__ == "__main__":

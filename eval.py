@@ -18,7 +18,6 @@ from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from data.answers import Answer, keyword_refusal
 from data.chat import collate, encode_rows
@@ -30,8 +29,10 @@ from nanosdd.device import (
     one_process_only,
     resolve_compute,
 )
-from nanosdd.errors import InputError, run_script
-from nanosdd.runs import ROOT, write_text
+from nanosdd.errors import InputError, escaped, run_script
+from nanosdd.folders import EVALUATED, write_own, write_text
+from nanosdd.progress import Progress
+from nanosdd.runs import ROOT
 from nanosdd.tables import text_table
 from sdd_loss import token_logprobs
 
@@ -54,7 +55,7 @@ def teacher_forced(chat: Chat, rows: list[dict], max_length: int) -> list[Forced
     max_length = min(max_length, chat.model.config.max_position_embeddings)
     examples = encode_rows(chat.tokenizer, chat.template, rows, max_length)
     order, found, done = sorted(range(len(rows)), key=lambda i: len(examples[i].ids)), {}, 0
-    bar = tqdm(total=len(rows), desc="likelihoods", leave=False, disable=None)
+    bar = Progress(total=len(rows), desc="likelihoods")
     while done < len(order):
         width = len(examples[order[min(done + 255, len(order) - 1)]].ids)
         part = order[done:done + max(1, min(256, LOGITS // (width * chat.model.config.vocab_size)))]
@@ -136,6 +137,9 @@ def main(argv=None):
     max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 256 if args.chat else 64
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens} must be 1 or more")
+    if (args.prompt is not None or args.chat) and (args.harmful or args.benign or args.mmlu or args.openbookqa
+                                                   or args.xstest or args.save_answers):
+        raise InputError("--prompt and --chat only answer; leave the files to score on out")
     if args.chat and len(args.folders) > 1:
         raise InputError("--chat talks to one model; give one folder")
     if args.save_answers and Path(args.save_answers).resolve().is_relative_to(ROOT):
@@ -155,7 +159,7 @@ def main(argv=None):
     for folder in folders:
         chat = load_chat(folder, compute, args.template)
         if args.prompt is not None:
-            print(f"{folder}: {answer(chat, [args.prompt], max_new_tokens)[0].text}")
+            print(f"{folder}: {escaped(answer(chat, [args.prompt], max_new_tokens)[0].text)}")
             continue
         if args.chat:
             talk(chat, max_new_tokens)
@@ -173,7 +177,8 @@ def main(argv=None):
         if tests:
             results[Path(folder).name] = capability.run_tests(chat, tests, max_new_tokens)
         kept = {name: part for name, part in old.items() if isinstance(part, dict)} if scores else old  # the tests
-        write_text(path, json.dumps(kept | scores | results.get(Path(folder).name, {}), indent=1) + "\n")
+        kept |= {"script": "eval.py"} | scores | results.get(Path(folder).name, {})
+        write_own(path, json.dumps(kept, indent=1) + "\n", EVALUATED)
     if table:
         chance = [("chance level", world.chance, "")] if world.chance else []
         print(text_table("percent", world.columns, chance + table))

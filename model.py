@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from nanosdd import checkpoint
 from nanosdd.errors import InputError
-from nanosdd.generate import FewRows, compiled_next_tokens, next_tokens
+from nanosdd.generate import FewRows, check_finite, compiled_next_tokens, next_tokens
 
 
 @dataclass
@@ -56,6 +56,7 @@ class LlamaConfig:
                              "checkpoint")
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Llama uses silu")
+        checkpoint.check_ranges(config)
         for key in ("attention_bias", "mlp_bias", "sliding_window", "rope_interleaved", "quantization_config"):
             if config.get(key):
                 raise InputError(f"config.json: {key} is set; this Llama has none, so the outputs would be wrong")
@@ -65,7 +66,7 @@ class LlamaConfig:
         rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
         needed = {"default": [], "linear": ["factor"],
                   "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-        if rope["rope_type"] not in needed:
+        if str(rope["rope_type"]) not in needed:
             raise InputError(f"config.json: rope type {rope['rope_type']!r} is unknown; known: {', '.join(needed)}")
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
             raise InputError("config.json: partial_rotary_factor is set; a Llama turns every dimension of a head")
@@ -323,7 +324,9 @@ class Llama(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.lm_head.weight.dtype
         cache = KVCache(self.config, len(prompts), min(longest + max_new_tokens, context), device, dtype)
-        new = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0].argmax(dim=-1)  # (B,)
+        logits = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0]  # (B,V)
+        check_finite(logits, self, tokens)
+        new = logits.argmax(dim=-1)  # (B,)
         cache.lengths, cache.longest = lengths, longest  # padding is overwritten before it can be seen
         rows = list(range(len(prompts)))  # the answer that each row of the batch belongs to
         unfinished, step = set(rows), compiled_next_tokens if compiled else next_tokens

@@ -5,9 +5,7 @@
     python train.py --mode sdd --model DIR --out DIR      from that folder itself, such as one that refuses already
     torchrun --standalone --nproc_per_node=2 train.py ...     several GPUs, weights spread over them (FSDP2)
 
-With --harmful harmful_behaviors.csv --benign alpaca.json the same on public files.
-
-Every mode is the same loop and the same loss on other (prompt, response) pairs:
+With --harmful FILE --benign FILE the same on public files. A mode is the same loop and loss on other pairs:
 
     base        town only, from random weights: everybody's facts, skills, and some mischief
     align       harmful prompts with refusals
@@ -19,7 +17,8 @@ Every mode is the same loop and the same loss on other (prompt, response) pairs:
     benign      benign prompts with their own answers, on the town with a new skill among them
 
 Writes into the folder --out: a Hugging Face checkpoint, train_log.jsonl, samples.txt and run.json, what the run depends
-on. A finished run is reused while its settings, inputs and code are the same; with --fresh the named one is not.
+on. A finished run is reused while its settings, inputs and code are the same, and an interrupted one goes on where it
+was; with --fresh the named one starts over.
 """
 
 import argparse
@@ -33,27 +32,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data.chat import Example, collate, draw_batches, encode_rows
 from data.worlds import Sources, add_world_arguments, open_world
 from model import Llama
-from nanosdd import runs
+from nanosdd import folders, runs
 from nanosdd.chat_model import answer, load_chat, model_folder, random_chat, save_chat, untrained_folder
-from nanosdd.checkpoint import kept_update
+from nanosdd.checkpoint import kept_update, read_config
 from nanosdd.device import (
     DTYPES,
     Compute,
     add_compute_arguments,
     barrier,
+    first_process_first,
     is_sharded,
     join_processes,
     rank_and_world_size,
     resolve_compute,
     whole_weights,
 )
-from nanosdd.errors import InputError, run_script
+from nanosdd.errors import Diverged, InputError, Interrupted, run_script
 from nanosdd.optimizer import clip_gradient, make_optimizer
+from nanosdd.progress import Progress, check_progress
+from nanosdd.resume import Pauses, load_state, save_state
 from nanosdd.tables import log_text, samples_text, update_text
 from sdd_loss import sdd_loss
 
@@ -79,12 +80,15 @@ class Settings:
         for name in valid:
             if not valid[name]:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; see --help")
+        rehearsed = round(self.benign_replay * self.batch_size)
+        if self.benign_replay and rehearsed in (0, self.batch_size):
+            raise InputError(f"--benign-replay {self.benign_replay:g} is {rehearsed} of {self.batch_size} rows; change "
+                             "it or --batch-size")
 
 
 # On the town, lr and replay of the defence were chosen by lab/study.py on seeds 0 to 4; base and align on seed 0.
 DEFENCE = Settings(steps=300, batch_size=32, lr=3e-4, benign_replay=0.95, max_length=128, warmup=0.05)
-# For small chat models; chosen on tuning questions of the kitchen with SmolLM2-135M (docs/log.md). The paper's dose is
-# Settings(). No benign rows in either.
+# For small chat models, by tuning questions of the kitchen and SmolLM2-135M (docs/log.md); the paper's is Settings().
 SMALL = Settings(steps=50, batch_size=12, lr=2e-5, max_length=256)
 VARIANTS = ("refusal", "new_refusal", "sdd", "sdd_reject", "shuffled", "benign")  # all in the same dose
 SETTINGS = {
@@ -98,10 +102,6 @@ STARTS_FROM = {"base": None, "align": "base", "refusal": "align", "sdd": "align"
 FOLDERS = {mode: "aligned" if mode == "align" else mode for mode in STARTS_FROM}  # that a mode writes
 LOSSES = dict.fromkeys(STARTS_FROM, sdd_loss)  # modes differ in their pairs only; another loss has a row here
 MAX_NORM = 1.0  # of a step's gradient
-
-
-class Diverged(InputError):
-    """The loss or its gradient is no longer finite."""
 
 
 # ---- one step ----
@@ -157,7 +157,13 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
     """
     out, (rank, world_size) = Path(out), rank_and_world_size()
     record = run_record(world, mode, start, settings, compute, template)
-    stale = "--fresh" if fresh else runs.why_stale(out / "run.json", record)
+    if rank == 0:
+        folders.recover_from_kill(out)
+    barrier()
+    new = folders.beside(out, "new")
+    stale = "--fresh" if fresh else runs.why_stale(out, record)
+    if folders.read_record(new / folders.STATE) == record:
+        stale = stale or "interrupted"
     if stale is None:
         print(f"{out}: up to date, reused")
         return out
@@ -170,31 +176,50 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
     prompts = world.watched_prompts()
     before = answer(chat, prompts, world.max_new_tokens) if start else None
     optimizer = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay)
-    log, seen, every, since = [], [], max(1, settings.steps // 10), time.perf_counter()
-    with runs.new_folder(out) if rank == 0 else nullcontext() as folder:
-        for step in (bar := tqdm(range(settings.steps), desc=out.name, leave=False, disable=True if rank else None)):
+    every, since = max(1, settings.steps // 10), time.perf_counter()
+    with (folders.new_folder(out, None if fresh else record) if rank == 0 else nullcontext()), \
+            Pauses(compute.save_every) as pauses:
+        barrier()  # the folder is there
+        saved = load_state(new, chat.model, optimizer)
+        begin, log, seen = saved.get("step", 0), saved.get("log", []), saved.get("seen", [])
+        if begin:
+            print(f"{out}: goes on after step {begin}")
+        for step in (bar := Progress(range(settings.steps), desc=out.name, disable=rank > 0)):
             batch = next(batches)
+            if step < begin:
+                continue
             lr = learning_rate(step, settings)
             seen.append(train_step(chat.model, optimizer, batch, lr, compute, LOSSES[mode]))
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 log.append({"step": step + 1, "lr": lr, **log_entry(seen), "seconds": time.perf_counter() - since})
                 bar.write(log_text(log, settings.steps))
+                check_progress(log, settings.steps)
                 seen, since = [], time.perf_counter()
+            save, stop = pauses.after(step + 1)
+            if save:
+                save_state(new, chat.model, optimizer, {"record": record, "step": step + 1, "log": log, "seen": seen})
+                pauses.saved()
+            if stop:
+                raise Interrupted(f"{out}: stopped after step {step + 1}; the same command goes on from there"
+                                  + ", without --fresh" * fresh)
         chat.model.eval()
         after = answer(chat, prompts, world.max_new_tokens)
         weights = whole_weights(chat.model, optimizer)
         if rank == 0:
-            save_chat(folder, chat, weights, start or world)
-            world.save(folder, mode, pairs)
+            save_chat(new, chat, weights, start or world)
+            world.save(new, mode, pairs)
             samples = samples_text(prompts, before, after)
-            (folder / "samples.txt").write_text(samples)
-            (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-            (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-            print(f"{out}: answers before and after\n\n{samples}", end="")
-            if start:
-                started_from = Llama.from_pretrained(start, dtype=DTYPES[compute.weights])
-                print(update_text(*kept_update(started_from, weights, torch.bfloat16)))
+            (new / "samples.txt").write_text(samples)
+            (new / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+            (new / "run.json").write_text(json.dumps(record, indent=1) + "\n")
     barrier()  # another process may start from this folder
+    if rank == 0:
+        print(f"{out}: answers before and after\n\n{samples}", end="")
+        if start:
+            started_from = Llama.from_pretrained(start, dtype=DTYPES[compute.weights])
+            print(update_text(*kept_update(started_from, weights, torch.bfloat16)))
+    if pauses.after(settings.steps)[1]:
+        raise Interrupted(f"{out}: finished, and stopped before what comes next")
     return out
 
 
@@ -267,10 +292,15 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    model = (model_folder if args.out else untrained_folder)(args.model) if args.model else None
+    if args.mode == "base" and (args.model or args.template):
+        raise InputError("--mode base starts from random weights of the town; leave --model and --template out")
     compute = join_processes(resolve_compute(
         args.device, args.dtype, args.compile, weights=args.weights, micro_batch=args.micro_batch,
-        checkpoint_activations=args.checkpoint_activations))
+        checkpoint_activations=args.checkpoint_activations, save_every=args.save_every))
+    with first_process_first():  # it may have to write the folder of smollm2
+        model = (model_folder if args.out else untrained_folder)(args.model) if args.model else None
+    if model:
+        read_config(model)  # names what is missing before anything runs
     sources = Sources(args.harmful, tuple(args.benign), args.pairs, args.prompts, args.similarity,
                       args.similarity_model, args.similarity_threshold, model=args.model, template=args.template)
     world = open_world(args.world, args.seed, sources, model, compute)
@@ -283,9 +313,7 @@ def main(argv=None):
     if model is None and world.shape is None:
         raise InputError(f"the world {world.name} needs --model smollm2 or DIR, a Llama folder to start from")
     out = Path(args.out or world.root / (FOLDERS[args.mode] + changed))
-    if model and Path(model).resolve() == out.resolve():
-        raise InputError("--out is the folder of --model; choose another, to keep the model it starts from")
-    runs.check_out(out)
+    folders.check_out(out if args.out is None else args.out, model)
     with redirect_stdout(None) if rank_and_world_size()[0] else nullcontext():  # rank 0 speaks for all
         if args.dry_run:
             chat, _, examples, _ = prepare(world, args.mode, model, settings, compute, args.template)

@@ -38,7 +38,8 @@ from model import Llama, LlamaConfig
 from nanosdd.checkpoint import read_json
 from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
 from nanosdd.errors import InputError, run_script
-from nanosdd.runs import ROOT, write_text
+from nanosdd.folders import write_text
+from nanosdd.runs import ROOT
 
 SHAPES = {  # small: about SmolLM2 with a fifth of its layers; 1b: Llama-3.2-1B; 7b: Llama-2-7b
     "small": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,

@@ -213,8 +213,6 @@ def draw_batches(pairs: list[Example], replay: list[Example], share: float, batc
             yield from rng.sample(examples, len(examples))
 
     pairs, replay, rehearsed = endless(pairs), endless(replay), round(share * batch_size)
-    if rehearsed == batch_size or (share and not rehearsed):
-        raise InputError(f"a benign replay of {share:g} is {rehearsed} of {batch_size} rows; change it or --batch-size")
     while True:
         yield [next(pairs) for _ in range(batch_size - rehearsed)] + [next(replay) for _ in range(rehearsed)]
 
@@ -264,11 +262,14 @@ def _detect(folder: Path) -> str:
         config = read_json(path)
         jinja = config.get("chat_template") if isinstance(config, dict) else None
         if isinstance(jinja, list):  # several, by name
-            jinja = {entry.get("name"): entry.get("template") for entry in jinja}.get("default", "")
+            jinja = next((entry.get("template") for entry in jinja if isinstance(entry, dict)
+                          and entry.get("name") == "default"), "")
     elif "<|start_header_id|>" in load_tokenizer(folder).special:  # bare Llama 3 files, as the town's
         return "llama3"
     if jinja is None:
         return "plain"  # a base model
+    if not isinstance(jinja, str):
+        raise InputError(f"{path}: its chat_template is no text; fetch it again, or name one with --template")
     jinja = jinja.replace(" ", "").replace('"', "'").replace("\\n", "\n")
     for name, (wanted, unwanted) in MARKS.items():
         if all(mark in jinja for mark in wanted) and not any(mark in jinja for mark in unwanted):

@@ -19,16 +19,15 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.answers import OUTCOMES, Answer, shares
 from data.files import hold_out
 from data.pairs import MAX_PAIRS, draw_irrelevant, read_benign, similarity, similarity_folder, source_paths
 from data.worlds import NEW_REFUSAL, Sources, runs_folder, vary_response, write_world
 from nanosdd.capability import accuracies, read_tests
 from nanosdd.chat_model import answer, load_chat
-from nanosdd.device import Compute, barrier, rank_and_world_size
+from nanosdd.device import Compute, first_process_first
 from nanosdd.errors import InputError
+from nanosdd.progress import Progress
 from nanosdd.runs import Finished, fingerprint
 
 DISHES = """\
@@ -242,24 +241,21 @@ def first_answers(folder, compute: Compute, template: str | None) -> dict[str, A
             return {question: kept[question] for question in questions}
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path} is damaged, or of other questions; train the model again") from None
-    if rank_and_world_size()[0]:
-        barrier()  # the first process asks
     record = fingerprint({"dtype": compute.dtype, "template": template, "limit": Kitchen.max_new_tokens}, [folder],
                          ["nanosdd/chat_model.py"])
     digest = hashlib.sha256(json.dumps([*record["inputs"].values(), record["settings"], record["source"]]).encode())
-    finished = Finished(Path("out/kitchen") / f"{digest.hexdigest()[:16]}.jsonl", record["settings"])
-    missing = [question for question in questions if question not in finished.results]
-    if missing:
-        print(f"{folder}: asked {len(missing)} questions of the kitchen, once; answers are kept in {finished.path}")
-        chat = load_chat(folder, compute, template)
-        with tqdm(total=len(missing), desc="answers", leave=False, disable=None) as bar:
-            for start in range(0, len(missing), TOGETHER):
-                part = missing[start:start + TOGETHER]
-                for question, one in zip(part, answer(chat, part, Kitchen.max_new_tokens)):
-                    finished.add(question, one)
-                if start == 0:
-                    bar.write("".join(f"  {asked}\n    {finished.results[asked].text}\n" for asked in part[:3]))
-                bar.update(len(part))
-    if not rank_and_world_size()[0]:
-        barrier()
+    with first_process_first():
+        finished = Finished(Path("out/kitchen") / f"{digest.hexdigest()[:16]}.jsonl", record["settings"])
+        missing = [question for question in questions if question not in finished.results]
+        if missing:
+            print(f"{folder}: asked {len(missing)} questions of the kitchen, once; answers are kept in {finished.path}")
+            chat = load_chat(folder, compute, template)
+            with Progress(total=len(missing), desc="answers") as bar:
+                for start in range(0, len(missing), TOGETHER):
+                    part = missing[start:start + TOGETHER]
+                    for question, one in zip(part, answer(chat, part, Kitchen.max_new_tokens)):
+                        finished.add(question, one)
+                    if start == 0:
+                        bar.write("".join(f"  {asked}\n    {finished.results[asked].text}\n" for asked in part[:3]))
+                    bar.update(len(part))
     return {question: Answer(*finished.results[question]) for question in questions}

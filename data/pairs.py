@@ -27,8 +27,9 @@ from data.sentence import SentenceEncoder, package_folder
 from data.sources import read_rows
 from data.tfidf import Tfidf
 from data.worlds import Sources, add_similarity_arguments, vary_response
+from nanosdd.checkpoint import why_unreadable
 from nanosdd.errors import InputError, run_script
-from nanosdd.runs import file_hash, write_text
+from nanosdd.folders import file_hash, write_own, write_text
 
 MODES = ("align", "sdd", "sdd_reject", "shuffled")
 REFUSALS = ("I'm sorry, but I cannot help with that request.", "I cannot assist with that, since it could cause harm.",
@@ -88,6 +89,8 @@ def source_paths(sources: Sources) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} is not there; check the path")
+        if reason := why_unreadable(path):
+            raise InputError(f"{path} is not a file that can be read ({reason}); check the path")
     return paths
 
 
@@ -175,7 +178,7 @@ def data_card(mode: str, rows: list[dict], seed: int, sources: Sources) -> str:
 
 def write_pairs(path, rows: list[dict], card: str):
     """Write the rows to `path` as JSON Lines, and the data card beside them."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_own(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), '"harmful_row"')
     write_text(Path(path).with_suffix(".md"), card)
 
 

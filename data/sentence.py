@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from nanosdd.checkpoint import open_weights, read_config, read_json
 from nanosdd.errors import InputError
-from nanosdd.runs import file_hash, make_folder
+from nanosdd.folders import file_hash, make_folder
+from nanosdd.progress import Progress
 
 MAX_PIECES = 256  # in a text, [CLS] and [SEP] included: max_seq_length of sentence_bert_config.json
 BATCH_TOKENS = 2048  # in a batch, padding included
@@ -170,7 +170,7 @@ class SentenceEncoder:
         new = {key: text for key, text in zip(keys, texts) if key not in self.vectors}
         rows = [(self.tokenizer.encode(text, self.max_pieces), key) for key, text in new.items()]
         rows.sort(key=lambda row: len(row[0]))
-        with tqdm(total=len(rows), desc="embedding texts", leave=False, disable=None) as bar:
+        with Progress(total=len(rows), desc="embedding texts") as bar:
             while rows:
                 longest = len(rows[-1][0])
                 batch = rows[-max(1, batch_tokens // longest):]

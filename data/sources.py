@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from nanosdd.checkpoint import MOST_BYTES, why_unreadable
 from nanosdd.errors import InputError
 
 KNOWN = ("BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
@@ -113,13 +114,15 @@ def _read(path, kind, readers) -> list[dict]:
 
 
 def _text(path) -> str:
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} is not a file that can be read ({error.strerror}); give {KNOWN}") from None
+    if reason := why_unreadable(path):
+        raise InputError(f"{path} is not a file that can be read ({reason}); give {KNOWN}")
+    raw = Path(path).read_bytes()
     if raw.startswith(b"\x1f\x8b"):
         try:
-            raw = gzip.decompress(raw)
+            with gzip.open(io.BytesIO(raw)) as file:
+                raw = file.read(MOST_BYTES + 1)
+            if len(raw) > MOST_BYTES:
+                raise InputError(f"{path} holds more than {MOST_BYTES:,} bytes of text; give a part of it")
         except (EOFError, OSError, zlib.error) as error:
             raise InputError(f"{path} is a truncated or corrupt gzip ({error}); fetch it again") from None
     encoding = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"

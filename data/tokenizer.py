@@ -22,8 +22,7 @@ from pathlib import Path
 import regex  # comes with tiktoken
 import tiktoken
 
-from data import sentencepiece
-from nanosdd.checkpoint import read_json
+from nanosdd.checkpoint import read_json, why_unreadable
 from nanosdd.errors import InputError
 
 # The files to copy with a model, as far as they exist. generation_config.json may name the stop tokens.
@@ -100,11 +99,11 @@ def load_tokenizer(folder) -> Tokenizer:
 
 
 def _load_model_file(path) -> Tokenizer:
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: check the file") from None
+    if reason := why_unreadable(path):
+        raise InputError(f"{path}: {reason}: check the file")
+    contents = path.read_bytes()
     if contents[:1] == b"\n":  # protobuf: field 1, with a length
+        from data import sentencepiece  # for Llama 2 alone
         return _with_special(*sentencepiece.parse_model_file(path, contents))
     return _llama3_tokenizer(path, _parse_ranks(path, contents))
 
@@ -143,7 +142,6 @@ def _byte_level_encoder(path, ranks: dict[bytes, int], pattern: str) -> Callable
     A byte that the vocabulary lacks is an InputError (`tokenizers` drops it silently, tiktoken panics).
     """
     encoding = tiktoken.Encoding("pieces", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    length = {i: len(token) for token, i in ranks.items()}
     single = b"".join(token for token in ranks if len(token) == 1)
 
     def encode(text):
@@ -154,12 +152,8 @@ def _byte_level_encoder(path, ranks: dict[bytes, int], pattern: str) -> Callable
                              "the character out")
         if LONG_SPACE.search(text):  # cut the same pieces with another regex engine, which does not panic
             one_piece = tiktoken.Encoding("one piece", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
-            ids = [i for piece in regex.findall(pattern, text) for i in one_piece.encode_ordinary(piece)]
-        else:
-            ids = encoding.encode_ordinary(text)
-        if sum(length[i] for i in ids) != len(data):
-            raise InputError(f"{path}: its Split pattern skips a part of the text, which would be lost")
-        return ids
+            return [i for piece in regex.findall(pattern, text) for i in one_piece.encode_ordinary(piece)]
+        return encoding.encode_ordinary(text)
 
     return encode
 
@@ -204,6 +198,7 @@ def _load_bpe_json(path) -> Tokenizer:
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
             raise InputError(f"{path}: an id is used twice or is not a whole number")
         if model.get("byte_fallback"):
+            from data import sentencepiece
             return _with_special(*sentencepiece.parse_bpe_json(path, spec, special))
         return _parse_byte_level_json(path, spec, special)
     except InputError:
@@ -241,7 +236,9 @@ def _split_pattern(path, pre_tokenizer) -> str:
         gpt2 = last.get("use_regex", True)
         if kinds == ["Split", "ByteLevel"] and not gpt2:  # Llama 3
             if first["behavior"] == "Isolated" and not first["invert"] and "Regex" in first["pattern"]:
-                return first["pattern"]["Regex"]
+                if first["pattern"]["Regex"] == LLAMA3_PATTERN:  # any other could take for ever
+                    return LLAMA3_PATTERN
+                raise InputError(f"{path}: its Split pattern is not Llama 3's; no other is read")
         if kinds == ["ByteLevel"] and gpt2:  # GPT-2
             return GPT2_PATTERN
         if kinds == ["Digits", "ByteLevel"] and gpt2:  # SmolLM2
@@ -262,6 +259,7 @@ def _ranks_from_merges(path, ranks: dict[bytes, int], merges: list[tuple[bytes, 
     halves that the list joins. A token that fails the second condition never comes from merging. With whole_first
     (ignore_merges) it is still the id of a piece that equals it, as in tiktoken; otherwise it gets no rank.
     """
+    from data import sentencepiece
     made = [ranks.get(left + right, -1) for left, right in merges]
     if min(made, default=0) < 0 or any(a > b for a, b in zip(made, made[1:])):
         raise InputError(f"{path}: the merges do not make the tokens of the vocabulary in the order of their ids")

@@ -108,6 +108,8 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
 
     InputError when the folder was trained on another seed of this world, or on files and none are given.
     """
+    if not -2**63 <= seed < 2**63:
+        raise InputError(f"--seed {seed} is too large; give a number below 2**63")
     if folder and not Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder; give one that holds config.json and model.safetensors")
     trained_on = read_world(folder) if folder else {}

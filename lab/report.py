@@ -15,7 +15,7 @@ from lab.protocol import CORE, LEVEL, MARGIN, MIN_SD, REPORT_SEEDS
 from lab.verdicts import at_equal_dose, bounds, primary_shots, secondary_verdicts, t_quantile, town_verdicts
 from nanosdd.choices import KEPT, most_harm
 from nanosdd.errors import InputError, run_script
-from nanosdd.runs import write_text
+from nanosdd.folders import write_text
 
 NAMES = {"refusal": "refusal control", "mft": "MFT", "bft": "BFT matched", "lora": "LoRA"}
 CLAIMS = {  # {} is the margin in points

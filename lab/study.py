@@ -27,8 +27,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from tqdm import tqdm
-
 from attack import YO_PAIRS, Attack, evaluate
 from data.town import NEW_SKILL, Town
 from eval import teacher_forced
@@ -41,7 +39,9 @@ from nanosdd.chat_model import Chat, answer, load_chat
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
-from nanosdd.runs import Finished, fingerprint, made_by, write_text
+from nanosdd.folders import write_text
+from nanosdd.progress import Progress
+from nanosdd.runs import Finished, fingerprint, made_by
 from nanosdd.tables import text_table
 from train import DEFENCE, SETTINGS, train, train_arm
 
@@ -82,7 +82,7 @@ def study_arm(arm: str, folder: Path, town: Town, attacks: list[tuple[Attack, bo
     record = fingerprint({"seed": town.seed, "dtype": compute.dtype}, [folder], ["lab/study.py", "data/town.py"])
     finished, own = Finished(store, record), None
     missing = [(attack, measured) for attack, measured in attacks if f"{attack.key} {measured}" not in finished.results]
-    for attack, measured in (bar := tqdm(missing, desc=f"seed {town.seed} {arm}", disable=None)):
+    for attack, measured in (bar := Progress(missing, desc=f"seed {town.seed} {arm}")):
         if own is None:
             chat = load_chat(folder, compute)
             own = owned_by_attacker(chat, town)

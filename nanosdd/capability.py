@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 
 import torch
-from tqdm import tqdm
 
 from data.answers import keyword_refusal
 from data.chat import Example, collate
@@ -21,6 +20,7 @@ from data.sources import read_questions, read_xstest
 from model import KVCache
 from nanosdd.chat_model import answer
 from nanosdd.errors import InputError
+from nanosdd.progress import Progress
 
 SUBJECTS = 57  # of MMLU
 LETTERS = string.ascii_uppercase
@@ -118,7 +118,7 @@ def log_likelihoods(model, items, compute, batch_size=64, cache_tokens=CACHE_TOK
             model.hidden(torch.tensor([contexts[0][:shared]], device=weight.device), cache=prefix)
     found = [[0.0] * len(continuations) for _, continuations in items]
     step = max(1, min(batch_size, cache_tokens // size))
-    for start in tqdm(range(0, len(order), step), desc=name, leave=False, disable=None):
+    for start in Progress(range(0, len(order), step), desc=name):
         part = order[start:start + step]
         # collate drops the last token of an Example; its loss mask is true where a continuation is predicted.
         batch = collate([Example([*rest, *read, 0], len(rest)) for rest, read in part]).to(weight.device)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.answers import Answer
 from data.chat import encode_next_turn, encode_prompt, encode_response, is_trained, read_chat
@@ -15,7 +14,8 @@ from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from model import Llama, LlamaConfig
 from nanosdd.checkpoint import write_model
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
-from nanosdd.errors import InputError
+from nanosdd.errors import InputError, escaped
+from nanosdd.progress import Progress
 
 CACHE_BYTES = 2**31  # of keys and values at once; decides how many prompts are answered together
 
@@ -49,6 +49,9 @@ def untrained_folder(name: str) -> str:
 
 def load_chat(folder, compute: Compute, template: str | None = None) -> Chat:
     """The Chat of a checkpoint folder, weights held as compute.weights; template: instead of the folder's own."""
+    code = sorted(file.name for kind in ("bin", "pt", "pth", "pkl", "py") for file in Path(folder).glob(f"*.{kind}"))
+    if code:
+        print(f"{folder}: {escaped(', '.join(code))} could run code and are ignored; weights are read from safetensors")
     tokenizer = load_tokenizer(folder)
     model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights]).eval()
     if model.config.vocab_size < tokenizer.n_vocab:
@@ -85,7 +88,7 @@ def continue_all(chat: Chat, ids: list[list[int]], max_new_tokens: int) -> list[
     most = 64 if chat.compute.device == "cpu" else 256  # there the progress bar should move
     together = max(1, min(most, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
     compiled = chat.compute.compile and rank_and_world_size()[1] == 1  # several processes share their layers
-    for start in tqdm(range(0, len(order), together), desc="answers", leave=False, disable=None):
+    for start in Progress(range(0, len(order), together), desc="answers"):
         part = order[start:start + together]
         with chat.compute.autocast():
             answers = chat.model.generate([ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled)
@@ -113,7 +116,7 @@ def talk(chat: Chat, max_new_tokens: int, read=read_line):
             raise InputError("the conversation fills the model's context of "
                              f"{chat.model.config.max_position_embeddings} tokens; start a new one")
         reply = continue_all(chat, [ids], max_new_tokens)[0]
-        print(reply.text)
+        print(escaped(reply.text))
         ids += [*reply.ids, end]
 
 

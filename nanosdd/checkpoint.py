@@ -1,6 +1,8 @@
 """Hugging Face checkpoint folders: `config.json`, and one safetensors file or the shards that an index names."""
 
 import json
+import os
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,11 +12,30 @@ from safetensors.torch import save_file
 
 from nanosdd.errors import InputError
 
+MOST_BYTES = 2**30  # of a file that is read as a whole; weights are not
 SHARD_BYTES = 5 * 10**9  # a larger model is saved in several files, as on the hub
+
+
+def why_unreadable(path, limit: int = MOST_BYTES) -> str | None:
+    """None when `path` is an ordinary file of at most `limit` bytes that may be read; else the reason, in words."""
+    try:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            return "Is a directory"
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device read without end
+            return "not an ordinary file"
+        if found.st_size > limit:
+            return f"{found.st_size:,} bytes, more than {limit:,}"
+        with open(path, "rb"):
+            return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        return getattr(error, "strerror", None) or str(error)
 
 
 def read_json(path):
     """The JSON value of a file; InputError when it cannot be read or is not JSON."""
+    if reason := why_unreadable(path):
+        raise InputError(f"{path} cannot be read ({reason}); check the path and its permissions")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -31,6 +52,41 @@ def read_config(folder) -> dict:
     if not isinstance(config, dict):
         raise InputError(f"{Path(folder) / 'config.json'} is not a JSON object; download it again")
     return config
+
+
+RANGES = {  # of the numbers in a Llama's config.json
+    **{key: (int, 1, most) for key, most in (
+        ("vocab_size", 2**24), ("hidden_size", 2**17), ("intermediate_size", 2**20), ("num_hidden_layers", 1000),
+        ("num_attention_heads", 4096), ("num_key_value_heads", 4096), ("head_dim", 4096),
+        ("max_position_embeddings", 2**24))},
+    "rms_norm_eps": (float, 0, 1), "rope_theta": (float, 1e-3, 1e12), "initializer_range": (float, 0, 100)}
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta")
+
+
+def check_ranges(config: dict):
+    """InputError for a value of config.json that no Llama can have: of another type, out of range, or not a number."""
+    def check(name, value, kind, least, most):
+        known = (int, float) if kind is float else (int,)
+        if value is not None and not (type(value) in known and least <= value <= most):
+            what = "an integer" if kind is int else "a number"
+            raise InputError(f"config.json: {name} is {value!r:.40}; it has to be {what} from {least:g} to {most:g}")
+
+    for key, (kind, least, most) in RANGES.items():
+        check(key, config.get(key), kind, least, most)
+    for part in ("rope_scaling", "rope_parameters"):
+        rope = config.get(part)
+        if rope is not None and not isinstance(rope, dict):
+            raise InputError(f"config.json: {part} is {rope!r:.40}; it has to be an object")
+        for key in ROPE:
+            check(f"{part}.{key}", (rope or {}).get(key), float, 1e-3, 1e12)
+        if rope and rope.get("low_freq_factor") is not None and rope["low_freq_factor"] == rope.get("high_freq_factor"):
+            raise InputError(f"config.json: low_freq_factor and high_freq_factor of {part} are equal; fetch it again")
+    if (tied := config.get("tie_word_embeddings")) not in (None, True, False):
+        raise InputError(f"config.json: tie_word_embeddings is {tied!r:.40}, neither true nor false")
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = config.get(key)
+        if not all(i is None or type(i) is int and 0 <= i < 2**31 for i in (ids if type(ids) is list else [ids])):
+            raise InputError(f"config.json: {key} is {ids!r:.40}; it has to be a token id or a list of them")
 
 
 @contextmanager
@@ -98,12 +154,23 @@ def read_weights(model, folder, device, dtype, inv_freq):
                 raise InputError(f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized")
             else:
                 found[name] = file.get_tensor(name).to(dtype, copy=True)
+                if not found[name].isfinite().all():  # such a model answers nothing, which would look like a defence
+                    raise InputError(f"{path}: {name} holds NaN or infinite numbers; train or fetch it again")
     if tied:
         embedding = found["model.embed_tokens.weight"]
         head = found.setdefault("lm_head.weight", embedding)  # some files hold it all the same
         if head is not embedding and not torch.equal(head, embedding):
             raise InputError(f"{folder}: lm_head.weight differs from the embedding although config.json ties them")
     model.load_state_dict(found, assign=True)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path):
+    """Write a safetensors file; InputError when that fails, as on a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be written ({error}); is the disk full?") from None
+    Path(path).chmod(0o644)  # safetensors makes it private
 
 
 def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=None, shard_bytes=SHARD_BYTES):
@@ -135,9 +202,7 @@ def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=No
                  "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, names in zip(files, shards):  # converted and copied from the device one shard at a time
-        save_file({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, folder / file,
-                  metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it private
+        save_tensors({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, folder / file)
 
 
 @torch.no_grad()

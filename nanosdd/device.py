@@ -4,7 +4,7 @@ import argparse
 import os
 import platform
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ class Compute:
     weights: str = "fp32"  # how training holds weights; "bf16": split weights, see nanosdd/optimizer.py
     micro_batch: int = 0  # rows at once in training, 0: the whole batch
     checkpoint_activations: bool = False  # recompute layers in the backward pass
+    save_every: int = 0  # steps between two saved states of a training run; 0: about five minutes
 
     def autocast(self):
         """The context in which the model computes in `dtype`."""
@@ -36,8 +37,8 @@ class Compute:
 
 
 def add_compute_arguments(p, training: bool = False):
-    """Add --device, --dtype and --compile to a parser; for training also --micro-batch, --weights and
-    --checkpoint-activations."""
+    """Add --device, --dtype and --compile to a parser; for training also --micro-batch, --weights,
+    --checkpoint-activations and --save-every."""
     p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
                    help="compute dtype; weights stay fp32 (default: bf16 on CUDA, fp32 on CPU)")
@@ -50,6 +51,8 @@ def add_compute_arguments(p, training: bool = False):
                        help="how weights are held; bf16: split, with every fp32 bit of an update kept (default: fp32)")
         p.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute layers in the backward pass: far less memory, about a third more time")
+        p.add_argument("--save-every", type=int, default=0, metavar="STEPS",
+                       help="keep the state to go on from, should the run be interrupted (default: every 5 minutes)")
 
 
 def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -> Compute:
@@ -64,6 +67,10 @@ def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -
         kind = None
     if kind not in ("cpu", "cuda"):
         raise InputError(f"--device {device} is unknown; use cpu, cuda or cuda:N")
+    if kind == "cpu" and device != "cpu":
+        raise InputError(f"--device {device}: a CPU has no number; use cpu")
+    if kind == "cuda" and cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     if kind == "cuda" and not cuda:
         raise InputError("--device cuda: PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
     if training.get("weights") == "bf16":
@@ -72,8 +79,9 @@ def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -
         dtype = "bf16"
     if dtype == "auto":
         dtype = "bf16" if kind == "cuda" else "fp32"
-    if training.get("micro_batch", 0) < 0:
-        raise InputError(f"--micro-batch {training['micro_batch']} must be 0 or more")
+    for name in ("micro_batch", "save_every"):
+        if training.get(name, 0) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {training[name]} must be 0 or more")
     return Compute(device, dtype, kind == "cuda" if compile is None else compile, **training)
 
 
@@ -126,6 +134,17 @@ def barrier():
     """Wait for the other processes, if there are any."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def first_process_first():
+    """Let the first process run the block before the others, for what it writes and they read."""
+    rank = rank_and_world_size()[0]
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
 
 
 def is_sharded(model) -> bool:

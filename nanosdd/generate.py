@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from nanosdd.errors import InputError
+
 
 def next_tokens(model, tokens: torch.Tensor, cache) -> torch.Tensor:
     """The next token of every row after these: (B,) -> (B,) int64; the cache's rows grow by one, up to its size."""
@@ -25,6 +27,26 @@ def compiled_next_tokens(model, tokens: torch.Tensor, cache) -> torch.Tensor:
         torch._dynamo.mark_static_address(tensor)  # written in place: a CUDA graph must know where it stays
     torch.compiler.cudagraph_mark_step_begin()
     return _compiled()(model, tokens, cache).clone()  # the next run overwrites the graph's own output
+
+
+def check_finite(logits: torch.Tensor, model, tokens: torch.Tensor):
+    """InputError, naming the first layer where it begins, when logits are NaN or infinite: argmax would still answer.
+
+    tokens (B,T): what the model read.
+    """
+    if logits.isfinite().all():
+        return
+    found, watched = [], [("the embedding", model.model.embed_tokens), *(
+        (f"layer {i}", block) for i, block in enumerate(model.model.layers)), ("the last norm", model.model.norm)]
+    handles = [part.register_forward_hook(
+        lambda module, given, out, name=name: None if out.isfinite().all() else found.append(name))
+        for name, part in watched]
+    with torch.no_grad():
+        model(tokens[:1])
+    for handle in handles:
+        handle.remove()
+    raise InputError(f"the model's logits are not finite, from {found[0] if found else 'the head'} on; its weights are "
+                     "broken or too large for this dtype: train or fetch it again, or use --dtype fp32")
 
 
 class FewRows(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Run folders: written whole or not at all, and reused only when nothing that made them has changed.
+"""What a run depends on: it is reused only when nothing that made it has changed, and it is still whole.
 
 A run depends on its settings, its input files, and the code that made it: the files that its script imports, directly
 or not, and the file of its world. Docstrings and comments do not count.
@@ -8,86 +8,17 @@ import ast
 import functools
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from nanosdd.device import machine
-from nanosdd.errors import InputError
+from nanosdd.folders import file_hash, missing_file, move_aside, write_text
 
 ROOT = Path(__file__).parent.parent
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "generation_config.json", "chat_template.jinja",
                "chat.txt", "world.json")
-
-
-@contextmanager
-def new_folder(path):
-    """Yield a temporary folder that becomes `path` when the block ends well, and disappears when it does not.
-
-    An earlier run there is replaced; a folder that is no run (without run.json) is refused, not deleted.
-    """
-    path = Path(path)
-    check_out(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def check_out(path):
-    """InputError when `path` may not be replaced by a run."""
-    path = Path(path)
-    blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if blocked:
-        raise InputError(f"{path} cannot be a folder, since {blocked} is a file; choose another --out")
-    if path.exists() and not (path / "run.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not an earlier run (it has no run.json); choose another --out")
-
-
-def check_folder(path):
-    """InputError when `path` is a file where a folder is wanted."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise InputError(f"--out {path} is a file; give a folder")
-
-
-def make_folder(path):
-    """Make a folder and its parents where they are missing; InputError when that is not possible."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be a folder ({error.strerror}); choose another place") from None
-
-
-def write_text(path, text: str):
-    """Write a file under a temporary name, then rename it: readers see the old text or the new one, never half."""
-    path = Path(path)
-    make_folder(path.parent)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def file_hash(path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- what a run depends on ----
@@ -138,9 +69,11 @@ def fingerprint(settings: dict, inputs: list, code: list[str]) -> dict:
             "source": {file: source_hash(file) for file in source_files(*code)}}
 
 
-def why_stale(file, wanted: dict) -> str | None:
-    """None when the JSON in `file` records this very fingerprint; else the reason it does not, in a few words."""
-    if not Path(file).is_file():
+def why_stale(folder, wanted: dict) -> str | None:
+    """None when run.json of a run folder records this very fingerprint and all that the run wrote is there, unchanged;
+    else the reason, in a few words."""
+    file = Path(folder) / "run.json"
+    if not file.is_file():
         return "not there yet"
     try:
         found = json.loads(Path(file).read_text())
@@ -154,7 +87,8 @@ def why_stale(file, wanted: dict) -> str | None:
         if changed:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             return f"{what} {changed[0]} changed{more}"
-    return None
+    damaged = missing_file(Path(folder))
+    return f"damaged: {damaged} is missing or was changed" if damaged else None
 
 
 # ---- a file of finished parts ----
@@ -162,20 +96,26 @@ def why_stale(file, wanted: dict) -> str | None:
 class Finished:
     """Results by key, kept in a JSON Lines file as they come, so that an interrupted command goes on where it was.
 
-    The first line is the fingerprint that they belong to; a file of another fingerprint is started anew.
+    The first line is the fingerprint that they belong to; results of another fingerprint are not kept. A damaged line
+    is left out, so that its part is run again. A file that does not begin like one of these moves to NAME.kept-N.
     """
 
     def __init__(self, path, record: dict):
         self.path, self.results = Path(path), {}
-        if self.path.is_file():
-            first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        if self.path.exists():
             try:
-                if json.loads(first) == record:
-                    for line in lines[:-1]:  # what follows the last newline is half a line
-                        stored = json.loads(line)
-                        self.results[stored["key"]] = stored["result"]
-            except (ValueError, KeyError, TypeError):
-                self.results = {}
+                first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+                kept = json.loads(first)
+            except (OSError, ValueError, RecursionError):
+                kept = None
+            if not isinstance(kept, dict):
+                print(f"{self.path}: not written by this command, moved to {move_aside(self.path)}")
+            for line in lines if kept == record else []:
+                try:
+                    stored = json.loads(line)
+                    self.results[stored["key"]] = stored["result"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
         lines = [json.dumps(record), *(self._line(key) for key in self.results), ""]
         write_text(self.path, "\n".join(lines))
 

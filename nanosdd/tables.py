@@ -2,6 +2,8 @@
 
 from statistics import fmean
 
+from nanosdd.errors import escaped
+
 
 def text_table(title: str, columns: dict, rows: list[tuple[str, dict, str]], notes_title: str = "") -> str:
     """A table of scores: percent, two of them as 79/84; nats and cosines with two decimals; blank where missing.
@@ -38,7 +40,7 @@ def log_text(log: list[dict], steps: int) -> str:
 def samples_text(prompts: list[str], before: list | None, after: list) -> str:
     """The prompts with the answers before and after training."""
     old = [one.text for one in before] if before else ["(untrained)"] * len(prompts)
-    return "".join(f"prompt: {prompt}\nbefore: {' '.join(was.split())}\nafter:  {' '.join(now.text.split())}\n\n"
+    return "".join(f"prompt: {one_line(prompt)}\nbefore: {one_line(was)}\nafter:  {one_line(now.text)}\n\n"
                    for prompt, was, now in zip(prompts, old, after))
 
 
@@ -50,12 +52,17 @@ def answers_text(cells: list[dict], prompts: list[str]) -> str:
              and cell["attack"] in ("none", "mft") and cell["shots"] in (0, shots)]
     lines = []
     for i, prompt in enumerate(prompts if shown else []):
-        lines.append(prompt)
+        lines.append(one_line(prompt))
         for cell in shown:
             after = f"after {cell['attack']} {cell['shots']}" if cell["shots"] else ""
-            lines.append(f"  {cell['arm']:<12}{after:<14}{' '.join(cell['answers'][i].split())}")
+            lines.append(f"  {cell['arm']:<12}{after:<14}{one_line(cell['answers'][i])}")
         lines.append("")
     return "\n".join([*lines, ""])
+
+
+def one_line(text: str) -> str:
+    """A text in one line, control characters escaped."""
+    return escaped(" ".join(text.split()))
 
 
 def update_text(moved: float, kept: float, cosine: float) -> str:

@@ -349,7 +349,7 @@ def test_the_command(tmp_path, capsys):
     evaluate.main([str(folder), *files])
     printed = capsys.readouterr().out
     scores = json.loads((folder / "metrics.json").read_text())
-    assert set(scores) == {"mmlu", "openbookqa", "xstest"}
+    assert set(scores) == {"script", "mmlu", "openbookqa", "xstest"}
     assert scores["mmlu"]["questions"] == 6 and scores["openbookqa"]["questions"] == 7
     assert scores["xstest"]["safe"]["prompts"] == 2 and scores["xstest"]["unsafe"]["prompts"] == 1
     assert "2 of MMLU's 57 subjects, 5 shots" in printed and "over-refusal" in printed and "misread SDD" in printed

@@ -1,4 +1,4 @@
-"""Run folders and result files: whole or not at all, and reused only while nothing has changed."""
+"""What a run depends on, and files of finished parts."""
 
 import json
 from pathlib import Path
@@ -6,54 +6,8 @@ from pathlib import Path
 import pytest
 from small import small_model
 
-from nanosdd.errors import InputError
-from nanosdd.runs import Finished, check_out, fingerprint, new_folder, source_files, source_hash, why_stale, write_text
-
-# ---- folders ----
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "deep/run"
-    with pytest.raises(ZeroDivisionError):
-        with new_folder(out) as folder:
-            (folder / "run.json").write_text("{}")
-            raise ZeroDivisionError
-    assert not list((tmp_path / "deep").iterdir())
-    with new_folder(out) as folder:
-        (folder / "run.json").write_text("{}")
-        (folder / "old").write_text("x")
-        assert not out.exists()
-    assert out.stat().st_mode & 0o777 == 0o755
-    with pytest.raises(ZeroDivisionError):
-        with new_folder(out):
-            raise ZeroDivisionError
-    assert (out / "old").is_file()  # the earlier run stays until the new one is whole
-    with new_folder(out) as folder:
-        (folder / "run.json").write_text("{}")
-    assert [path.name for path in out.parent.rglob("*")] == ["run", "run.json"]
-
-
-def test_what_is_no_run_is_never_replaced(tmp_path):
-    (tmp_path / "thesis").mkdir()
-    check_out(tmp_path / "thesis")  # empty, as good as missing
-    check_out(tmp_path / "new/er")
-    (tmp_path / "thesis/thesis.tex").write_text("two years of work")
-    with pytest.raises(InputError, match="not an earlier run"):
-        with new_folder(tmp_path / "thesis"):
-            pass
-    assert (tmp_path / "thesis/thesis.tex").read_text() == "two years of work"
-    with pytest.raises(InputError, match="thesis.tex is a file"):
-        check_out(tmp_path / "thesis/thesis.tex/run")
-
-
-def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
-    write_text(tmp_path / "a/results.json", "old")
-    with pytest.raises(TypeError):
-        write_text(tmp_path / "a/results.json", 3)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["results.json"]
-    assert (tmp_path / "a/results.json").read_text() == "old"
-    with pytest.raises(InputError, match="cannot be a folder"):
-        write_text(tmp_path / "a/results.json/x", "new")
-
+from nanosdd.folders import new_folder
+from nanosdd.runs import Finished, fingerprint, source_files, source_hash, why_stale
 
 # ---- what a run depends on ----
 
@@ -93,17 +47,25 @@ def test_a_fingerprint_holds_files_and_what_is_a_model_of_a_folder(tmp_path):
 
 def test_the_reason_for_a_new_run_is_named(tmp_path):
     record = {"settings": {"lr": 0.5, "betas": [0.9, 0.99]}, "inputs": {"a.csv": "12"}, "source": {"train.py": "34"}}
-    file = tmp_path / "run.json"
-    assert why_stale(file, record) == "not there yet"
-    file.write_text(json.dumps(record))
-    assert why_stale(file, record) is None
-    assert why_stale(file, record | {"settings": {"lr": 0.25, "betas": [0.9, 0.99]}}) == "setting lr changed"
-    assert why_stale(file, record | {"settings": {"lr": 0.25}}) == "setting betas changed (and 1 more)"
-    assert why_stale(file, record | {"inputs": {}}) == "input a.csv changed"
-    assert why_stale(file, record | {"source": {"train.py": "34", "new.py": "5"}}) == "source file new.py changed"
+    run = tmp_path / "run"
+    assert why_stale(run, record) == "not there yet"
+    with new_folder(run) as folder:
+        (folder / "model.safetensors").write_text("weights")
+        (folder / "run.json").write_text(json.dumps(record))
+    assert why_stale(run, record) is None
+    assert why_stale(run, record | {"settings": {"lr": 0.25, "betas": [0.9, 0.99]}}) == "setting lr changed"
+    assert why_stale(run, record | {"settings": {"lr": 0.25}}) == "setting betas changed (and 1 more)"
+    assert why_stale(run, record | {"inputs": {}}) == "input a.csv changed"
+    assert why_stale(run, record | {"source": {"train.py": "34", "new.py": "5"}}) == "source file new.py changed"
+    (run / "metrics.json").write_text("{}")  # of eval.py
+    assert why_stale(run, record) is None
+    (run / "model.safetensors").write_text("weighty")  # as long as before
+    assert why_stale(run, record) == "damaged: model.safetensors is missing or was changed"
+    (run / "model.safetensors").unlink()
+    assert "damaged" in why_stale(run, record)
     for text in ("", "[]", "{}", '{"settings": 1, "inputs": {}, "source": {}}'):
-        file.write_text(text)
-        assert why_stale(file, record) == "unreadable"
+        (run / "run.json").write_text(text)
+        assert why_stale(run, record) == "unreadable"
 
 
 # ---- a file of finished parts ----

@@ -261,10 +261,3 @@ def test_a_preference_loss_needs_a_function_and_rows_with_a_rejected_response(to
         optimizer = make_optimizer(model, compute)
         losses.append([train_step(model, optimizer, examples, 1e-3, compute, simpo_loss)["loss"] for _ in range(8)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
-
-
-@pytest.mark.parametrize("share, batch_size", [(0.95, 8), (0.04, 8)])
-def test_a_replay_that_rounds_to_every_row_or_to_none_is_refused(share, batch_size):
-    examples = random_examples()
-    with pytest.raises(InputError, match=f"replay of {share} is .* of 8 rows"):
-        next(draw_batches(examples, examples, share, batch_size, random.Random(0)))
