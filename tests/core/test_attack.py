@@ -191,6 +191,11 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(public, tmp_path, cap
     attack.main(public)
     assert without_seconds(results()["cells"]) == without_seconds(first["cells"])
     assert results()["cells"][:-2] == first["cells"][:-2]  # the last attack alone was run again
+    attack.main([*public, "--fresh"])
+    assert without_seconds(results()["cells"]) == without_seconds(first["cells"])  # the same seed, the same cells
+    (tmp_path / "out/attack/table.txt").write_text("my notes")
+    attack.main(public)
+    assert (tmp_path / "out/attack/table.txt.kept-1").read_text() == "my notes"
 
 
 def test_every_seed_is_kept(public):
