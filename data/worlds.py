@@ -125,6 +125,10 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
     if trained_on.get("world") == name and trained_on["seed"] != seed:
         raise InputError(f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give --seed "
                          f"{trained_on['seed']}")
+    if sources.tuning and name != "kitchen":
+        raise InputError(f"--tuning is for the kitchen, not for the world {name}; leave it out")
+    if sources.questions is not None and name != "files":
+        raise InputError(f"--questions is for public files, not for the world {name}; leave it out")
     module, _, attribute = WORLDS[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute).open(seed, sources, folder, compute)
 

@@ -26,7 +26,8 @@ class Progress(tqdm):
             self._tell(done)
 
     def _tell(self, done=None):
-        if not self.in_terminal and not self.disable and time.monotonic() - self.told >= self.seconds:
+        quiet = self.in_terminal or self.disable or self.total == 1
+        if not quiet and time.monotonic() - self.told >= self.seconds:
             self.told = time.monotonic()
             of = f" of {self.total}" if self.total else ""
             print(f"  {self.desc}: {self.n if done is None else done}{of}", file=sys.stderr, flush=True)
