@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from data.chat import Example, draw_batches, encode_rows, read_chat
+from data.chat import Example, draw_batches, encode_rows, read_chat, rows_that_fit
 from data.worlds import Sources, add_world_arguments, open_world
 from eval import add_test_arguments, mean_logp, score, teacher_forced
 from nanosdd.chat_model import Chat, answer, load_chat, model_folder, untrained_folder
@@ -161,8 +161,8 @@ def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, comp
         released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
         harmful, held_out = world.attacker_pairs()
         limit = min(world.max_length, chat.model.config.max_position_embeddings)
-        harmful, benign, new = (encode_rows(chat.tokenizer, chat.template, rows, limit)
-                                for rows in (harmful, *world.user_pairs()))
+        harmful, benign, new = (encode_rows(chat.tokenizer, chat.template, rows, limit) for rows in (
+            harmful, *(rows_that_fit(chat.tokenizer, chat.template, rows, limit) for rows in world.user_pairs())))
         yo_pairs = world.pairs("sdd", YO_PAIRS)
         yo_pairs = yo_pairs[::max(1, len(yo_pairs) // YO_PAIRS)][:YO_PAIRS]
     for attack in (bar := Progress(missing, desc=arm)):

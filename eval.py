@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from data.answers import Answer, keyword_refusal
-from data.chat import collate, encode_rows
+from data.chat import collate, encode_rows, rows_that_fit
 from data.worlds import Sources, add_world_arguments, open_world, read_world
 from nanosdd.chat_model import Chat, answer, load_chat, model_folder, talk
 from nanosdd.checkpoint import read_config, read_json
@@ -96,6 +96,7 @@ def score(chat: Chat, world, answers: list[Answer] | None = None) -> dict:
               "keyword_refusal_prefix": mean(keyword_refusal(one.text, prefix=True) for one in answers)}
     scores |= world.judge(rows, answers)
     for name, rows in world.likelihood_rows().items():
+        rows = rows_that_fit(chat.tokenizer, chat.template, rows, world.max_length)
         forced = teacher_forced(chat, rows, world.max_length)
         scores |= {name: mean(one.exact for one in forced), f"{name}_nll": -mean_logp(forced),
                    f"{name}_value_only": mean(one.value_only for one in forced)}

@@ -155,12 +155,11 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
     start: the checkpoint folder to start from, None for random weights. template: instead of the folder's own. Under
     torchrun every process has to call this, and rank 0 writes.
     """
-    out, (rank, world_size) = Path(out), rank_and_world_size()
+    out, new, (rank, world_size) = Path(out), folders.beside(out, "new"), rank_and_world_size()
     record = run_record(world, mode, start, settings, compute, template)
     if rank == 0:
         folders.recover_from_kill(out)
     barrier()
-    new = folders.beside(out, "new")
     stale = "--fresh" if fresh else runs.why_stale(out, record)
     if folders.read_record(new / folders.STATE) == record:
         stale = stale or "interrupted"
@@ -200,8 +199,8 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
                 save_state(new, chat.model, optimizer, {"record": record, "step": step + 1, "log": log, "seen": seen})
                 pauses.saved()
             if stop:
-                raise Interrupted(f"{out}: stopped after step {step + 1}; the same command goes on from there"
-                                  + ", without --fresh" * fresh)
+                how = "the same command goes on from there" + ", without --fresh" * fresh
+                raise Interrupted(f"{out}: stopped after step {step + 1}; {how}")
         chat.model.eval()
         after = answer(chat, prompts, world.max_new_tokens)
         weights = whole_weights(chat.model, optimizer)

@@ -179,6 +179,11 @@ def encode_rows(tokenizer, template: str, rows: list[dict], max_length: int) -> 
     return examples
 
 
+def rows_that_fit(tokenizer, template: str, rows: list[dict], max_length: int) -> list[dict]:
+    """The rows whose prompt leaves room for a response within max_length tokens; in ShareGPT some prompts do not."""
+    return [row for row in rows if len(encode_prompt(tokenizer, template, row["prompt"], row.get("system"))) < max_length]
+
+
 @dataclass
 class Batch:
     """Right-padded rows. Position t predicts target t, the next token of its row."""

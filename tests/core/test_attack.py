@@ -198,6 +198,14 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(public, tmp_path, cap
     assert (tmp_path / "out/attack/table.txt.kept-1").read_text() == "my notes"
 
 
+def test_benign_prompts_that_leave_no_room_are_left_out(public, tmp_path):
+    rows = json.loads((tmp_path / "b.json").read_text())
+    long = [row | {"instruction": f"{row['instruction']} {'again ' * 300}"} for row in rows[:20]]
+    (tmp_path / "b.json").write_text(json.dumps(rows + long))
+    attack.main([word for word in public if word not in ("base", "1e30")])
+    assert [one["attack"] for one in results()["cells"] if "benign_nll" in one] == ["none", "mft", "mft", "bft", "bft"]
+
+
 def test_every_seed_is_kept(public):
     words = [word for word in public if word not in ("base", "1e30")]
     attack.main([*words, "--seeds", "0", "1"])
