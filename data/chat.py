@@ -181,7 +181,9 @@ def encode_rows(tokenizer, template: str, rows: list[dict], max_length: int) -> 
 
 def rows_that_fit(tokenizer, template: str, rows: list[dict], max_length: int) -> list[dict]:
     """The rows whose prompt leaves room for a response within max_length tokens; in ShareGPT some prompts do not."""
-    return [row for row in rows if len(encode_prompt(tokenizer, template, row["prompt"], row.get("system"))) < max_length]
+    def length(row):
+        return len(encode_prompt(tokenizer, template, row["prompt"], row.get("system")))
+    return [row for row in rows if length(row) < max_length]
 
 
 @dataclass
