@@ -181,9 +181,8 @@ def encode_rows(tokenizer, template: str, rows: list[dict], max_length: int) -> 
 
 def rows_that_fit(tokenizer, template: str, rows: list[dict], max_length: int) -> list[dict]:
     """The rows whose prompt leaves room for a response within max_length tokens; in ShareGPT some prompts do not."""
-    def length(row):
-        return len(encode_prompt(tokenizer, template, row["prompt"], row.get("system")))
-    return [row for row in rows if length(row) < max_length]
+    encode = partial(encode_prompt, tokenizer, template)
+    return [row for row in rows if len(encode(row["prompt"], row.get("system"))) < max_length]
 
 
 @dataclass
