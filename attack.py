@@ -70,7 +70,7 @@ class Grid:
 
 
 GRIDS = {"town": Grid(lr=(3e-5, 1e-4, 3e-4, 1e-3)), "kitchen": Grid(shots=(10, 50), steps=0)}
-GRIDS["files"] = GRIDS["kitchen"]  # one lr and one budget, fixed on tuning questions (docs/log.md)
+GRIDS["files"] = GRIDS["kitchen"]  # one budget, and one lr: that of the independent replication, not tuned here
 ARMS = {"town": ("align", "refusal", "sdd")}  # the modes of train.py that are attacked by default
 YO_PAIRS = 64  # on which log p(y_o | x) is measured
 
