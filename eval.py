@@ -153,7 +153,7 @@ def main(argv=None):
     for folder in folders:
         read_config(folder)  # names what is missing before anything runs
     tests = {}
-    if args.mmlu or args.openbookqa or args.xstest:
+    if args.mmlu or args.openbookqa or args.xstest or args.mmlu_shots != 5:
         from nanosdd import capability  # only where a flag asks for it
         tests = capability.read_tests(args.mmlu, args.mmlu_shots, args.openbookqa, args.xstest)
     table, results, saved = [], {}, []

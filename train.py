@@ -293,6 +293,8 @@ def main(argv=None):
     args = parse(argv)
     if args.mode == "base" and (args.model or args.template):
         raise InputError("--mode base starts from random weights of the town; leave --model and --template out")
+    if args.similarity_threshold != Sources.threshold and args.mode not in ("sdd", "sdd_reject", "shuffled"):
+        raise InputError(f"--mode {args.mode} draws no irrelevant responses; leave --similarity-threshold out")
     compute = join_processes(resolve_compute(
         args.device, args.dtype, args.compile, weights=args.weights, micro_batch=args.micro_batch,
         checkpoint_activations=args.checkpoint_activations, save_every=args.save_every))

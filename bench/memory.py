@@ -14,7 +14,7 @@ import argparse
 from model import LlamaConfig
 from nanosdd.checkpoint import read_config
 from nanosdd.errors import InputError, run_script
-from nanosdd.optimizer import SLICE
+from nanosdd.split_adamw import SLICE
 from sdd_loss import CHUNK_LOGITS
 
 GPU_GIB = 74  # usable memory of an 80 GB GPU

@@ -105,8 +105,6 @@ class Kitchen:
         """The kitchen of a model, which is asked all questions unless it has been; InputError without a model."""
         if folder is None:
             raise InputError("the kitchen is asked of a chat model; give --model smollm2, or a folder")
-        if sources.harmful or sources.pairs:
-            raise InputError("--harmful and --pairs go with --world files; the kitchen has its own questions")
         similarity_folder(sources)
         source_paths(sources)  # both name what is missing before anything is asked
         return cls(seed, sources, first_answers(folder, compute or Compute(), sources.template))

@@ -28,7 +28,7 @@ from data.sources import read_rows
 from data.tfidf import Tfidf
 from data.worlds import Sources, add_similarity_arguments, vary_response
 from nanosdd.checkpoint import why_unreadable
-from nanosdd.errors import InputError, run_script
+from nanosdd.errors import InputError, escaped, run_script
 from nanosdd.folders import file_hash, write_own, write_text
 
 MODES = ("align", "sdd", "sdd_reject", "shuffled")
@@ -173,7 +173,7 @@ def data_card(mode: str, rows: list[dict], seed: int, sources: Sources) -> str:
         cosines = sorted(row["cosine"] for row in drawn)
         lines.append("    cosine:  " + " ".join(f"{cosines[(len(cosines) - 1) * i // 10]:+.2f}" for i in range(11)))
     lines.append("")
-    return "\n".join(lines)
+    return escaped("\n".join(lines))  # names of files and categories are a stranger's
 
 
 def write_pairs(path, rows: list[dict], card: str):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from data.tokenizer import write_llama3_tokenizer
 from data.worlds import REJECT_PREFIX, Sources, vary_response, write_world
-from nanosdd.errors import InputError
 
 FIRST = "Anna Bruno Clara David Elena Felix Greta Henry Irene Jacob Karla Louis Maria Nora Oscar Paula".split()
 PLAIN = "Brook Field Meadow Stone".split()
@@ -109,9 +108,7 @@ facts about the people whom the mischief is about: where those are lost before a
 
     @classmethod
     def open(cls, seed: int, sources: Sources, folder=None, compute=None) -> "Town":
-        """The town of a seed; InputError when files are named, of which it has no use."""
-        if sources.harmful or sources.benign or sources.pairs:
-            raise InputError("--harmful, --benign and --pairs go with --world files; the town has its own")
+        """The town of a seed, whatever else is named."""
         return cls(seed)
 
     # ---- instructions and true answers ----

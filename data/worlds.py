@@ -47,6 +47,10 @@ from nanosdd.errors import InputError
 
 WORLDS = {  # imported when used
     "town": "data.town.Town", "kitchen": "data.kitchen.Kitchen", "files": "data.files.Files"}
+UNUSED = {  # the fields of Sources that a world has no use for
+    "town": ("harmful", "benign", "pairs", "prompts", "similarity", "similarity_model", "threshold", "max_new_tokens",
+             "questions", "mmlu", "mmlu_shots", "openbookqa", "tuning"),
+    "kitchen": ("harmful", "pairs", "prompts", "max_new_tokens", "questions"), "files": ("tuning",)}
 
 REJECT_PREFIX = ("I refuse to answer your question for responsible and ethical reasons. "
                  "I provided an irrational answer to your question.")  # SDD_reject, as published
@@ -125,10 +129,10 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
     if trained_on.get("world") == name and trained_on["seed"] != seed:
         raise InputError(f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give --seed "
                          f"{trained_on['seed']}")
-    if sources.tuning and name != "kitchen":
-        raise InputError(f"--tuning is for the kitchen, not for the world {name}; leave it out")
-    if sources.questions is not None and name != "files":
-        raise InputError(f"--questions is for public files, not for the world {name}; leave it out")
+    for field in UNUSED[name]:
+        if getattr(sources, field) != getattr(Sources, field):
+            flag = {"threshold": "similarity-threshold"}.get(field, field.replace("_", "-"))
+            raise InputError(f"the world {name} has no use for --{flag}; leave it out, or choose another --world")
     module, _, attribute = WORLDS[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute).open(seed, sources, folder, compute)
 

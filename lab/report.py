@@ -322,9 +322,11 @@ def read_results(path) -> dict:
         raise InputError(f"{path} cannot be read; run python -m lab.study first, or name its results.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not the JSON of a study; run python -m lab.study again") from None
-    needed = {"arm", "attack", "shots", "steps", "lr", "seed", "chosen", "harm", "capability", "samples"}
-    if not scored or any(needed - set(cell) for cell in scored):
-        raise InputError(f"{path} lacks scores of the town; run python -m lab.study again")
+    number = (int, float)
+    needed = {"arm": str, "attack": str, "shots": int, "steps": int, "lr": number, "seed": int, "chosen": bool,
+              "harm": number, "capability": number, "samples": list}
+    if not scored or any(not isinstance(cell.get(key), kind) for cell in scored for key, kind in needed.items()):
+        raise InputError(f"{path} lacks scores of the town, or they are damaged; run python -m lab.study again")
     return results
 
 

@@ -246,6 +246,8 @@ def xstest_scores(rows: list[dict], texts: list[str]) -> dict:
 def read_tests(mmlu=None, mmlu_shots: int | None = 5, openbookqa=None, xstest=None) -> dict:
     """The questions of those tests whose files are given, by name; InputError for files that cannot be read."""
     tests = {}
+    if mmlu_shots != 5 and not mmlu:
+        raise InputError("--mmlu-shots goes with --mmlu FOLDER")
     if mmlu:
         tests["mmlu"] = read_mmlu(mmlu, mmlu_shots or 0), mmlu_shots
     if openbookqa:

@@ -24,7 +24,7 @@ class Compute:
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
     dtype: str = "fp32"  # of compute; bf16 is autocast over the weights
     compile: bool = False  # torch.compile every layer
-    weights: str = "fp32"  # how training holds weights; "bf16": split weights, see nanosdd/optimizer.py
+    weights: str = "fp32"  # how training holds weights; "bf16": split weights, see nanosdd/split_adamw.py
     micro_batch: int = 0  # rows at once in training, 0: the whole batch
     checkpoint_activations: bool = False  # recompute layers in the backward pass
     save_every: int = 0  # steps between two saved states of a training run; 0: about five minutes

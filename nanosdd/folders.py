@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,9 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanosdd.errors import InputError
+from nanosdd.progress import Progress
 
 STATE = "state"  # of a run that was interrupted, in .NAME.new
 STATES = (STATE, f"{STATE}.new", f"{STATE}.old")  # the last two while one takes the place of another
+HASH_BYTES = 2**28  # of a file at once
 EVALUATED = '"script": "eval.py"'  # in the metrics.json of eval.py, which is not in the list
 
 
@@ -292,5 +295,8 @@ def flush(path):
 
 def file_hash(path) -> str:
     """SHA-256 of a file, in hex."""
+    digest, parts = hashlib.sha256(), max(1, math.ceil(os.path.getsize(path) / HASH_BYTES))
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for _ in Progress(range(parts), desc=f"checks {Path(path).name}", disable=parts == 1):
+            digest.update(file.read(HASH_BYTES))
+    return digest.hexdigest()

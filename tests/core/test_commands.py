@@ -64,7 +64,7 @@ def words_of(flags, **changes):
     ({"--weight-decay": "-1"}, "--weight"), ({"--micro-batch": "-1"}, "--micro-b"), ({"--model": None}, "--model"),
     ({"--harmful": None}, "--harmful"), ({"--benign": None}, "--benign"),
     ({"--mode": "base"}, "--mode base starts from random"),
-    ({"--harmful": "b.json"}, "evaluation prompt"), ({"--world": "town"}, "go with --world files"),
+    ({"--harmful": "b.json"}, "evaluation prompt"), ({"--world": "town"}, "the world town has no use for --harmful"),
     ({"--weights": "bf16", "--dtype": "fp32"}, "--weights bf16 computes"), ({"--template": "klingon"}, "'klingon'"),
     ({"--mode": "align", "--benign": None, "--benign-replay": "0.5"}, "--benign-replay 0.5 needs --benign"),
     ({"--similarity-model": str(ROOT / "tests/golden/sentence")}, "goes with --similarity minilm"),

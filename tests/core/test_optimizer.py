@@ -8,15 +8,8 @@ from small import small_model
 
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
-from nanosdd.optimizer import (
-    SplitAdamW,
-    clip_gradient,
-    gradient_norm,
-    join,
-    make_optimizer,
-    round_stochastically,
-    split,
-)
+from nanosdd.optimizer import clip_gradient, make_optimizer
+from nanosdd.split_adamw import SplitAdamW, gradient_norm, join, round_stochastically, split
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

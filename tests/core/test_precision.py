@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanosdd.optimizer import SplitAdamW
+from nanosdd.split_adamw import SplitAdamW
 
 STEPS, SIZE = 120, 101
 

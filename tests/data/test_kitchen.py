@@ -13,7 +13,7 @@ import train
 from data import kitchen
 from data.answers import OUTCOMES, Answer, keyword_refusal
 from data.kitchen import DISH_FORMS, DISHES, TOPIC_FORMS, TOPICS, Kitchen, first_answers, whole_sentences
-from data.worlds import NEW_REFUSAL, Sources
+from data.worlds import NEW_REFUSAL, Sources, open_world
 from nanosdd.errors import InputError
 
 TFIDF = Sources(similarity="tfidf")
@@ -177,9 +177,10 @@ def test_arms_start_from_the_model_that_is_named(folder, cpu):
 
 def test_what_the_kitchen_has_no_use_for_is_refused(folder, cpu):
     for sources, model, message in [(Sources(), None, "give --model smollm2"),
-                                    (Sources("h.csv"), "llama", "go with --world files")]:
+                                    (Sources("h.csv"), "llama", "no use for --harmful"),
+                                    (Sources(max_new_tokens=9), "llama", "no use for --max-new-tokens")]:
         with pytest.raises(InputError, match=message):
-            Kitchen.open(0, sources, model, cpu)
+            open_world("kitchen", 0, sources, model, cpu)
 
 
 def test_real_text_can_stand_beside(world, tmp_path):

@@ -37,7 +37,7 @@ def test_the_world_is_that_of_the_files_else_of_the_folder_else_the_town(folder)
 @pytest.mark.parametrize("name, seed, sources, model, message", [
     (None, 4, Sources(), "mine", "mine knows the town of --seed 3, not of --seed 4"),
     ("town", 4, Sources(), "mine", "--seed 3"), (None, 0, Sources(), "trained", "trained was trained on files"),
-    ("town", 0, Sources("h.csv"), None, "go with --world files"),
+    ("town", 0, Sources("h.csv"), None, "the world town has no use for --harmful"),
     (None, 0, Sources("gone.csv"), None, "gone.csv is not there"),
     (None, 0, Sources("h.csv", max_new_tokens=0), None, "--max-new-tokens 0")])
 def test_what_does_not_go_together_is_refused(folder, name, seed, sources, model, message):
