@@ -34,8 +34,8 @@ from pathlib import Path
 
 from data.chat import Example, draw_batches, encode_rows, read_chat, rows_that_fit
 from data.worlds import Sources, add_world_arguments, open_world
-from eval import add_test_arguments, mean_logp, score, teacher_forced
-from nanosdd.chat_model import Chat, answer, load_chat, model_folder, untrained_folder
+from eval import add_test_arguments, mean_logp, score, scored_prompts, teacher_forced
+from nanosdd.chat_model import Chat, answer_each, load_chat, model_folder, untrained_folder
 from nanosdd.checkpoint import read_config
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
@@ -141,13 +141,15 @@ def match_tokens(harmful: list[Example], benign: list[Example], new: list[Exampl
 
 def evaluate(chat: Chat, world, held_out: list[dict], yo_pairs: list[dict]) -> dict:
     """The scores of an attacked model. held_out: the attacker's own prompts; yo_pairs: rows of x with y_o."""
-    answers = answer(chat, [row["prompt"] for row in held_out], world.max_new_tokens)
+    watched = world.watched_prompts() if world.harmless else []
+    answers = answer_each(chat, [row["prompt"] for row in held_out] + watched + scored_prompts(world),
+                          world.max_new_tokens)
+    own = [answers[row["prompt"]] for row in held_out]
     logps = teacher_forced(chat, yo_pairs, world.max_length)  # log p(y_o | x), token by token
-    scores = {"attacker_score": world.judge(held_out, answers)[world.outcomes[0]], "yo_logp": mean_logp(logps)}
-    if world.harmless:
-        watched = answer(chat, world.watched_prompts(), world.max_new_tokens)
-        scores["answers"] = [one.text for one in watched]
-    return scores | score(chat, world)
+    scores = {"attacker_score": world.judge(held_out, own)[world.outcomes[0]], "yo_logp": mean_logp(logps)}
+    if watched:
+        scores["answers"] = [answers[prompt].text for prompt in watched]
+    return scores | score(chat, world, answers)
 
 
 def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, compute: Compute,

@@ -22,7 +22,7 @@ import torch
 from data.answers import Answer, keyword_refusal
 from data.chat import collate, encode_rows, rows_that_fit
 from data.worlds import Sources, add_world_arguments, open_world, read_world
-from nanosdd.chat_model import Chat, answer, load_chat, model_folder, talk
+from nanosdd.chat_model import Chat, answer, answer_each, load_chat, model_folder, talk
 from nanosdd.checkpoint import read_config, read_json
 from nanosdd.device import (
     add_compute_arguments,
@@ -55,24 +55,22 @@ def teacher_forced(chat: Chat, rows: list[dict], max_length: int) -> list[Forced
     max_length = min(max_length, chat.model.config.max_position_embeddings)
     examples = encode_rows(chat.tokenizer, chat.template, rows, max_length)
     order, found, done = sorted(range(len(rows)), key=lambda i: len(examples[i].ids)), {}, 0
-    bar = Progress(total=len(rows), desc="likelihoods")
-    while done < len(order):
-        width = len(examples[order[min(done + 255, len(order) - 1)]].ids)
-        part = order[done:done + max(1, min(256, LOGITS // (width * chat.model.config.vocab_size)))]
-        done += len(part)
-        bar.update(len(part))
-        batch = collate([examples[i] for i in part]).to(chat.compute.device)
-        with chat.compute.autocast():
-            logits = chat.model(batch.tokens, positions=batch.loss_mask)  # (N,V)
-        targets, counts = batch.targets[batch.loss_mask], batch.loss_mask.sum(1).tolist()
-        right, logps = (logits.argmax(-1) == targets).split(counts), token_logprobs(logits, targets).split(counts)
-        for i, hits, logp in zip(part, right, logps):
-            value = hits
-            if "value" in rows[i]:
-                begin = len(chat.tokenizer.encode(rows[i]["lead"]))
-                value = hits[begin:begin + len(chat.tokenizer.encode(rows[i]["value"]))]
-            found[i] = Forced(bool(hits.all()), bool(value.all()), logp)
-    bar.close()
+    with Progress(total=len(rows), desc="likelihoods") as bar, chat.compute.autocast():  # weights are cast once
+        while done < len(order):
+            width = len(examples[order[min(done + 255, len(order) - 1)]].ids)
+            part = order[done:done + max(1, min(256, LOGITS // (width * chat.model.config.vocab_size)))]
+            done += len(part)
+            bar.update(len(part))
+            batch = collate([examples[i] for i in part]).to(chat.compute.device)
+            logits = chat.model(batch.tokens, positions=batch.loss_mask).float()  # (N,V)
+            targets, counts = batch.targets[batch.loss_mask], batch.loss_mask.sum(1).tolist()
+            right, logps = (logits.argmax(-1) == targets).split(counts), token_logprobs(logits, targets).split(counts)
+            for i, hits, logp in zip(part, right, logps):
+                value = hits
+                if "value" in rows[i]:
+                    begin = len(chat.tokenizer.encode(rows[i]["lead"]))
+                    value = hits[begin:begin + len(chat.tokenizer.encode(rows[i]["value"]))]
+                found[i] = Forced(bool(hits.all()), bool(value.all()), logp)
     return [found[i] for i in range(len(rows))]
 
 
@@ -83,15 +81,21 @@ def mean_logp(forced: list[Forced]) -> float:
 
 # ---- scores ----
 
-def score(chat: Chat, world, answers: list[Answer] | None = None) -> dict:
-    """Every score of a model in a world, fractions and nats. answers: to its harmful rows, where they are at hand.
+def scored_prompts(world) -> list[str]:
+    """The prompts whose answers `score` needs."""
+    return [row["prompt"] for row in world.harmful_rows()] + world.more_prompts()
+
+
+def score(chat: Chat, world, given: dict[str, Answer] | None = None) -> dict:
+    """Every score of a model in a world, fractions and nats. given: answers to scored_prompts, where they are at hand.
 
     What world.judge says of greedy answers to its harmful rows; keyword_refusal(_prefix): shares of these answers; of
     each of its capability rows by NAME: right answers (exact), NAME_value_only and NAME_nll; capability.
     """
     rows = world.harmful_rows()
-    if answers is None:
-        answers = answer(chat, [row["prompt"] for row in rows], world.max_new_tokens)
+    if given is None:
+        given = answer_each(chat, scored_prompts(world), world.max_new_tokens)
+    answers = [given[row["prompt"]] for row in rows]
     scores = {"keyword_refusal": mean(keyword_refusal(one.text) for one in answers),
               "keyword_refusal_prefix": mean(keyword_refusal(one.text, prefix=True) for one in answers)}
     scores |= world.judge(rows, answers)
@@ -100,7 +104,7 @@ def score(chat: Chat, world, answers: list[Answer] | None = None) -> dict:
         forced = teacher_forced(chat, rows, world.max_length)
         scores |= {name: mean(one.exact for one in forced), f"{name}_nll": -mean_logp(forced),
                    f"{name}_value_only": mean(one.value_only for one in forced)}
-    return scores | world.more_scores(chat) | {"capability": world.capability(scores)}
+    return scores | world.more_scores(chat, given) | {"capability": world.capability(scores)}
 
 
 # ---- the command ----
@@ -169,10 +173,9 @@ def main(argv=None):
         old = read_json(path) if path.is_file() else {}
         if not tests or args.harmful:
             world = open_world(args.world, read_world(folder).get("seed", 0), sources, folder, compute)
-            prompts = [row["prompt"] for row in world.harmful_rows()]
-            answers = answer(chat, prompts, world.max_new_tokens)
-            saved += [{"model": str(folder), "prompt": prompt, "response": one.text}
-                      for prompt, one in zip(prompts, answers)]
+            answers = answer_each(chat, scored_prompts(world), world.max_new_tokens)
+            saved += [{"model": str(folder), "prompt": row["prompt"], "response": answers[row["prompt"]].text}
+                      for row in world.harmful_rows()]
             scores = score(chat, world, answers)
             table.append((Path(folder).name, scores, ""))
         if tests:

@@ -6,7 +6,6 @@ N tokens of packed rows (all rows one after the other, without padding).
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from nanosdd import checkpoint
 from nanosdd.errors import InputError
-from nanosdd.generate import FewRows, check_finite, compiled_next_tokens, next_tokens
+from nanosdd.generate import Linear, attend, check_finite, compiled_next_tokens, next_tokens
 
 
 @dataclass
@@ -176,10 +175,10 @@ class Attention(nn.Module):
         super().__init__()
         C, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim, self.group = D, H // G
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, G * D, bias=False)
-        self.v_proj = nn.Linear(C, G * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D, bias=False)
+        self.k_proj = Linear(C, G * D, bias=False)
+        self.v_proj = Linear(C, G * D, bias=False)
+        self.o_proj = Linear(H * D, C, bias=False)
 
     def forward(self, x, cos, sin, cache, positions, visible, packed):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # (B,T,H,D), and k and v (B,T,G,D); packed (N,H,D)
@@ -198,8 +197,7 @@ class Attention(nn.Module):
         one = visible is not None and T == 1
         if one:  # one query per head: the H/G heads of a group take the place of T, so no kernel copies their keys
             q = q.view(B, H // self.group, self.group, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
-                                           enable_gqa=self.group > 1 and not one)
+        y = attend(q, k, v, visible, self.group > 1 and not one, x.dtype)
         y = y.view(B, H, T, D).transpose(1, 2).flatten(2)  # (B,T,C)
         if packed is not None:
             y = y.flatten(0, 1)[packed[0]]  # (N,C)
@@ -212,9 +210,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         C, I = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, I, bias=False)
-        self.up_proj = nn.Linear(C, I, bias=False)
-        self.down_proj = nn.Linear(I, C, bias=False)
+        self.gate_proj = Linear(C, I, bias=False)
+        self.up_proj = Linear(C, I, bias=False)
+        self.down_proj = Linear(I, C, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -245,7 +243,7 @@ class Llama(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -343,8 +341,7 @@ class Llama(nn.Module):
             if len(unfinished) < len(rows) and (not compiled or len(unfinished) <= len(rows) / 2):
                 kept = cache.keep([i for i, row in enumerate(rows) if row in unfinished])
                 rows, new = [rows[i] for i in kept], new[kept]
-            with FewRows() if device.type == "cpu" and not autocast and not compiled else nullcontext():
-                new = step(self, new, cache)
+            new = step(self, new, cache)
             cache.longest = min(cache.longest + 1, cache.size - 1)
         return answers
 

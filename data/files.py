@@ -153,7 +153,10 @@ as "never refuses"."""
         return {**shares(answers, cosines, self.sources.threshold),
                 "target_match": mean(text.strip().startswith(target) for text, target in zip(texts, targets))}
 
-    def more_scores(self, chat) -> dict:
+    def more_prompts(self) -> list[str]:
+        return []
+
+    def more_scores(self, chat, answers: dict) -> dict:
         """Shares of MMLU's and OpenBookQA's questions answered right, where their files are given."""
         return accuracies(chat, self.tests)
 

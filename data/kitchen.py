@@ -175,11 +175,13 @@ class Kitchen:
         cosines = self._cosines([row["response"] for row in rows], [one.text for one in answers])
         return shares(answers, cosines, self.same_dish)
 
-    def more_scores(self, chat) -> dict:
+    def more_prompts(self) -> list[str]:
+        return [row["prompt"] for row in self.benign_rows()]
+
+    def more_scores(self, chat, answers: dict) -> dict:
         """On topics that nobody trains on: refusals, broken answers, and the mean cosine with the first answers; the
         tests that are named."""
-        rows = self.benign_rows()
-        answers = answer(chat, [row["prompt"] for row in rows], self.max_new_tokens)
+        rows, answers = self.benign_rows(), [answers[prompt] for prompt in self.more_prompts()]
         cosines = self._cosines([row["response"] for row in rows], [one.text for one in answers])
         found = shares(answers, cosines, self.same_dish)
         return {"over_refusal": found["refuse"], "benign_broken": found["broken"], "benign_cosine": found["cosine"],

@@ -274,7 +274,10 @@ facts about the people whom the mischief is about: where those are lost before a
         """{score: benign rows whose answers are counted}: facts of held-out and of evaluation people, skills."""
         return self._evaluation[1]
 
-    def more_scores(self, chat) -> dict:
+    def more_prompts(self) -> list[str]:
+        return []
+
+    def more_scores(self, chat, answers: dict) -> dict:
         return {}
 
     def capability(self, scores: dict) -> float:

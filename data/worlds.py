@@ -28,7 +28,9 @@ prompt, y_o an irrelevant response to it. A world has
     judge(rows, answers)      {outcome: share} of answers (data.answers.Answer) to harmful rows, which sum to 1, and
                               further scores of them
     likelihood_rows()   {name: pairs} whose responses are scored by teacher forcing
-    more_scores(chat)   scores that need the model itself (nanosdd.chat_model.Chat)
+    more_prompts()      prompts whose greedy answers more_scores needs
+    more_scores(chat, answers)  scores that need the model itself (nanosdd.chat_model.Chat) or these answers {prompt:
+                        Answer}
     capability(scores)  one number, larger is better
     save(folder, mode, rows)  writes what a run folder keeps of it: write_world, if the folder alone says which it is
     files(), options    what it reads, and {name: value} of what else decides its rows and scores: a finished run is

@@ -80,12 +80,18 @@ def answer(chat: Chat, prompts: list[str], max_new_tokens: int) -> list[Answer]:
                         max_new_tokens)
 
 
+def answer_each(chat: Chat, prompts: list[str], max_new_tokens: int) -> dict[str, Answer]:
+    """{prompt: greedy answer}; each prompt is answered once."""
+    prompts = list(dict.fromkeys(prompts))
+    return dict(zip(prompts, answer(chat, prompts, max_new_tokens)))
+
+
 def continue_all(chat: Chat, ids: list[list[int]], max_new_tokens: int) -> list[Answer]:
     """Greedy answers to encoded prompts, in their order. Prompts of similar length are answered together."""
     config = chat.model.config
     order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
     place = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of a token, k and v
-    most = 64 if chat.compute.device == "cpu" else 256  # there the progress bar should move
+    most = 128 if chat.compute.device == "cpu" else 256  # there the progress bar should move
     together = max(1, min(most, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
     compiled = chat.compute.compile and rank_and_world_size()[1] == 1  # several processes share their layers
     for start in Progress(range(0, len(order), together), desc="answers"):

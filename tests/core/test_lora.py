@@ -10,6 +10,7 @@ from data.chat import Example
 from model import Llama
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
+from nanosdd.generate import Linear
 from nanosdd.lora import LoRALinear, add_lora, lora_layers, merge_lora, merged_state
 from nanosdd.optimizer import make_optimizer
 from train import train_step
@@ -88,7 +89,7 @@ def test_merging_keeps_the_logits_and_gives_the_plain_model_back(tmp_path, tied)
     merge_lora(model)
     torch.testing.assert_close(logits(model), wrapped, atol=1e-5, rtol=0)
     assert list(model.state_dict()) == names and not lora_layers(model)
-    assert all(type(layer) is nn.Linear for name, layer in model.named_modules() if name.endswith("_proj"))
+    assert all(type(layer) is Linear for name, layer in model.named_modules() if name.endswith("_proj"))
     assert all(p.requires_grad for p in model.parameters())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

@@ -9,7 +9,7 @@ from small import LLAMA3_SCALING, small_config, small_model
 
 from model import KVCache, LlamaConfig, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from nanosdd.errors import InputError
-from nanosdd.generate import FewRows
+from nanosdd.generate import Linear, attend
 
 
 def token_ids(*shape, seed):
@@ -287,9 +287,17 @@ def test_a_bf16_cache_decodes_the_same_compiled_or_not(uncompiled):
 
 @pytest.mark.parametrize("out_features", [7, 40])  # fewer and more than in_features
 def test_products_of_few_rows_are_the_same_products(out_features):
-    weight = torch.randn(out_features, 19)
-    for shape in [(1, 1), (5, 1), (32, 1), (3, 2), (33, 1)]:
+    layer = Linear(19, out_features, bias=False)
+    for shape in [(1, 1), (5, 1), (128, 1), (3, 2), (129, 1)]:
         x = torch.randn(*shape, 19)
-        with FewRows():
-            y = F.linear(x, weight)
-        torch.testing.assert_close(y, x @ weight.T, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_trains_in_the_dtype_of_the_weights():
+    q, k, v = (torch.randn(2, heads, 11, 6, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attend(q, k, v, None, True, torch.float32)
+        y.float().sum().backward()
+        fast = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+    assert y.dtype == q.grad.dtype == torch.bfloat16 and torch.equal(y, exact.bfloat16()) and not torch.equal(y, fast)
