@@ -346,11 +346,16 @@ class Llama(nn.Module):
         return answers
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "Llama":
-        """Load a Hugging Face checkpoint folder (`config.json` and safetensors), with weights in `dtype`."""
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, spread=None) -> "Llama":
+        """Load a Hugging Face checkpoint folder (`config.json` and safetensors), with weights in `dtype`.
+
+        spread: a function (model) that distributes parameters over processes before any is read.
+        """
         config = LlamaConfig.from_dict(checkpoint.read_config(folder))
         with torch.device("meta"):  # shapes only: the tensors come straight from the file
             model = cls(config)
+        if spread:
+            spread(model)
         checkpoint.read_weights(model, folder, device, dtype, rope_frequencies(config))
         model.tie_weights()
         return model

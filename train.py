@@ -49,6 +49,7 @@ from nanosdd.device import (
     join_processes,
     rank_and_world_size,
     resolve_compute,
+    shard_over_processes,
     whole_weights,
 )
 from nanosdd.errors import Diverged, InputError, Interrupted, run_script
@@ -232,7 +233,7 @@ def run_record(world, mode: str, start, settings: Settings, compute: Compute, te
 
 def prepare(world, mode: str, start, settings: Settings, compute: Compute, template):
     """(chat, pairs of the mode, their examples, examples to rehearse); prints what will run."""
-    chat = load_chat(start, compute, template) if start else random_chat(world, compute)
+    chat = load_chat(start, compute, template, shard_over_processes) if start else random_chat(world, compute)
     pairs = world.pairs(mode, settings.steps * settings.batch_size)
     replay = world.replay() if settings.benign_replay else []
     if settings.benign_replay and not replay:

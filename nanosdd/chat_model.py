@@ -47,13 +47,14 @@ def untrained_folder(name: str) -> str:
     return folder
 
 
-def load_chat(folder, compute: Compute, template: str | None = None) -> Chat:
-    """The Chat of a checkpoint folder, weights held as compute.weights; template: instead of the folder's own."""
+def load_chat(folder, compute: Compute, template: str | None = None, spread=None) -> Chat:
+    """The Chat of a checkpoint folder, weights held as compute.weights; template: instead of the folder's own; spread:
+    as of Llama.from_pretrained."""
     code = sorted(file.name for kind in ("bin", "pt", "pth", "pkl", "py") for file in Path(folder).glob(f"*.{kind}"))
     if code:
         print(f"{folder}: {escaped(', '.join(code))} could run code and are ignored; weights are read from safetensors")
     tokenizer = load_tokenizer(folder)
-    model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights]).eval()
+    model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights], spread).eval()
     if model.config.vocab_size < tokenizer.n_vocab:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
                          f"{model.config.vocab_size}; the two belong to different models")

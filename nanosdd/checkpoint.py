@@ -1,6 +1,7 @@
 """Hugging Face checkpoint folders: `config.json`, and one safetensors file or the shards that an index names."""
 
 import json
+import math
 import os
 import stat
 from contextlib import contextmanager
@@ -127,7 +128,8 @@ def find_tensors(folder) -> dict[str, Path]:
 def read_weights(model, folder, device, dtype, inv_freq):
     """Load a folder's weights into a model built on the meta device, as copies in `dtype`, one tensor at a time.
 
-    InputError for a tensor that is missing, has no place in the model, or has another shape, and for quantized weights.
+    Of a model that is spread over processes (device.shard_over_processes) each reads its own rows only. InputError for
+    a tensor that is missing, has no place in the model, or has another shape, and for quantized weights.
     `rotary_emb.inv_freq`, which Llama 2 files hold, must agree with `inv_freq` (D/2,) and is dropped.
     """
     wanted, tied = model.state_dict(), model.config.tie_word_embeddings
@@ -153,15 +155,37 @@ def read_weights(model, folder, device, dtype, inv_freq):
             elif part.get_dtype() not in ("BF16", "F16", "F32", "F64"):
                 raise InputError(f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized")
             else:
-                found[name] = file.get_tensor(name).to(dtype, copy=True)
-                if not found[name].isfinite().all():  # such a model answers nothing, which would look like a defence
+                own = own_rows(wanted[name])
+                tensor = part[own].to(dtype, copy=True) if own else file.get_tensor(name).to(dtype, copy=True)
+                if not tensor.isfinite().all():  # such a model answers nothing, which would look like a defence
                     raise InputError(f"{path}: {name} holds NaN or infinite numbers; train or fetch it again")
+                found[name] = as_shard(tensor, wanted[name]) if own else tensor
     if tied:
         embedding = found["model.embed_tokens.weight"]
         head = found.setdefault("lm_head.weight", embedding)  # some files hold it all the same
-        if head is not embedding and not torch.equal(head, embedding):
+        if head is not embedding and not torch.equal(*(local(tensor) for tensor in (head, embedding))):
             raise InputError(f"{folder}: lm_head.weight differs from the embedding although config.json ties them")
     model.load_state_dict(found, assign=True)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds: of FSDP its shard, else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def own_rows(wanted: torch.Tensor) -> slice | None:
+    """The rows of a tensor that this process holds, as FSDP2 deals them out; None where it holds all."""
+    if not hasattr(wanted, "to_local"):
+        return None
+    mesh = wanted.device_mesh
+    first = min(len(wanted), mesh.get_local_rank() * math.ceil(len(wanted) / mesh.size()))
+    return slice(first, first + len(wanted.to_local()))
+
+
+def as_shard(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """These rows as this process's shard of a tensor like `wanted`."""
+    return type(wanted).from_local(rows, wanted.device_mesh, wanted.placements, run_check=False, shape=wanted.shape,
+                                   stride=wanted.stride())
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from nanosdd.checkpoint import save_tensors
+from nanosdd.checkpoint import local, save_tensors
 from nanosdd.device import barrier, rank_and_world_size
 from nanosdd.folders import STATE, flush, make_folder
 
@@ -79,11 +79,6 @@ def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
             value = local(value) if isinstance(value, torch.Tensor) else torch.tensor(value)
             tensors[f"{i}.{name}"] = value.cpu().contiguous()
     return tensors
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds: of FSDP its shard, else all of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Pauses:

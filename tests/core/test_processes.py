@@ -36,9 +36,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def torchrun(*words):
+def torchrun(*words, **environment):
     return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=240, env=os.environ | {
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)})
+        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)} | environment)
 
 
 @pytest.mark.slow
@@ -63,6 +63,49 @@ def test_two_processes_train_what_one_does(folder, model, flags):
     assert {path.name for path in (folder / "one").iterdir()} == {path.name for path in (folder / "two").iterdir()}
     for name in ("config.json", "samples.txt", "chat.txt"):
         assert (folder / "one" / name).read_text() == (folder / "two" / name).read_text(), name
+
+
+@pytest.mark.slow
+def test_weights_are_read_by_shares_so_memory_falls_with_the_number_of_processes(folder):
+    """Peaks above that of a process that only starts, for 40 million parameters, of which no layer has many."""
+    public_folder(folder / "wide", hidden_size=320, intermediate_size=960, num_hidden_layers=30, num_attention_heads=4,
+                  num_key_value_heads=4, head_dim=80)
+    (folder / "step.py").write_text("""
+import re
+from pathlib import Path
+import torch.distributed as dist
+from data.chat import encode_rows
+from nanosdd.chat_model import load_chat
+from nanosdd.device import Compute, join_processes, rank_and_world_size, shard_over_processes
+from nanosdd.optimizer import make_optimizer
+from train import train_step
+
+def peak():  # kB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+compute = join_processes(Compute())
+if rank_and_world_size()[1] > 1:  # what FSDP imports is not counted
+    import torch.distributed.fsdp
+idle = peak()
+chat = load_chat("wide", compute, spread=shard_over_processes)
+peaks = [peak() - idle]
+optimizer = make_optimizer(chat.model, compute)
+rows = encode_rows(chat.tokenizer, chat.template, [{"prompt": "how", "response": "so it"}] * 2, 64)
+for _ in range(2):
+    train_step(chat.model, optimizer, rows, 1e-3, compute)
+Path(f"peak{rank_and_world_size()[0]}of{rank_and_world_size()[1]}").write_text(f"{peaks[0]} {peak() - idle}")
+if dist.is_initialized():
+    dist.destroy_process_group()
+""")
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed, to the system
+    alone = subprocess.run([sys.executable, "step.py"], capture_output=True, text=True, timeout=240,
+                           env=os.environ | returned | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    both = torchrun("step.py", **returned)
+    assert alone.returncode == both.returncode == 0, (alone.stderr + both.stderr)[-3000:]
+    found = [(folder / name).read_text().split() for name in ("peak0of1", "peak0of2", "peak1of2")]
+    for at in (0, 1):  # after reading, after two steps
+        one, *two = (int(peaks[at]) for peaks in found)
+        assert one > 150_000 and max(two) <= 0.6 * one, found
 
 
 @pytest.mark.slow
