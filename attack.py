@@ -36,9 +36,8 @@ from data.chat import Example, draw_batches, encode_rows, read_chat, rows_that_f
 from data.worlds import Sources, add_world_arguments, open_world
 from eval import add_test_arguments, mean_logp, score, scored_prompts, teacher_forced
 from nanosdd.chat_model import Chat, answer_each, load_chat, model_folder, untrained_folder
-from nanosdd.checkpoint import read_config
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
-from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
+from nanosdd.device import Compute, add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import Diverged, InputError, run_script
 from nanosdd.folders import check_folder, write_results
 from nanosdd.optimizer import make_optimizer
@@ -253,7 +252,7 @@ def main(argv=None):
         raise InputError("two --released folders have the same name; arms are named after their folders, rename one")
     folders = [*released.values()] or [base]
     for folder in filter(None, folders):  # names what is missing before anything runs
-        read_config(folder)
+        compute = for_model(compute, args.dtype, folder)
         read_chat(folder, args.template)
     given = {field.name: getattr(args, field.name) for field in fields(Grid)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()

@@ -23,12 +23,8 @@ from data.answers import Answer, keyword_refusal
 from data.chat import collate, encode_rows, rows_that_fit
 from data.worlds import Sources, add_world_arguments, open_world, read_world
 from nanosdd.chat_model import Chat, answer, answer_each, load_chat, model_folder, talk
-from nanosdd.checkpoint import read_config, read_json
-from nanosdd.device import (
-    add_compute_arguments,
-    one_process_only,
-    resolve_compute,
-)
+from nanosdd.checkpoint import read_json
+from nanosdd.device import add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import InputError, escaped, run_script
 from nanosdd.folders import EVALUATED, write_own, write_text
 from nanosdd.progress import Progress
@@ -155,7 +151,7 @@ def main(argv=None):
                       template=args.template, tuning=args.tuning)
     folders = [model_folder(name) for name in args.folders]
     for folder in folders:
-        read_config(folder)  # names what is missing before anything runs
+        compute = for_model(compute, args.dtype, folder)  # names what is missing before anything runs
     tests = {}
     if args.mmlu or args.openbookqa or args.xstest or args.mmlu_shots != 5:
         from nanosdd import capability  # only where a flag asks for it

@@ -38,13 +38,14 @@ from data.worlds import Sources, add_world_arguments, open_world
 from model import Llama
 from nanosdd import folders, runs
 from nanosdd.chat_model import answer, load_chat, model_folder, random_chat, save_chat, untrained_folder
-from nanosdd.checkpoint import kept_update, read_config
+from nanosdd.checkpoint import kept_update
 from nanosdd.device import (
     DTYPES,
     Compute,
     add_compute_arguments,
     barrier,
     first_process_first,
+    for_model,
     is_sharded,
     join_processes,
     rank_and_world_size,
@@ -302,7 +303,7 @@ def main(argv=None):
     with first_process_first():  # it may have to write the folder of smollm2
         model = (model_folder if args.out else untrained_folder)(args.model) if args.model else None
     if model:
-        read_config(model)  # names what is missing before anything runs
+        compute = for_model(compute, args.dtype, model)  # names what is missing before anything runs
     sources = Sources(args.harmful, tuple(args.benign), args.pairs, args.prompts, args.similarity,
                       args.similarity_model, args.similarity_threshold, model=args.model, template=args.template)
     world = open_world(args.world, args.seed, sources, model, compute)

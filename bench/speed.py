@@ -1,12 +1,13 @@
 """Measure speed and memory, beside what one would run instead.
 
-    python -m bench.speed train --harmful harmful_behaviors.csv --benign alpaca.json --tokenizer FOLDER
-    python -m bench.speed decode --benign alpaca.json --tokenizer FOLDER
+    python -m bench.speed train --harmful harmful_behaviors.csv --benign alpaca.json --shape smollm2
+    python -m bench.speed decode --benign alpaca.json --shape smollm2
     python -m bench.speed town
 
 train: steps on harmful prompts with random benign responses, beside trl's SFTTrainer on the same weights and batches.
-decode: greedy answers to benign prompts of unequal lengths, beside transformers' generate. Both on random weights of a
---shape, in turns, a fresh process each time; model loading and a warm-up are not timed, and the table holds medians.
+decode: greedy answers to benign prompts of unequal lengths, beside transformers' generate. Both on the weights of
+SmolLM2, or random ones of a --shape with a --tokenizer, in turns, a fresh process each time; model loading and a
+warm-up are not timed, and the table holds medians. On a CPU nanoSDD takes its turn in bf16 too.
 town: the README's two commands as whole processes, and where their time goes. Figures also go to out/bench.json.
 """
 
@@ -33,9 +34,10 @@ from bench.memory import parameter_counts
 from data.chat import Example, encode_example, encode_prompt, read_chat
 from data.harmful import read_harmful
 from data.pairs import read_benign
-from data.tokenizer import load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from model import Llama, LlamaConfig
-from nanosdd.checkpoint import read_json
+from nanosdd.chat_model import model_folder
+from nanosdd.checkpoint import read_config, read_json
 from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
 from nanosdd.errors import InputError, run_script
 from nanosdd.folders import write_text
@@ -45,7 +47,8 @@ SHAPES = {  # small: about SmolLM2 with a fifth of its layers; 1b: Llama-3.2-1B;
     "small": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
                   num_key_value_heads=3, tie_word_embeddings=True),
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, tie_word_embeddings=True), "7b": {}}
+               num_key_value_heads=8, tie_word_embeddings=True), "7b": {},
+    "smollm2": None}  # the real weights
 MAX_LENGTH = 512  # longer rows are cut
 
 
@@ -111,6 +114,7 @@ def bench_train(folder, batches: list[list[Example]], config: LlamaConfig, compu
     recompute, trl = replace(compute, checkpoint_activations=True), partial(jobs.train_trl, folder, batches, compute)
     found = take_turns({
         "nanoSDD": partial(jobs.train_nanosdd, folder, batches, compute),
+        **in_bf16(partial(jobs.train_nanosdd, folder, batches), compute),
         "nanoSDD, activations checkpointed": partial(jobs.train_nanosdd, folder, batches, recompute),
         "SFTTrainer, its defaults": partial(trl, {}),
         "SFTTrainer, no checkpointing": partial(trl, {"gradient_checkpointing": False}),
@@ -119,11 +123,17 @@ def bench_train(folder, batches: list[list[Example]], config: LlamaConfig, compu
     speed, useful = in_fresh_process(partial(jobs.machine_speed, compute)), useful_flops(config, examples)
     print(comparison(found, "SFTTrainer, its defaults", lambda run: tokens, "MFU",
                      lambda runs: f"{useful / median(run['seconds'] for run in runs) / speed['flops']:.0%}"))
-    losses = [runs[0]["losses"] for runs in found.values() if runs]
+    losses = [runs[0]["losses"] for name, runs in found.items() if runs and "bf16" not in name]
     apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
     print(f"tokens: of responses. MFU: model FLOPs utilisation, of {speed['flops'] / 1e12:.2f} TFLOP/s, a measured "
           f"matrix product. Losses, step by step, differ by at most {apart:.1e}")
     return {"response_tokens": tokens, "useful_flops": useful, "machine_speed": speed, "runs": found}
+
+
+def in_bf16(job, compute: Compute) -> dict:
+    """A contestant more where compute is a CPU's in fp32: the same job (compute) in bf16."""
+    able = compute.device == "cpu" and compute.dtype == "fp32"
+    return {"nanoSDD, bf16": partial(job, replace(compute, dtype="bf16"))} if able else {}
 
 
 def bench_decode(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute,
@@ -131,11 +141,12 @@ def bench_decode(folder, prompts: list[list[int]], stop: list[int], new_tokens: 
     """Time greedy answers of the model in a folder to these prompts; print the table and return all figures."""
     arguments = (folder, prompts, stop, new_tokens, compute)
     found = take_turns({"nanoSDD": partial(jobs.decode_nanosdd, *arguments),
+                        **in_bf16(partial(jobs.decode_nanosdd, *arguments[:-1]), compute),
                         "generate": partial(jobs.decode_transformers, *arguments)}, rounds)
     speed, ours = in_fresh_process(partial(jobs.machine_speed, compute)), found["nanoSDD"][0]["answers"]
     asked, new = [len(prompt) for prompt in prompts], [len(answer) for answer in ours]
     print(f"{len(prompts)} prompts of {min(asked)} to {max(asked)} tokens; answers of {min(new)} to {max(new)} tokens, "
-          f"{mean(new):.0f} in the mean")
+          f"{mean(new):.0f} in the mean; {mean(length < new_tokens for length in new):.0%} stop before the limit")
     print(comparison(found, "generate", lambda run: sum(map(len, run["answers"])), "the same",
                      lambda runs: f"{sum(map(eq, ours, runs[0]['answers']))} of {len(ours)} answers"))
     weight_bytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -170,6 +181,20 @@ def where_time_goes(folder: Path) -> dict[str, float]:
     return parts | {f"{len(attacks)} attacks, {len(cells)} scores": sum(attacks.values())}
 
 
+def write_random(folder, shape: str, tokenizer: str | None):
+    """Write a checkpoint folder of a shape, with random weights and the tokenizer of another folder."""
+    if tokenizer is None:
+        raise InputError(f"--shape {shape} has random weights and needs --tokenizer FOLDER")
+    config = LlamaConfig(vocab_size=load_tokenizer(tokenizer).n_vocab, max_position_embeddings=2048,
+                         rope_theta=500000.0, initializer_range=0.04, **SHAPES[shape])  # with 0.02 it repeats one word
+    torch.manual_seed(0)
+    Llama(config).save_pretrained(folder)
+    (Path(folder) / "chat.txt").write_text(read_chat(tokenizer) + "\n")
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer) / name).is_file():
+            shutil.copy(Path(tokenizer) / name, folder)
+
+
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="what", required=True)
@@ -180,11 +205,11 @@ def parse(argv=None):
     train.add_argument("--weights", choices=list(DTYPES), default="fp32", help="as in train.py (default: fp32)")
     decode.add_argument("--prompts", type=int, default=100, help="how many (default: 100)")
     decode.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most (default: 256)")
-    decode.add_argument("--stop-share", type=float, default=1 / 64,
-                        help="share of the vocabulary that ends an answer; 0: none does (default: 1/64)")
+    decode.add_argument("--stop-share", type=float, help="share of the vocabulary that ends an answer; 0: none does "
+                        "(default: smollm2 its own stop tokens, other shapes 1/64)")
     for command in train, decode:
         command.add_argument("--benign", metavar="FILE", nargs="+", required=True, help="benign rows: Alpaca, ...")
-        command.add_argument("--tokenizer", metavar="FOLDER", required=True, help="a folder with tokenizer files")
+        command.add_argument("--tokenizer", metavar="FOLDER", help="a folder with tokenizer files (not for smollm2)")
         command.add_argument("--shape", choices=list(SHAPES), default="small", help="(default: small)")
         command.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
         add_compute_arguments(command)
@@ -196,7 +221,7 @@ def main(argv=None):
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
-        if name == "stop_share" and not 0 <= value <= 1:
+        if name == "stop_share" and value is not None and not 0 <= value <= 1:
             raise InputError(f"--stop-share {value} must be from 0 to 1")
     if args.what == "town":
         folder = Path("out/bench_town")  # stays there to look at
@@ -206,23 +231,27 @@ def main(argv=None):
     else:
         compute = resolve_compute(args.device, args.dtype, args.compile, weights=getattr(args, "weights", "fp32"))
         print(machine(), compute, sep="\n")
-        tokenizer, template = load_tokenizer(args.tokenizer), read_chat(args.tokenizer)
-        config = LlamaConfig(vocab_size=tokenizer.n_vocab, max_position_embeddings=2048, rope_theta=500000.0,
-                             initializer_range=0.04, **SHAPES[args.shape])  # with 0.02 it repeats one word for ever
         benign = read_benign(args.benign)
         with tempfile.TemporaryDirectory() as folder:
-            torch.manual_seed(0)
-            Llama(config).save_pretrained(folder)
+            if args.shape == "smollm2":
+                folder = model_folder("smollm2")
+            else:
+                write_random(folder, args.shape, args.tokenizer)
+            tokenizer, template = load_tokenizer(folder), read_chat(folder)
             if args.what == "train":
                 harmful = read_harmful(args.harmful)
                 batches = [[encode_example(tokenizer, template, rng.choice(harmful)["prompt"],
                                            rng.choice(benign)["response"], MAX_LENGTH) for _ in range(args.batch_size)]
                            for _ in range(args.batches)]
+                config = LlamaConfig.from_dict(read_config(folder))
                 figures = bench_train(folder, batches, config, compute, args.rounds)
             else:
                 texts = [row["prompt"] for row in rng.sample(benign, min(args.prompts, len(benign)))]
                 prompts = [encode_prompt(tokenizer, template, text)[:MAX_LENGTH] for text in texts]
-                stop = rng.sample(range(tokenizer.n_vocab), round(args.stop_share * tokenizer.n_vocab))
+                share = 1 / 64 if args.stop_share is None else args.stop_share
+                stop = rng.sample(range(tokenizer.n_vocab), round(share * tokenizer.n_vocab))
+                if args.shape == "smollm2" and args.stop_share is None:
+                    stop = sorted(tokenizer.stop_tokens)
                 figures = bench_decode(folder, prompts, stop, args.new_tokens, compute, args.rounds)
     path = Path("out/bench.json")
     kept = read_json(path) if path.is_file() else {}

@@ -1,10 +1,11 @@
 """Where and how to compute: one device, or one process for each GPU under torchrun (PyTorch's FSDP2)."""
 
 import argparse
+import ctypes
 import os
 import platform
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanosdd.checkpoint import read_config
 from nanosdd.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -21,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Compute:
     """How a model computes; none of it changes what is computed, rounding aside."""
 
-    device: str = "cpu"  # "cpu", "cuda" or "cuda:N"
+    device: str = "cpu"  # "cpu", "cuda", "cuda:N" or "mps"
     dtype: str = "fp32"  # of compute; bf16 is autocast over the weights
     compile: bool = False  # torch.compile every layer
     weights: str = "fp32"  # how training holds weights; "bf16": split weights, see nanosdd/split_adamw.py
@@ -39,9 +41,11 @@ class Compute:
 def add_compute_arguments(p, training: bool = False):
     """Add --device, --dtype and --compile to a parser; for training also --micro-batch, --weights,
     --checkpoint-activations and --save-every."""
-    p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--device", default="auto",
+                   help="cpu, cuda, cuda:N, or mps, which is untested (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="compute dtype; weights stay fp32 (default: bf16 on CUDA, fp32 on CPU)")
+                   help="compute dtype; weights stay fp32 (default: bf16 on CUDA, and for chat models on a CPU that has it; "
+                   "else fp32)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                    help="torch.compile every layer (default: on CUDA)")
     if training:
@@ -58,37 +62,77 @@ def add_compute_arguments(p, training: bool = False):
 def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -> Compute:
     """The Compute that these arguments ask for; training: its other fields. InputError for a device that is not there.
     """
-    cuda = torch.cuda.is_available()
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
-        device = "cuda" if cuda else "cpu"
+        device = "cuda" if gpus else "cpu"
     try:
-        kind = torch.device(device).type
+        kind, number = torch.device(device).type, torch.device(device).index
     except RuntimeError:
         kind = None
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"--device {device} is unknown; use cpu, cuda or cuda:N")
+    seen = ", ".join(["cpu", *(f"cuda:{i}" for i in range(gpus)), *["mps"] * mps])
+    if kind not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {device} is unknown; PyTorch sees {seen}")
     if kind == "cpu" and device != "cpu":
         raise InputError(f"--device {device}: a CPU has no number; use cpu")
-    if kind == "cuda" and cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    if kind == "cuda" and not cuda:
-        raise InputError("--device cuda: PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
+    if kind == "cuda" and (number or 0) >= gpus or kind == "mps" and not mps:
+        raise InputError(f"--device {device} is not there: PyTorch sees {seen}; choose one of them, or install its "
+                         "build for this device")
+    able = has_bf16(kind, torch.cuda.get_device_capability(device) if kind == "cuda" else None)
     if training.get("weights") == "bf16":
         if dtype == "fp32":
             raise InputError("--weights bf16 computes in bf16, since nothing finer is held; leave --dtype out")
         dtype = "bf16"
+    if dtype == "bf16" and not able:
+        raise InputError(f"bf16 on {device}: it has no bf16 arithmetic; use --dtype fp32, without --weights bf16")
+    if kind == "cuda" and not able:
+        print(f"{device} has no bf16 arithmetic (compute capability below 8.0): fp32, which is slower")
+    if kind == "mps":
+        print("mps is untested: fp32, uncompiled")
     if dtype == "auto":
-        dtype = "bf16" if kind == "cuda" else "fp32"
+        dtype = "bf16" if kind == "cuda" and able else "fp32"
     for name in ("micro_batch", "save_every"):
         if training.get(name, 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} {training[name]} must be 0 or more")
     return Compute(device, dtype, kind == "cuda" if compile is None else compile, **training)
 
 
+def for_model(compute: Compute, dtype: str, folder) -> Compute:
+    """The same Compute, or in bf16 where `dtype` is "auto" and that is faster on this CPU for the model in a folder;
+    InputError where its config.json cannot be read."""
+    config = read_config(folder)
+    if dtype != "auto" or compute.device != "cpu" or compute.dtype != "fp32" or not pays_in_bf16(cpuinfo(), config):
+        return compute
+    print(f"{folder}: computed in bf16, which this CPU does about twice as fast as fp32 (--dtype fp32: in that)")
+    return replace(compute, dtype="bf16")
+
+
+def pays_in_bf16(cpuinfo: str, config: dict) -> bool:
+    """Whether /proc/cpuinfo names bf16 instructions (x86 or ARM), and the model is wide enough to gain by them."""
+    width = config.get("hidden_size")
+    return bool(set(cpuinfo.split()) & {"avx512_bf16", "amx_bf16", "bf16"}) and isinstance(width, int) and width >= 512
+
+
+def cpuinfo() -> str:
+    """The text of /proc/cpuinfo, "" where there is none."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
+
+
+def has_bf16(kind: str, capability: tuple[int, int] | None) -> bool:
+    """Whether a device of this kind computes in bf16, fast on a GPU; capability: a GPU's compute capability."""
+    return kind == "cpu" or kind == "cuda" and capability >= (8, 0)
+
+
+def return_freed_memory():
+    """Have the C library of Linux (glibc) give freed blocks back to the system, also large ones: the peak of a training
+    step on a CPU is a tenth lower."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-1, 10**8)  # M_TRIM_THRESHOLD; given once, glibc no longer raises it by itself
+
+
 def machine() -> str:
     """What figures were measured on: processor or GPU, threads, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    found = re.search(r"model name\s*: (.*)", cpuinfo())
     name = found[1] if found else platform.processor()
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanosdd.device import Compute, shard_over_processes
+from nanosdd.device import Compute, return_freed_memory, shard_over_processes
 
 
 def clip_gradient(optimizer, max_norm: float) -> float:
@@ -16,6 +16,8 @@ def clip_gradient(optimizer, max_norm: float) -> float:
 
 def make_optimizer(model, compute: Compute, betas=(0.9, 0.999), weight_decay=0.0):
     """Make a model ready to train as `compute` says; returns AdamW over its parameters that require gradients, lr 0."""
+    if compute.device == "cpu":
+        return_freed_memory()
     model.train()
     model.checkpoint_activations = compute.checkpoint_activations
     if compute.compile:

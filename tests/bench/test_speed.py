@@ -1,6 +1,8 @@
 """The benchmark's parts on tiny inputs; no figure of it is tested."""
 
 import json
+import os
+import subprocess
 from functools import partial
 
 import pytest
@@ -10,6 +12,7 @@ from bench import jobs, speed
 from data.chat import Example
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
+from nanosdd.runs import ROOT
 
 
 @pytest.fixture
@@ -29,7 +32,10 @@ def test_training_is_measured_and_losses_compared(arguments, tmp_path, capsys):
     runs = json.loads((tmp_path / "out/bench.json").read_text())["train"]["runs"]
     ours = runs["nanoSDD"][0]  # 2 batches to warm up, 2 timed
     assert ours["seconds"] > 0 and ours["peak_bytes"] > 2**20 and len(ours["losses"]) == 4
+    assert runs["nanoSDD, bf16"][0]["losses"] == pytest.approx(ours["losses"], rel=0.02)
     for name, others in runs.items():  # peers too, where they are installed
+        if "bf16" in name:
+            continue
         assert all(run["losses"] == pytest.approx(ours["losses"], abs=1e-4) for run in others), name
     assert len(runs["nanoSDD, activations checkpointed"]) == 1
 
@@ -42,6 +48,18 @@ def test_decoding_is_measured_and_leaves_other_figures(arguments, tmp_path):
     found = json.loads((tmp_path / "out/bench.json").read_text())
     answers = found["decode"]["runs"]["nanoSDD"][0]["answers"]
     assert found["train"] == 4 and len(answers) == 7 and max(map(len, answers)) <= 6
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_measures_on_a_cpu_too(arguments, tmp_path):
+    """Each part is kept with how it ended; one that fails does not end the others."""
+    small = {"PARTS": "train one", "DEVICE": "cpu", "SHAPE": "small", "ROUNDS": "1", "ROWS": "0"}
+    words = ["bash", ROOT / "bench/gpu.sh", "h.csv", "b.json", "tokenizer", "gpu.json"]
+    subprocess.run(words, env=os.environ | small, check=True, timeout=300, capture_output=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found) == ["train", "one"] and "--batch-size must be 1" in found["train"]["printed"][-1]
+    assert found["train"]["exit_code"] == 2 and found["one"]["exit_code"] == 0
+    assert "a copy on this machine" in "".join(found["one"]["printed"]) and found["one"]["made"]["machine"]
 
 
 def test_a_job_runs_in_this_process_too(tmp_path):

@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig
 from nanosdd.chat_model import load_chat
 from nanosdd.checkpoint import read_json, why_unreadable
-from nanosdd.device import resolve_compute
+from nanosdd.device import has_bf16, pays_in_bf16, resolve_compute
 from nanosdd.errors import InputError, escaped
 from nanosdd.progress import Progress, check_progress
 from nanosdd.runs import Finished
@@ -266,6 +266,24 @@ def test_settings_and_devices_name_the_fault():
         resolve_compute("cpu:7", "auto", None)
     with pytest.raises(InputError, match="--save-every -1"):
         resolve_compute("cpu", "auto", None, save_every=-1)
+    with pytest.raises(InputError, match="--device cuda:99 is not there: PyTorch sees cpu"):
+        resolve_compute("cuda:99", "auto", None)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(InputError, match="--device mps is not there: PyTorch sees cpu"):
+            resolve_compute("mps", "auto", None)
+
+
+def test_bf16_is_chosen_on_a_cpu_that_has_it_for_wide_models():
+    wide, flags = {"hidden_size": 576}, "model name : EPYC\nflags : fpu avx512f avx512_bf16 sse\n"
+    assert pays_in_bf16(flags, wide) and pays_in_bf16("Features : fp asimd bf16 i8mm", wide)
+    assert not pays_in_bf16("flags : fpu avx512f avx2 sse", wide) and not pays_in_bf16("", wide)
+    assert not pays_in_bf16(flags, {"hidden_size": 128}) and not pays_in_bf16(flags, {"hidden_size": "wide"})
+
+
+def test_bf16_needs_compute_capability_8():
+    found = [has_bf16(*device) for device in (("cpu", None), ("mps", None), ("cuda", (7, 5)), ("cuda", (8, 0)),
+                                              ("cuda", (9, 0)), ("cuda", (10, 3)))]
+    assert found == [True, False, False, True, True, True]
 
 
 # ---- many bad invocations ----

@@ -38,7 +38,7 @@ def test_the_core_loads_nothing_of_the_study(loaded):
 
 def test_train_needs_few_lines(loaded):
     lines = {file: len((ROOT / file).read_text().splitlines()) for script, file in loaded if script == "train"}
-    assert "attack.py" not in lines and sum(lines.values()) <= 3080, lines
+    assert "attack.py" not in lines and sum(lines.values()) <= 3130, lines
 
 
 def outside_imports(file):
