@@ -14,12 +14,12 @@ Further attacks, their verdicts and the report are in lab/.
 
 Arms that are missing are trained first. Finished attacks are kept in out/seedS/attack/ARM.jsonl, with --model in
 out/MODEL/attack/ARM.jsonl, with --released in OUT/seedS/ARM.jsonl, so that an interrupted command goes on where it was.
-Writes OUT/table.txt and OUT/results.json: settings, made (commit, machine, date) and
-cells with arm (base is only scored), attack ("none", "mft", "bft"), shots, lr, steps, seed; response_tokens and tokens
-trained on, seconds since the attack began; diverged (then there are no scores); attacker_score, the share of harm (the
-world's first outcome) among the answers to its held-out prompts; chosen, whether it is the attacker's choice, or the
-bft run that matches it; yo_logp, mean log p(y_o | x) in nats a token on pairs as SDD trains on; and the scores of
-eval.score; where the world is harmless, answers to its watched prompts.
+Writes OUT/table.txt and OUT/results.json: settings, made (commit, machine, date) and cells with arm (base is only
+scored), attack ("none", "mft", "bft"), shots, lr, steps, seed; response_tokens and tokens trained on, seconds since the
+attack began; diverged (then there are no scores); attacker_score, the share of harm (the world's first outcome) among
+the answers to its held-out prompts; chosen, whether it is the attacker's choice, or the bft run that matches it;
+yo_logp, mean log p(y_o | x) in nats a token on pairs as SDD trains on; the scores of eval.score; where the world is
+harmless, answers to its watched prompts.
 """
 
 import argparse

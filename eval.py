@@ -152,11 +152,10 @@ def main(argv=None):
     folders = [model_folder(name) for name in args.folders]
     for folder in folders:
         compute = for_model(compute, args.dtype, folder)  # names what is missing before anything runs
-    tests = {}
+    table, results, saved, tests = [], {}, [], {}
     if args.mmlu or args.openbookqa or args.xstest or args.mmlu_shots != 5:
         from nanosdd import capability  # only where a flag asks for it
         tests = capability.read_tests(args.mmlu, args.mmlu_shots, args.openbookqa, args.xstest)
-    table, results, saved = [], {}, []
     for folder in folders:
         chat = load_chat(folder, compute, args.template)
         if args.prompt is not None:
@@ -180,8 +179,7 @@ def main(argv=None):
         kept |= {"script": "eval.py"} | scores | results.get(Path(folder).name, {})
         write_own(path, json.dumps(kept, indent=1) + "\n", EVALUATED)
     if table:
-        chance = [("chance level", world.chance, "")] if world.chance else []
-        print(text_table("percent", world.columns, chance + table))
+        print(text_table("percent", world.columns, [("chance level", world.chance, "")] * bool(world.chance) + table))
         print(f"\n{world.legend}")
     if args.save_answers:
         write_text(args.save_answers, "".join(json.dumps(line) + "\n" for line in saved))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from nanosdd import checkpoint
 from nanosdd.errors import InputError
-from nanosdd.generate import Linear, attend, check_finite, compiled_next_tokens, next_tokens
+from nanosdd.generate import Linear, attend, check_finite, compiled_next_tokens, compute_dtype, next_tokens
 
 
 @dataclass
@@ -319,9 +319,8 @@ class Llama(nn.Module):
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
         longest = int(lengths.max())
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B,T)
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.lm_head.weight.dtype
-        cache = KVCache(self.config, len(prompts), min(longest + max_new_tokens, context), device, dtype)
+        size, dtype = min(longest + max_new_tokens, context), compute_dtype(self.lm_head.weight)
+        cache = KVCache(self.config, len(prompts), size, device, dtype)
         logits = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0]  # (B,V)
         check_finite(logits, self, tokens)
         new = logits.argmax(dim=-1)  # (B,)

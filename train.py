@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from data.chat import Example, collate, draw_batches, encode_rows
-from data.worlds import Sources, add_world_arguments, open_world
+from data.worlds import Sources, add_world_arguments, check_mode, open_world
 from model import Llama
 from nanosdd import folders, runs
 from nanosdd.chat_model import answer, load_chat, model_folder, random_chat, save_chat, untrained_folder
@@ -293,10 +293,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    if args.mode == "base" and (args.model or args.template):
-        raise InputError("--mode base starts from random weights of the town; leave --model and --template out")
-    if args.similarity_threshold != Sources.threshold and args.mode not in ("sdd", "sdd_reject", "shuffled"):
-        raise InputError(f"--mode {args.mode} draws no irrelevant responses; leave --similarity-threshold out")
+    check_mode(args.mode, args.model, args.template, args.similarity_threshold)
     compute = join_processes(resolve_compute(
         args.device, args.dtype, args.compile, weights=args.weights, micro_batch=args.micro_batch,
         checkpoint_activations=args.checkpoint_activations, save_every=args.save_every))

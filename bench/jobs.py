@@ -46,7 +46,8 @@ def train_nanosdd(folder, batches: list[list[Example]], compute: Compute) -> dic
     for batch in batches + batches:
         losses.append(train_step(model, optimizer, batch, LR, compute)["loss"])
         ends.append(now(compute.device))
-    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device)}
+    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device),
+            "dtype": compute.dtype}
 
 
 def train_trl(folder, batches: list[list[Example]], compute: Compute, settings: dict) -> dict:
@@ -74,7 +75,8 @@ def train_trl(folder, batches: list[list[Example]], compute: Compute, settings: 
     with contextlib.redirect_stdout(sys.stderr):  # it prints its log
         trainer.train()
     losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
-    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device)}
+    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device),
+            "dtype": compute.dtype}
 
 
 # ---- greedy answers: a few tokens to warm up, then all; answers: the new token ids of every prompt ----
@@ -89,7 +91,7 @@ def decode_nanosdd(folder, prompts: list[list[int]], stop: list[int], new_tokens
 def decode_transformers(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute) -> dict:
     """transformers' generate on one batch, padded on the left."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(compute.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[compute.dtype]).to(compute.device).eval()
     longest, stop_set, device = max(map(len, prompts)), set(stop), compute.device
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

@@ -1,13 +1,14 @@
 """Measure speed and memory, beside what one would run instead.
 
-    python -m bench.speed train --harmful harmful_behaviors.csv --benign alpaca.json --shape smollm2
-    python -m bench.speed decode --benign alpaca.json --shape smollm2
+    python -m bench.speed --shape smollm2 --harmful harmful_behaviors.csv --benign alpaca.json
+    python -m bench.speed decode --benign alpaca.json --tokenizer FOLDER
     python -m bench.speed town
 
 train: steps on harmful prompts with random benign responses, beside trl's SFTTrainer on the same weights and batches.
 decode: greedy answers to benign prompts of unequal lengths, beside transformers' generate. Both on the weights of
 SmolLM2, or random ones of a --shape with a --tokenizer, in turns, a fresh process each time; model loading and a
 warm-up are not timed, and the table holds medians. On a CPU nanoSDD takes its turn in bf16 too.
+all: train, decode, the same where no answer stops, and one prompt alone (64 new tokens each).
 town: the README's two commands as whole processes, and where their time goes. Figures also go to out/bench.json.
 """
 
@@ -38,7 +39,7 @@ from data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from model import Llama, LlamaConfig
 from nanosdd.chat_model import model_folder
 from nanosdd.checkpoint import read_config, read_json
-from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
+from nanosdd.device import Compute, add_compute_arguments, machine, resolve_compute
 from nanosdd.errors import InputError, run_script
 from nanosdd.folders import write_text
 from nanosdd.runs import ROOT
@@ -112,28 +113,33 @@ def bench_train(folder, batches: list[list[Example]], config: LlamaConfig, compu
     print(f"{len(batches)} x {len(batches[0])} rows: {tokens:,} response tokens of "
           f"{sum(len(example.ids) for example in examples):,}; once to warm up, once timed")
     recompute, trl = replace(compute, checkpoint_activations=True), partial(jobs.train_trl, folder, batches, compute)
+    best = {"gradient_checkpointing": False, "padding_free": True, "max_length": None}
     found = take_turns({
         "nanoSDD": partial(jobs.train_nanosdd, folder, batches, compute),
-        **in_bf16(partial(jobs.train_nanosdd, folder, batches), compute),
+        **in_bf16("nanoSDD, bf16", partial(jobs.train_nanosdd, folder, batches), compute),
         "nanoSDD, activations checkpointed": partial(jobs.train_nanosdd, folder, batches, recompute),
         "SFTTrainer, its defaults": partial(trl, {}),
         "SFTTrainer, no checkpointing": partial(trl, {"gradient_checkpointing": False}),
-        "SFTTrainer, that and padding-free": partial(trl, {"gradient_checkpointing": False, "padding_free": True,
-                                                           "max_length": None})}, rounds)
-    speed, useful = in_fresh_process(partial(jobs.machine_speed, compute)), useful_flops(config, examples)
-    print(comparison(found, "SFTTrainer, its defaults", lambda run: tokens, "MFU",
-                     lambda runs: f"{useful / median(run['seconds'] for run in runs) / speed['flops']:.0%}"))
+        "SFTTrainer, that and padding-free": partial(trl, best),
+        **in_bf16("SFTTrainer, that in bf16", partial(jobs.train_trl, folder, batches, settings=best), compute),
+    }, rounds)
+    useful = useful_flops(config, examples)
+    speeds = {dtype: in_fresh_process(partial(jobs.machine_speed, replace(compute, dtype=dtype))) for dtype in (
+        {compute.dtype, "bf16"} if compute.device == "cpu" else {compute.dtype})}
+    print(comparison(found, "SFTTrainer, its defaults", lambda run: tokens, "MFU", lambda runs: (
+        f"{useful / median(run['seconds'] for run in runs) / speeds[runs[0]['dtype']]['flops']:.0%}")))
     losses = [runs[0]["losses"] for name, runs in found.items() if runs and "bf16" not in name]
     apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
-    print(f"tokens: of responses. MFU: model FLOPs utilisation, of {speed['flops'] / 1e12:.2f} TFLOP/s, a measured "
-          f"matrix product. Losses, step by step, differ by at most {apart:.1e}")
-    return {"response_tokens": tokens, "useful_flops": useful, "machine_speed": speed, "runs": found}
+    flops = ", ".join(f"{speeds[dtype]['flops'] / 1e12:.2f} TFLOP/s in {dtype}" for dtype in sorted(speeds))
+    print(f"tokens: of responses. MFU: model FLOPs utilisation, of a measured matrix product ({flops}). Losses, step "
+          f"by step, differ by at most {apart:.1e} (bf16 aside)")
+    return {"response_tokens": tokens, "useful_flops": useful, "machine_speed": speeds, "runs": found}
 
 
-def in_bf16(job, compute: Compute) -> dict:
-    """A contestant more where compute is a CPU's in fp32: the same job (compute) in bf16."""
+def in_bf16(name: str, job, compute: Compute) -> dict:
+    """{name: job(compute=...) in bf16} where compute is a CPU's in fp32, else {}."""
     able = compute.device == "cpu" and compute.dtype == "fp32"
-    return {"nanoSDD, bf16": partial(job, replace(compute, dtype="bf16"))} if able else {}
+    return {name: partial(job, compute=replace(compute, dtype="bf16"))} if able else {}
 
 
 def bench_decode(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute,
@@ -141,8 +147,10 @@ def bench_decode(folder, prompts: list[list[int]], stop: list[int], new_tokens: 
     """Time greedy answers of the model in a folder to these prompts; print the table and return all figures."""
     arguments = (folder, prompts, stop, new_tokens, compute)
     found = take_turns({"nanoSDD": partial(jobs.decode_nanosdd, *arguments),
-                        **in_bf16(partial(jobs.decode_nanosdd, *arguments[:-1]), compute),
-                        "generate": partial(jobs.decode_transformers, *arguments)}, rounds)
+                        **in_bf16("nanoSDD, bf16", partial(jobs.decode_nanosdd, *arguments[:-1]), compute),
+                        "generate": partial(jobs.decode_transformers, *arguments),
+                        **in_bf16("generate, bf16", partial(jobs.decode_transformers, *arguments[:-1]), compute),
+                        }, rounds)
     speed, ours = in_fresh_process(partial(jobs.machine_speed, compute)), found["nanoSDD"][0]["answers"]
     asked, new = [len(prompt) for prompt in prompts], [len(answer) for answer in ours]
     print(f"{len(prompts)} prompts of {min(asked)} to {max(asked)} tokens; answers of {min(new)} to {max(new)} tokens, "
@@ -197,65 +205,83 @@ def write_random(folder, shape: str, tokenizer: str | None):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="what", required=True)
-    train, decode, _ = (commands.add_parser(name) for name in ("train", "decode", "town"))
-    train.add_argument("--harmful", metavar="FILE", required=True, help="harmful prompts: AdvBench or BeaverTails")
-    train.add_argument("--batches", type=int, default=4, help="steps of a measurement (default: 4)")
-    train.add_argument("--batch-size", type=int, default=8, help="rows of a step (default: 8)")
-    train.add_argument("--weights", choices=list(DTYPES), default="fp32", help="as in train.py (default: fp32)")
-    decode.add_argument("--prompts", type=int, default=100, help="how many (default: 100)")
-    decode.add_argument("--new-tokens", type=int, default=256, help="of an answer, at most (default: 256)")
-    decode.add_argument("--stop-share", type=float, help="share of the vocabulary that ends an answer; 0: none does "
-                        "(default: smollm2 its own stop tokens, other shapes 1/64)")
-    for command in train, decode:
-        command.add_argument("--benign", metavar="FILE", nargs="+", required=True, help="benign rows: Alpaca, ...")
-        command.add_argument("--tokenizer", metavar="FOLDER", help="a folder with tokenizer files (not for smollm2)")
-        command.add_argument("--shape", choices=list(SHAPES), default="small", help="(default: small)")
-        command.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
-        add_compute_arguments(command)
+    p.add_argument("what", nargs="?", choices=["train", "decode", "town", "all"], default="all", help="(default: all)")
+    p.add_argument("--harmful", metavar="FILE", help="harmful prompts: AdvBench or BeaverTails")
+    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign rows: Alpaca, ...")
+    p.add_argument("--shape", choices=list(SHAPES), default="small", help="(default: small)")
+    p.add_argument("--tokenizer", metavar="FOLDER", help="a folder with tokenizer files (not for smollm2)")
+    p.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
+    p.add_argument("--batches", type=int, default=4, help="train: steps of a measurement (default: 4)")
+    p.add_argument("--batch-size", type=int, default=8, help="train: rows of a step (default: 8)")
+    p.add_argument("--prompts", type=int, default=100, help="decode: how many (default: 100)")
+    p.add_argument("--new-tokens", type=int, default=256, help="decode: of an answer, at most (default: 256)")
+    p.add_argument("--stop-share", type=float, help="decode: share of the vocabulary that ends an answer; 0: none does "
+                   "(default: smollm2 its own stop tokens, other shapes 1/64)")
+    add_compute_arguments(p, training=True)
     return p.parse_args(argv)
 
 
-def main(argv=None):
-    args, rng = parse(argv), random.Random(0)
+def check(args):
+    """InputError for arguments out of range, or missing."""
     for name, value in vars(args).items():
-        if type(value) is int and value < 1:
+        if type(value) is int and value < 1 and name not in ("micro_batch", "save_every"):
             raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
-        if name == "stop_share" and value is not None and not 0 <= value <= 1:
-            raise InputError(f"--stop-share {value} must be from 0 to 1")
+    if args.stop_share is not None and not 0 <= args.stop_share <= 1:
+        raise InputError(f"--stop-share {args.stop_share} must be from 0 to 1")
+    if args.what in ("train", "all") and not args.harmful or args.what != "town" and not args.benign:
+        raise InputError(f"{args.what} needs --benign FILE{' and --harmful FILE' * (args.what != 'decode')}")
+
+
+def main(argv=None):
+    args, rng, figures = parse(argv), random.Random(0), {}
+    check(args)
     if args.what == "town":
         folder = Path("out/bench_town")  # stays there to look at
-        figures = time_scripts([[ROOT / "train.py", "--mode", "sdd"], [ROOT / "attack.py"]], folder)
-        figures |= where_time_goes(folder)
-        print("\n".join([machine(), *(f"{part:<30}{seconds:>6.0f} s" for part, seconds in figures.items())]))
-    else:
-        compute = resolve_compute(args.device, args.dtype, args.compile, weights=getattr(args, "weights", "fp32"))
-        print(machine(), compute, sep="\n")
-        benign = read_benign(args.benign)
-        with tempfile.TemporaryDirectory() as folder:
-            if args.shape == "smollm2":
-                folder = model_folder("smollm2")
-            else:
-                write_random(folder, args.shape, args.tokenizer)
-            tokenizer, template = load_tokenizer(folder), read_chat(folder)
-            if args.what == "train":
-                harmful = read_harmful(args.harmful)
-                batches = [[encode_example(tokenizer, template, rng.choice(harmful)["prompt"],
-                                           rng.choice(benign)["response"], MAX_LENGTH) for _ in range(args.batch_size)]
-                           for _ in range(args.batches)]
-                config = LlamaConfig.from_dict(read_config(folder))
-                figures = bench_train(folder, batches, config, compute, args.rounds)
-            else:
-                texts = [row["prompt"] for row in rng.sample(benign, min(args.prompts, len(benign)))]
-                prompts = [encode_prompt(tokenizer, template, text)[:MAX_LENGTH] for text in texts]
-                share = 1 / 64 if args.stop_share is None else args.stop_share
-                stop = rng.sample(range(tokenizer.n_vocab), round(share * tokenizer.n_vocab))
-                if args.shape == "smollm2" and args.stop_share is None:
-                    stop = sorted(tokenizer.stop_tokens)
-                figures = bench_decode(folder, prompts, stop, args.new_tokens, compute, args.rounds)
+        figures["town"] = time_scripts([[ROOT / "train.py", "--mode", "sdd"], [ROOT / "attack.py"]], folder)
+        figures["town"] |= where_time_goes(folder)
+        print("\n".join([machine(), *(f"{part:<30}{seconds:>6.0f} s" for part, seconds in figures["town"].items())]))
+        return keep(figures, args)
+    compute = resolve_compute(args.device, args.dtype, args.compile, weights=args.weights,
+                              micro_batch=args.micro_batch, checkpoint_activations=args.checkpoint_activations)
+    print(machine(), compute, sep="\n")
+    benign = read_benign(args.benign)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape == "smollm2":
+            folder = model_folder("smollm2")
+        else:
+            write_random(folder, args.shape, args.tokenizer)
+        tokenizer, template = load_tokenizer(folder), read_chat(folder)
+        if args.what in ("train", "all"):
+            harmful = read_harmful(args.harmful)
+            pairs = [(rng.choice(harmful)["prompt"], rng.choice(benign)["response"])
+                     for _ in range(args.batches * args.batch_size)]
+            rows = [encode_example(tokenizer, template, *pair, MAX_LENGTH) for pair in pairs]
+            batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
+            config = LlamaConfig.from_dict(read_config(folder))
+            figures["train"] = bench_train(folder, batches, config, compute, args.rounds)
+        if args.what in ("decode", "all"):
+            texts = [row["prompt"] for row in rng.sample(benign, min(args.prompts, len(benign)))]
+            prompts = [encode_prompt(tokenizer, template, text)[:MAX_LENGTH] for text in texts]
+            share = 1 / 64 if args.stop_share is None else args.stop_share
+            stop = rng.sample(range(tokenizer.n_vocab), round(share * tokenizer.n_vocab))
+            if args.shape == "smollm2" and args.stop_share is None:
+                stop = sorted(tokenizer.stop_tokens)
+            tasks = {"decode": (prompts, stop, args.new_tokens)}
+            if args.what == "all":
+                tasks |= {"decode, none stops": (prompts, [], min(64, args.new_tokens)),
+                          "decode, one prompt": (prompts[:1], [], min(64, args.new_tokens))}
+            for name, task in tasks.items():
+                print(f"\n{name}")
+                figures[name] = bench_decode(folder, *task, compute, args.rounds)
+    keep(figures, args)
+
+
+def keep(figures: dict, args):
+    """Put these figures into out/bench.json, beside those that are there."""
     path = Path("out/bench.json")
     kept = read_json(path) if path.is_file() else {}
-    kept[args.what] = {"machine": machine(), "settings": vars(args), **figures}
+    for name, measured in figures.items():
+        kept[name] = {"machine": machine(), "settings": vars(args), **measured}
     write_text(path, json.dumps(kept, indent=1) + "\n")
     print(f"written: {path}")
 

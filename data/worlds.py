@@ -139,6 +139,14 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
     return getattr(importlib.import_module(module), attribute).open(seed, sources, folder, compute)
 
 
+def check_mode(mode: str, model: str | None, template: str | None, threshold: float):
+    """InputError for arguments that a mode of train.py would ignore."""
+    if mode == "base" and (model or template):
+        raise InputError("--mode base starts from random weights of the town; leave --model and --template out")
+    if threshold != Sources.threshold and mode not in ("sdd", "sdd_reject", "shuffled"):
+        raise InputError(f"--mode {mode} draws no irrelevant responses; leave --similarity-threshold out")
+
+
 def write_world(folder, world):
     """Write world.json: which world, and which seed of it, a checkpoint folder was trained on."""
     (Path(folder) / "world.json").write_text(json.dumps({"world": world.name, "seed": world.seed}) + "\n")

@@ -44,8 +44,8 @@ def add_compute_arguments(p, training: bool = False):
     p.add_argument("--device", default="auto",
                    help="cpu, cuda, cuda:N, or mps, which is untested (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="compute dtype; weights stay fp32 (default: bf16 on CUDA, and for chat models on a CPU that has it; "
-                   "else fp32)")
+                   help="compute dtype; weights stay fp32 (default: bf16 on CUDA, and for chat models on a CPU that "
+                   "has it; else fp32)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                    help="torch.compile every layer (default: on CUDA)")
     if training:
@@ -102,7 +102,7 @@ def for_model(compute: Compute, dtype: str, folder) -> Compute:
     config = read_config(folder)
     if dtype != "auto" or compute.device != "cpu" or compute.dtype != "fp32" or not pays_in_bf16(cpuinfo(), config):
         return compute
-    print(f"{folder}: computed in bf16, which this CPU does about twice as fast as fp32 (--dtype fp32: in that)")
+    print(f"{folder}: computed in bf16, which this CPU does about twice as fast as fp32 (--dtype fp32 for fp32)")
     return replace(compute, dtype="bf16")
 
 

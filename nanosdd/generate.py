@@ -29,6 +29,12 @@ def compiled_next_tokens(model, tokens: torch.Tensor, cache) -> torch.Tensor:
     return _compiled()(model, tokens, cache).clone()  # the next run overwrites the graph's own output
 
 
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which matrix products with a weight are computed: autocast's, where it is on, else its own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def check_finite(logits: torch.Tensor, model, tokens: torch.Tensor):
     """InputError, naming the first layer where it begins, when logits are NaN or infinite: argmax would still answer.
 
