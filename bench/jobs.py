@@ -114,17 +114,22 @@ def time_answers(answer, new_tokens: int, compute: Compute) -> dict:
 
 
 def machine_speed(compute: Compute) -> dict:
-    """Medians of five: flops, the FLOP/s of a product of square matrices in the compute dtype; bytes_per_second, of a
-    copy of 512 MB, where each byte counts once read and once written."""
-    size, nbytes, seconds = 2048 if compute.device == "cpu" else 8192, 2**29, []
+    """Medians of five, the first try aside: flops, the FLOP/s of a product of square matrices in the compute dtype;
+    bytes_per_second, of a copy of 512 MB, where each byte counts once read and once written."""
+    size, nbytes = 2048 if compute.device == "cpu" else 8192, 2**29
     matrix = torch.randn(size, size, device=compute.device).to(DTYPES[compute.dtype])
+    product = seconds_of(lambda: torch.mm(matrix, matrix), compute.device)
     source = torch.zeros(nbytes, dtype=torch.uint8, device=compute.device)
     target = torch.ones_like(source)
-    for _ in range(6):  # the first warms up
-        began = now(compute.device)
-        torch.mm(matrix, matrix)
-        between = now(compute.device)
-        target.copy_(source)
-        seconds.append((between - began, now(compute.device) - between))
-    product, copy = (median(taken) for taken in zip(*seconds[1:]))
+    copy = seconds_of(lambda: target.copy_(source), compute.device)
     return {"flops": 2 * size**3 / product, "bytes_per_second": 2 * nbytes / copy}
+
+
+def seconds_of(work, device: str) -> float:
+    """The median time of five calls of `work` after one to warm up."""
+    taken = []
+    for _ in range(6):
+        began = now(device)
+        work()
+        taken.append(now(device) - began)
+    return median(taken[1:])
