@@ -87,6 +87,8 @@ def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -
     if kind == "cuda" and not able:
         print(f"{device} has no bf16 arithmetic (compute capability below 8.0): fp32, which is slower")
     if kind == "mps":
+        if compile:
+            raise InputError("--compile on mps is not supported; leave it out")
         print("mps is untested: fp32, uncompiled")
     if dtype == "auto":
         dtype = "bf16" if kind == "cuda" and able else "fp32"
@@ -100,9 +102,10 @@ def for_model(compute: Compute, dtype: str, folder) -> Compute:
     """The same Compute, or in bf16 where `dtype` is "auto" and that is faster on this CPU for the model in a folder;
     InputError where its config.json cannot be read."""
     config = read_config(folder)
-    if dtype != "auto" or compute.device != "cpu" or compute.dtype != "fp32" or not pays_in_bf16(cpuinfo(), config):
+    if dtype != "auto" or compute.device != "cpu" or compute.dtype != "fp32" or not pays_in_bf16(cpu_text(), config):
         return compute
-    print(f"{folder}: computed in bf16, which this CPU does about twice as fast as fp32 (--dtype fp32 for fp32)")
+    if not rank_and_world_size()[0]:
+        print(f"{folder}: computed in bf16, which this CPU does about twice as fast as fp32 (--dtype fp32 for fp32)")
     return replace(compute, dtype="bf16")
 
 
@@ -112,7 +115,7 @@ def pays_in_bf16(cpuinfo: str, config: dict) -> bool:
     return bool(set(cpuinfo.split()) & {"avx512_bf16", "amx_bf16", "bf16"}) and isinstance(width, int) and width >= 512
 
 
-def cpuinfo() -> str:
+def cpu_text() -> str:
     """The text of /proc/cpuinfo, "" where there is none."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.is_file() else ""
@@ -132,7 +135,7 @@ def return_freed_memory():
 
 def machine() -> str:
     """What figures were measured on: processor or GPU, threads, versions."""
-    found = re.search(r"model name\s*: (.*)", cpuinfo())
+    found = re.search(r"model name\s*: (.*)", cpu_text())
     name = found[1] if found else platform.processor()
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
