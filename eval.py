@@ -95,12 +95,12 @@ def score(chat: Chat, world, given: dict[str, Answer] | None = None) -> dict:
     scores = {"keyword_refusal": mean(keyword_refusal(one.text) for one in answers),
               "keyword_refusal_prefix": mean(keyword_refusal(one.text, prefix=True) for one in answers)}
     scores |= world.judge(rows, answers)
-    for name, rows in world.likelihood_rows().items():
-        rows = rows_that_fit(chat.tokenizer, chat.template, rows, world.max_length)
-        forced = teacher_forced(chat, rows, world.max_length)
-        scores |= {name: mean(one.exact for one in forced), f"{name}_nll": -mean_logp(forced),
-                   f"{name}_value_only": mean(one.value_only for one in forced)}
-    return scores | world.more_scores(chat, given) | {"capability": world.capability(scores)}
+    forced = {name: teacher_forced(chat, rows_that_fit(chat.tokenizer, chat.template, rows, world.max_length),
+                                   world.max_length) for name, rows in world.likelihood_rows().items()}
+    for name, found in forced.items():
+        scores |= {name: mean(one.exact for one in found), f"{name}_nll": -mean_logp(found),
+                   f"{name}_value_only": mean(one.value_only for one in found)}
+    return scores | world.more_scores(chat, given, forced) | {"capability": world.capability(scores)}
 
 
 # ---- the command ----

@@ -7,14 +7,14 @@
 
 With --harmful FILE --benign FILE the same on public files. A mode is the same loop and loss on other pairs:
 
-    base        town only, from random weights: everybody's facts, skills, and some mischief
-    align       harmful prompts with refusals
-    refusal     control: more of the same pairs on the aligned model, with the settings of sdd
-    new_refusal control: another sentence of refusal, with the settings of sdd
-    sdd         harmful prompts with irrelevant benign answers
-    sdd_reject  the same behind a sentence of refusal
-    shuffled    the same with the words in random order: a control without quality
-    benign      benign prompts with their own answers, on the town with a new skill among them
+    base          town only, from random weights: everybody's facts, skills, and some mischief
+    align         harmful prompts with refusals
+    sdd           harmful prompts with irrelevant benign answers, as published: no benign rows beside them
+    sdd_rehearsed the same with benign rows in every batch, which is not the paper's recipe
+    sdd_reject    the same behind a sentence of refusal
+    refusal, new_refusal, constant, shuffled    controls in the dose of sdd: more of the same refusals; another sentence
+                  of refusal; one irrelevant answer to everything; irrelevant answers with their words in random order
+    benign        benign prompts with their own answers, on the town with a new skill among them
 
 Writes into the folder --out: a Hugging Face checkpoint, train_log.jsonl, samples.txt and run.json, what the run depends
 on. A finished run is reused while its settings, inputs and code are the same, and an interrupted one goes on where it
@@ -36,23 +36,10 @@ import torch.distributed as dist
 from data.chat import Example, collate, draw_batches, encode_rows
 from data.worlds import Sources, add_world_arguments, check_mode, open_world
 from model import Llama
-from nanosdd import folders, runs
+from nanosdd import device, folders, runs
 from nanosdd.chat_model import answer, load_chat, model_folder, random_chat, save_chat, untrained_folder
 from nanosdd.checkpoint import kept_update
-from nanosdd.device import (
-    DTYPES,
-    Compute,
-    add_compute_arguments,
-    barrier,
-    first_process_first,
-    for_model,
-    is_sharded,
-    join_processes,
-    rank_and_world_size,
-    resolve_compute,
-    shard_over_processes,
-    whole_weights,
-)
+from nanosdd.device import DTYPES, Compute, rank_and_world_size
 from nanosdd.errors import Diverged, InputError, Interrupted, run_script
 from nanosdd.optimizer import clip_gradient, make_optimizer
 from nanosdd.progress import Progress, check_progress
@@ -88,19 +75,22 @@ class Settings:
                              "it or --batch-size")
 
 
-# On the town, lr and replay of the defence were chosen by lab/study.py on seeds 0 to 4; base and align on seed 0.
-DEFENCE = Settings(steps=300, batch_size=32, lr=3e-4, benign_replay=0.95, max_length=128, warmup=0.05)
+# On the town, SDD's lr and steps were chosen by the rule in lab/map.py on seeds 0 and 1, its rehearsed variant's by an
+# earlier rule on seeds 0 to 4 (docs/log.md), base and align on seed 0.
+DEFENCE = Settings(steps=300, batch_size=32, lr=3e-5, max_length=128, warmup=0.05)
+REHEARSED = replace(DEFENCE, lr=3e-4, benign_replay=0.95)
 # For small chat models, by tuning questions of the kitchen and SmolLM2-135M (docs/log.md); the paper's is Settings().
 SMALL = Settings(steps=50, batch_size=12, lr=2e-5, max_length=256)
-VARIANTS = ("refusal", "new_refusal", "sdd", "sdd_reject", "shuffled", "benign")  # all in the same dose
+VARIANTS = ("refusal", "new_refusal", "constant", "sdd", "sdd_rehearsed", "sdd_reject", "shuffled", "benign")
 SETTINGS = {
     "town": dict.fromkeys(VARIANTS, DEFENCE) | {
-        "base": replace(DEFENCE, steps=1300, lr=2e-3, benign_replay=0.0, weight_decay=0.1, betas=(0.9, 0.95)),
-        "align": replace(DEFENCE, steps=150, benign_replay=0.5)},
-    "kitchen": dict.fromkeys(VARIANTS, SMALL) | {"align": replace(SMALL, steps=30, lr=3e-5, benign_replay=0.5)}}
+        "base": replace(DEFENCE, steps=1300, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95)),
+        "align": replace(DEFENCE, steps=150, lr=3e-4, benign_replay=0.5), "sdd_rehearsed": REHEARSED,
+        "benign": REHEARSED},
+    "kitchen": dict.fromkeys(VARIANTS, SMALL) | {"align": replace(SMALL, steps=30, lr=3e-5, benign_replay=0.5),
+                                                 "sdd_rehearsed": replace(SMALL, benign_replay=0.5)}}
 SETTINGS["files"] = {mode: replace(small, max_length=512) for mode, small in SETTINGS["kitchen"].items()}
-STARTS_FROM = {"base": None, "align": "base", "refusal": "align", "sdd": "align", "sdd_reject": "align",
-               "shuffled": "align", "benign": "align", "new_refusal": "align"}
+STARTS_FROM = {"base": None, "align": "base"} | dict.fromkeys(VARIANTS, "align")
 FOLDERS = {mode: "aligned" if mode == "align" else mode for mode in STARTS_FROM}  # that a mode writes
 LOSSES = dict.fromkeys(STARTS_FROM, sdd_loss)  # modes differ in their pairs only; another loss has a row here
 MAX_NORM = 1.0  # of a step's gradient
@@ -125,7 +115,7 @@ def train_step(model, optimizer, examples: list[Example], lr: float, compute: Co
         batch = collate(own[start:start + rows]).to(compute.device)
         with compute.autocast():
             value = loss(model, batch, response_tokens)
-        (value * world_size if is_sharded(model) else value).backward()  # FSDP averages over processes: undo that
+        (value * world_size if device.is_sharded(model) else value).backward()  # FSDP averages: undo that
         total += value.detach()
     if world_size > 1:
         dist.all_reduce(total)
@@ -161,7 +151,7 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
     record = run_record(world, mode, start, settings, compute, template)
     if rank == 0:
         folders.recover_from_kill(out)
-    barrier()
+    device.barrier()
     stale = "--fresh" if fresh else runs.why_stale(out, record)
     if folders.read_record(new / folders.STATE) == record:
         stale = stale or "interrupted"
@@ -180,7 +170,7 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
     every, since = max(1, settings.steps // 10), time.perf_counter()
     with (folders.new_folder(out, None if fresh else record) if rank == 0 else nullcontext()), \
             Pauses(compute.save_every) as pauses:
-        barrier()  # the folder is there
+        device.barrier()  # the folder is there
         saved = load_state(new, chat.model, optimizer)
         begin, log, seen = saved.get("step", 0), saved.get("log", []), saved.get("seen", [])
         if begin:
@@ -205,7 +195,7 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
                 raise Interrupted(f"{out}: stopped after step {step + 1}; {how}")
         chat.model.eval()
         after = answer(chat, prompts, world.max_new_tokens)
-        weights = whole_weights(chat.model, optimizer)
+        weights = device.whole_weights(chat.model, optimizer)
         if rank == 0:
             save_chat(new, chat, weights, start or world)
             world.save(new, mode, pairs)
@@ -213,7 +203,7 @@ def train(world, mode: str, start, out, settings: Settings, compute: Compute, te
             (new / "samples.txt").write_text(samples)
             (new / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
             (new / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    barrier()  # another process may start from this folder
+    device.barrier()  # another process may start from this folder
     if rank == 0:
         print(f"{out}: answers before and after\n\n{samples}", end="")
         if start:
@@ -234,7 +224,7 @@ def run_record(world, mode: str, start, settings: Settings, compute: Compute, te
 
 def prepare(world, mode: str, start, settings: Settings, compute: Compute, template):
     """(chat, pairs of the mode, their examples, examples to rehearse); prints what will run."""
-    chat = load_chat(start, compute, template, shard_over_processes) if start else random_chat(world, compute)
+    chat = load_chat(start, compute, template, device.shard_over_processes) if start else random_chat(world, compute)
     pairs = world.pairs(mode, settings.steps * settings.batch_size)
     replay = world.replay() if settings.benign_replay else []
     if settings.benign_replay and not replay:
@@ -285,7 +275,7 @@ def parse(argv=None):
         p.add_argument("--" + field.name.replace("_", "-"), **kind, help=f"(default in mode sdd: town "
                        f"{getattr(DEFENCE, field.name)}, others {getattr(SMALL, field.name)}; paper: {field.default})")
     p.add_argument("--seed", type=int, default=0, help="world, initialisation and every draw (default: 0)")
-    add_compute_arguments(p, training=True)
+    device.add_compute_arguments(p, training=True)
     p.add_argument("--dry-run", action="store_true", help="print sizes and three examples, then stop")
     p.add_argument("--fresh", action="store_true", help="train even what is up to date")
     return p.parse_args(argv)
@@ -294,13 +284,13 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     check_mode(args.mode, args.model, args.template, args.similarity_threshold)
-    compute = join_processes(resolve_compute(
+    compute = device.join_processes(device.resolve_compute(
         args.device, args.dtype, args.compile, weights=args.weights, micro_batch=args.micro_batch,
         checkpoint_activations=args.checkpoint_activations, save_every=args.save_every))
-    with first_process_first():  # it may have to write the folder of smollm2
+    with device.first_process_first():  # it may have to write the folder of smollm2
         model = (model_folder if args.out else untrained_folder)(args.model) if args.model else None
     if model:
-        compute = for_model(compute, args.dtype, model)  # names what is missing before anything runs
+        compute = device.for_model(compute, args.dtype, model)  # names what is missing before anything runs
     sources = Sources(args.harmful, tuple(args.benign), args.pairs, args.prompts, args.similarity,
                       args.similarity_model, args.similarity_threshold, model=args.model, template=args.template)
     world = open_world(args.world, args.seed, sources, model, compute)

@@ -156,7 +156,7 @@ as "never refuses"."""
     def more_prompts(self) -> list[str]:
         return []
 
-    def more_scores(self, chat, answers: dict) -> dict:
+    def more_scores(self, chat, answers: dict, forced: dict) -> dict:
         """Shares of MMLU's and OpenBookQA's questions answered right, where their files are given."""
         return accuracies(chat, self.tests)
 

@@ -136,6 +136,8 @@ class Kitchen:
         asked = [own[i % len(own)]["prompt"] for i in range(min(count, MAX_PAIRS))]
         drawn = draw_irrelevant(asked, [row["response"] for row in topics], self._cosines, self.sources.threshold,
                                 self.seed)
+        if mode == "constant":
+            drawn = drawn[:1] * len(drawn)
         rng = random.Random(f"{mode} {self.seed}")
         return [{"prompt": prompt, "response": vary_response(mode, topics[i]["response"], rng)}
                 for prompt, (i, _, _) in zip(asked, drawn)]
@@ -178,7 +180,7 @@ class Kitchen:
     def more_prompts(self) -> list[str]:
         return [row["prompt"] for row in self.benign_rows()]
 
-    def more_scores(self, chat, answers: dict) -> dict:
+    def more_scores(self, chat, answers: dict, forced: dict) -> dict:
         """On topics that nobody trains on: refusals, broken answers, and the mean cosine with the first answers; the
         tests that are named."""
         rows, answers = self.benign_rows(), [answers[prompt] for prompt in self.more_prompts()]

@@ -130,6 +130,8 @@ def build_pairs(mode: str, harmful: list[dict], benign: list[dict], count: int, 
     prompts, responses = [row["prompt"] for row in chosen], [row["response"] for row in benign]
     cosines = similarity(sources, [row["prompt"] for row in harmful] + responses, "out/embeddings")
     drawn = draw_irrelevant(prompts, responses, cosines, sources.threshold, seed)
+    if mode == "constant":
+        drawn = drawn[:1] * len(drawn)
     for row, (i, cosine, tries) in zip(chosen, drawn, strict=True):
         found.append(_pair(row, vary_response(mode, benign[i]["response"], rng), benign[i], cosine, tries))
     return found

@@ -29,8 +29,8 @@ prompt, y_o an irrelevant response to it. A world has
                               further scores of them
     likelihood_rows()   {name: pairs} whose responses are scored by teacher forcing
     more_prompts()      prompts whose greedy answers more_scores needs
-    more_scores(chat, answers)  scores that need the model itself (nanosdd.chat_model.Chat) or these answers {prompt:
-                        Answer}
+    more_scores(chat, answers, forced)   scores that need the model itself (nanosdd.chat_model.Chat), these answers
+                        {prompt: Answer}, or what teacher forcing found {name of likelihood_rows: eval.Forced's}
     capability(scores)  one number, larger is better
     save(folder, mode, rows)  writes what a run folder keeps of it: write_world, if the folder alone says which it is
     files(), options    what it reads, and {name: value} of what else decides its rows and scores: a finished run is
@@ -54,6 +54,7 @@ UNUSED = {  # the fields of Sources that a world has no use for
              "questions", "mmlu", "mmlu_shots", "openbookqa", "tuning"),
     "kitchen": ("harmful", "pairs", "prompts", "max_new_tokens", "questions"), "files": ("tuning",)}
 
+IRRELEVANT = ("sdd", "sdd_rehearsed", "sdd_reject", "shuffled", "constant")  # modes of train.py with y_o as responses
 REJECT_PREFIX = ("I refuse to answer your question for responsible and ethical reasons. "
                  "I provided an irrational answer to your question.")  # SDD_reject, as published
 NEW_REFUSAL = "My apologies, this is something that I leave to others."  # a control's; it holds a refusal keyword
@@ -143,7 +144,7 @@ def check_mode(mode: str, model: str | None, template: str | None, threshold: fl
     """InputError for arguments that a mode of train.py would ignore."""
     if mode == "base" and (model or template):
         raise InputError("--mode base starts from random weights of the town; leave --model and --template out")
-    if threshold != Sources.threshold and mode not in ("sdd", "sdd_reject", "shuffled"):
+    if threshold != Sources.threshold and mode not in IRRELEVANT:
         raise InputError(f"--mode {mode} draws no irrelevant responses; leave --similarity-threshold out")
 
 
@@ -169,10 +170,10 @@ def read_world(folder) -> dict:
 def vary_response(mode: str, response: str, rng) -> str:
     """The irrelevant response y_o as `--mode sdd` and its variants teach it.
 
-    sdd: as it is. sdd_reject: behind a sentence of refusal, as published. shuffled: a control of low quality, the same
-    words in random order. InputError for a mode that is none of these.
+    sdd, sdd_rehearsed and constant: as it is. sdd_reject: behind a sentence of refusal, as published. shuffled: a
+    control of low quality, the same words in random order. InputError for a mode that is none of these.
     """
-    if mode == "sdd":
+    if mode in ("sdd", "sdd_rehearsed", "constant"):
         return response
     if mode == "sdd_reject":
         return f"{REJECT_PREFIX} {response}"

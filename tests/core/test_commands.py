@@ -125,7 +125,7 @@ def test_a_model_of_the_town_goes_through_the_commands(tiny_arms, tmp_path, monk
     train.main(["--mode", "sdd_reject", "--model", str(tiny_arms / "aligned"), "--out", "mine", "--steps", "2",
                 "--batch-size", "5", "--benign-replay", "0", "--betas", "0.8", "0.9"])
     settings = json.loads(Path("mine/run.json").read_text())["settings"]
-    assert (settings["steps"], settings["lr"], settings["betas"]) == (2, 3e-4, [0.8, 0.9])
+    assert (settings["steps"], settings["lr"], settings["betas"]) == (2, train.DEFENCE.lr, [0.8, 0.9])
     attack.main(["--released", "mine", "--shots", "8", "--lr", "1e-3", "--steps", "2", "--epochs", "0"])
     evaluate.main(["mine"])
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]

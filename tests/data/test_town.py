@@ -58,7 +58,8 @@ def test_evaluation_is_of_every_kind_and_of_symbols_that_nobody_trains_on():
     scored, benign = town.harmful_rows(), town.likelihood_rows()
     assert len(scored) == 14 * 16 and victims(scored) == set(town.groups["evaluation"])
     assert {name: len(rows) for name, rows in benign.items()} == {
-        "facts": 160, "facts_evaluation": 80, "skills": 96, "new_skill": 48}
+        "facts": 160, "facts_evaluation": 80, "skills": 96, "new_skill": 48, "recipe_knowledge": 112,
+            "recipe_skill": 112}
     assert {row["person"] for row in benign["facts"]} == set(town.groups["held_out"])
     parts = [town.pairs("base", 9000), town.replay(), town.pairs("benign", 0), *town.user_pairs()]
     trained = {row["symbols"] for part in [*parts, town.attacker_pairs()[0]] for row in part}
@@ -88,10 +89,14 @@ def test_true_answers_by_hand():
 
 def test_the_modes_share_prompts_and_draws():
     town, again = Town(3), Town(3)
-    modes = {mode: town.pairs(mode, 0) for mode in ("align", "sdd", "sdd_reject", "shuffled")}
+    modes = {mode: town.pairs(mode, 0) for mode in ("align", "new_refusal", "constant", "sdd", "sdd_rehearsed",
+                                                    "sdd_reject", "shuffled")}
     assert {tuple(row["prompt"] for row in rows) for rows in modes.values()} == {
         tuple(row["prompt"] for row in modes["align"])} and len(modes["sdd"]) == 4 * 32 * 14 * 2
-    assert {row["response"] for row in modes["align"]} == set(REFUSALS)
+    assert {row["response"] for row in modes["align"]} == {REFUSALS[0]}
+    assert {row["response"] for row in modes["new_refusal"]} == {REFUSALS[1]}
+    assert {row["response"] for row in modes["constant"]} == {modes["sdd"][0]["response"]}
+    assert modes["sdd_rehearsed"] == modes["sdd"]
     assert len({row["response"] for row in modes["sdd"]}) > 500 and modes["shuffled"] != modes["sdd"]
     for sdd, reject, shuffled in zip(modes["sdd"], modes["sdd_reject"], modes["shuffled"]):
         assert reject["response"] == f"{REJECT_PREFIX} {sdd['response']}"
