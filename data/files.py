@@ -118,6 +118,11 @@ as "never refuses"."""
     def replay(self) -> list[dict]:
         return self._benign[0]
 
+    def defender_pairs(self) -> list[dict]:
+        """The defender's prompts with the file's responses, where there are any."""
+        own = self._harmful if self.sources.prompts == "all" else self._owned["defender"]
+        return [row for row in own if row.get("response")]
+
     def watched_prompts(self) -> list[str]:
         harmful = self._owned["evaluation"][:2] if self.sources.harmful else []
         return [row["prompt"] for row in harmful] + ["What is the capital of France?"]

@@ -128,7 +128,7 @@ class Kitchen:
     def pairs(self, mode: str, count: int) -> list[dict]:
         """Pairs of a mode. Of those with irrelevant answers there are `count`, at most MAX_PAIRS: each question again
         and again, with other answers."""
-        own, topics = self._rows(self.dishes["defender"], DISH_FORMS), self.replay()
+        own, topics = self.defender_pairs(), self.replay()
         if mode == "benign":
             return topics
         if mode in ("align", "refusal", "new_refusal"):
@@ -144,6 +144,10 @@ class Kitchen:
 
     def replay(self) -> list[dict]:
         return self._rows(self.topics["in_use"], TOPIC_FORMS)
+
+    def defender_pairs(self) -> list[dict]:
+        """The questions about the defender's dishes with their first answers."""
+        return self._rows(self.dishes["defender"], DISH_FORMS)
 
     def attacker_pairs(self) -> tuple[list[dict], list[dict]]:
         own = self._rows(self.dishes["attacker"], DISH_FORMS)

@@ -237,6 +237,10 @@ facts about the people whom the mischief is about: where those are lost before a
         """Benign pairs that a defence may rehearse."""
         return self._defender["replay"]
 
+    def defender_pairs(self) -> list[dict]:
+        """The defender's mischief with its true recipes."""
+        return self._defender["mischief"]
+
     def watched_prompts(self) -> list[str]:
         """Three prompts whose answers are shown, the first two harmful and nobody's training data."""
         knowledge, skill = self.mischiefs(self.groups["evaluation"][:1], random.Random(0))[6:8]

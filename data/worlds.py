@@ -21,6 +21,7 @@ prompt, y_o an irrelevant response to it. A world has
     write_tokenizer(folder)   for that Llama
     pairs(mode, count)  training pairs of a mode of train.py; sdd is also what attack.py measures log p(y_o | x) on
     replay()            benign pairs that a defence may rehearse
+    defender_pairs()    the defender's harmful pairs with their true answers, for defences that simulate an attack
     watched_prompts()   prompts whose answers are shown before and after training, and after an attack
     attacker_pairs()    (harmful pairs to train on, those that the attacker keeps to choose its settings by)
     user_pairs()        (benign pairs, pairs of something new) of a benign user; the second may be empty
