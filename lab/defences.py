@@ -1,0 +1,219 @@
+"""Other defences than SDD, small, on train.py's own step; and a positive control.
+
+    ctrap      positive control: it plants a collapse. An assay that finds none here is blind
+    booster    the harmful loss shall not fall in a harmful step
+    deepalign  refusals that begin in the middle of a harmful answer
+    simpo      a preference for the refusal over the harmful answer
+
+    train_defence("ctrap", town, "out/seed0/aligned", "out/seed0/ctrap", SETTINGS["town"]["ctrap"], Compute())
+
+A defence trains the aligned model on the pairs of `--mode align`, each with its true harmful answer (`rejected`). It is
+one function, and one line in DEFENCES that says what the function stands in for: the loss, the examples of a batch, or
+a gradient that is added. Gradients of gradients are left out everywhere (first order). For fp32 weights: a simulated
+step of bf16 weights is mostly rounded away.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data.chat import Batch, Example, collate, draw_batches, encode_rows
+from nanosdd import folders, runs
+from nanosdd.chat_model import load_chat, save_chat
+from nanosdd.device import Compute, one_process_only
+from nanosdd.errors import InputError
+from nanosdd.optimizer import make_optimizer
+from nanosdd.progress import Progress, check_progress
+from sdd_loss import sdd_loss, token_logprobs
+from train import DEFENCE, SMALL, Settings, learning_rate, log_entry, train_step
+
+# ---- gradients, here and after a simulated step ----
+
+def gradients(model, batch: Batch) -> list[torch.Tensor]:
+    """The gradient of the mean cross-entropy of a batch by each weight that trains; .grad is left alone. A weight that
+    is used twice, as a tied embedding, has one gradient."""
+    return list(torch.autograd.grad(sdd_loss(model, batch, int(batch.loss_mask.sum())), trainable(model)))
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    """The weights that require gradients, each once."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+@contextmanager
+def restored(model):
+    """After the block the weights are what they were before it, bit by bit."""
+    kept = [weight.detach().clone() for weight in trainable(model)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(trainable(model), kept)
+
+
+@torch.no_grad()
+def move(model, direction: list[torch.Tensor], alpha: float):
+    """theta <- theta - alpha * direction / ||direction||, in place, where the norm is the L2 norm of all weights."""
+    scale = alpha / torch.stack([part.norm() for part in direction]).norm()
+    torch._foreach_sub_(trainable(model), [part * scale for part in direction])
+
+
+# ---- the defences ----
+
+def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, token: int, steps: int = 1):
+    """The gradient that plants a collapse: strength * grad CE(token | benign) at theta_K, after a simulated attack.
+
+    theta_(k+1) = theta_k - alpha / K * g_k / ||g_k||, g_k = grad L(harmful) at theta_k, theta_0 = theta, K = steps. CE
+    is the mean cross-entropy of one fixed token at every response position. First order: the gradient at theta_K is
+    added as it is to that of alignment at theta. Returns a list, as `gradients`. Source: CTRAP (Yi et al. 2025,
+    arXiv 2505.16559), where K is 1.
+    """
+    collapsed = replace(benign, targets=torch.full_like(benign.targets, token))
+    with restored(model):
+        for _ in range(steps):
+            move(model, gradients(model, harmful), alpha / steps)
+        return [strength * gradient for gradient in gradients(model, collapsed)]
+
+
+def booster(model, harmful: Batch, benign: Batch, alpha: float, strength: float) -> list[torch.Tensor]:
+    """The gradient that flattens the harmful loss: strength * (g(theta) - g(theta - alpha * g(theta) / ||g(theta)||)).
+
+    g = grad L(harmful); benign is not used. First order: the inner step counts as a constant. Source: Booster (Huang
+    et al. 2024, arXiv 2409.01586).
+    """
+    here = gradients(model, harmful)
+    with restored(model):
+        move(model, here, alpha)
+        after = gradients(model, harmful)
+    return [strength * (one - other) for one, other in zip(here, after)]
+
+
+def anchor(model, harmful: Batch, benign: Batch) -> list[torch.Tensor]:
+    """The gradient of the mean cross-entropy of benign rows, beside a loss that has no use for them."""
+    return gradients(model, benign)
+
+
+def deepalign(examples: list[Example], rng: random.Random, limit: int, longest: int = 100) -> list[Example]:
+    """Put the start of the harmful answer, without loss, between prompt and refusal, with probability 1/2.
+
+    Of its n tokens, without the one that ends it, k are put there, uniform in 1 to min(longest, n), and so few that
+    the example has at most `limit`. Examples without `rejected`, the benign anchor, stay. Source: Qi et al. 2024,
+    arXiv 2406.05946, section 3; there k is cut at n, which for short answers would be nearly always n.
+    """
+    found = []
+    for one in examples:
+        answer = one.rejected.ids[one.prompt_length:-1][:min(longest, limit - len(one.ids))] if one.rejected else []
+        if answer and rng.random() < 0.5:
+            prompt = one.ids[:one.prompt_length] + answer[:rng.randint(1, len(answer))]
+            one = Example(prompt + one.ids[one.prompt_length:], len(prompt))
+        found.append(one)
+    return found
+
+
+def simpo(model, batch: Batch, global_tokens: int, beta: float = 2.5, gamma: float = 2.5 * 0.55) -> torch.Tensor:
+    """Mean over pairs of -log sigmoid(beta * mean log p(refusal) - beta * mean log p(harmful) - gamma), a scalar fp32.
+
+    The inner means are over a response's tokens. A pair weighs as much as its refusal has tokens, so that micro-batches
+    add up; that is the plain mean where all refusals are one sentence, as on the town and in the kitchen. InputError
+    where a row has no `rejected`. Source: SimPO (Meng et al. 2024, arXiv 2405.14734), equation 6.
+    """
+    if batch.rejected is None:
+        raise InputError("simpo compares two responses to every prompt; leave rows without rejected out")
+    chosen, rejected = (mean_logps(model, part) for part in (batch, batch.rejected))  # (B,)
+    losses = -F.logsigmoid(beta * (chosen - rejected) - gamma)  # (B,)
+    return (losses * batch.loss_mask.sum(1)).sum() / global_tokens
+
+
+def mean_logps(model, batch: Batch) -> torch.Tensor:
+    """The mean log p of each row's response tokens in nats, (B,) fp32."""
+    logits = model(batch.tokens, positions=batch.loss_mask)  # (N,V)
+    logps = token_logprobs(logits, batch.targets[batch.loss_mask])  # (N,)
+    return torch.stack([row.mean() for row in logps.split(batch.loss_mask.sum(1).tolist())])
+
+
+# ---- the table ----
+
+@dataclass(frozen=True)
+class Defence:
+    """What a defence puts in the place of plain training on the pairs of `--mode align`."""
+
+    loss: Callable = sdd_loss  # as of train.train_step
+    examples: Callable = lambda batch, rng, limit: batch  # those of a batch -> those to train on
+    extra: Callable | None = None  # (model, harmful batch, benign batch) -> gradients to add, in the order of trainable
+
+
+DEFENCES = {
+    "ctrap": Defence(extra=partial(ctrap, alpha=1.0, strength=1.0, token=100)),  # an ordinary token in every vocabulary
+    "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
+    "deepalign": Defence(examples=deepalign),
+    "simpo": Defence(loss=simpo, extra=anchor),
+}
+TOWN, KITCHEN = replace(DEFENCE, benign_replay=0.5), replace(SMALL, benign_replay=0.5)
+SETTINGS = {
+    "town": dict.fromkeys(DEFENCES, TOWN) | {"simpo": replace(TOWN, benign_replay=0.0)},
+    "kitchen": dict.fromkeys(DEFENCES, KITCHEN) | {"simpo": replace(KITCHEN, benign_replay=0.0)}}
+
+
+# ---- training ----
+
+def train_defence(name: str, world, start, out, settings: Settings, compute: Compute) -> Path:
+    """Train a defence from the checkpoint folder `start` and write the run folder `out`, unless it is up to date;
+    returns the folder. InputError where the world has no harmful answers, or nothing to rehearse."""
+    one_process_only("lab.defences")
+    if compute.weights != "fp32":
+        raise InputError(f"defences need weights in fp32, not {compute.weights}, which rounds simulated steps away")
+    out, defence = Path(out), DEFENCES[name]
+    decided = {"world": world.name, "seed": world.seed, "defence": name, "dtype": compute.dtype,
+               "weights": compute.weights, **world.options, **asdict(settings)}
+    record = runs.fingerprint(decided, [start, *world.files()], ["lab/defences.py", runs.source_of(world)])
+    folders.recover_from_kill(out)
+    if (stale := runs.why_stale(out, record)) is None:
+        print(f"{out}: up to date, reused")
+        return out
+    print(f"{out}: training, since {'it is ' if stale == 'not there yet' else ''}{stale}")
+    chat, rows = load_chat(start, compute), preference_rows(world, settings.steps * settings.batch_size)
+    limit = min(settings.max_length, chat.model.config.max_position_embeddings)
+    pairs, replay = (encode_rows(chat.tokenizer, chat.template, part, limit) for part in (rows, world.replay()))
+    if not (pairs and replay):
+        raise InputError(f"{name} needs harmful pairs with their answers, and benign pairs to rehearse")
+    draw = partial(draw_batches, batch_size=settings.batch_size, rng=random.Random(f"{name} {world.seed}"))
+    batches, benign = draw(pairs, replay, settings.benign_replay), draw(replay, [], 0.0)
+    harmful, rng = draw([pair.rejected for pair in pairs], [], 0.0), random.Random(f"examples {world.seed}")
+    optimizer, log, seen = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay), [], []
+    with folders.new_folder(out) as new:
+        for step in Progress(range(settings.steps), desc=out.name):
+            batch, lr = defence.examples(next(batches), rng, limit), learning_rate(step, settings)
+            add = defence.extra and partial(add_gradients, extra=defence.extra, compute=compute, harmful=next(harmful),
+                                            benign=next(benign))
+            seen.append(train_step(chat.model, optimizer, batch, lr, compute, defence.loss, add))
+            if (step + 1) % max(1, settings.steps // 10) == 0 or step + 1 == settings.steps:
+                log.append({"step": step + 1, "lr": lr, **log_entry(seen)})
+                check_progress(log, settings.steps)
+                seen = []
+        save_chat(new, chat, chat.model.state_dict(), start)
+        world.save(new, name, rows)
+        (new / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        (new / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+    return out
+
+
+def preference_rows(world, count: int) -> list[dict]:
+    """The pairs of `--mode align` whose prompts have a harmful answer, with that as `rejected`."""
+    harmful = {row["prompt"]: row["response"] for row in world.defender_pairs()}
+    return [row | {"rejected": harmful[row["prompt"]]} for row in world.pairs("align", count)
+            if row["prompt"] in harmful]
+
+
+def add_gradients(model, extra, compute: Compute, harmful: list[Example], benign: list[Example]):
+    """Add what `extra` returns for these examples to .grad; a before_clip of train.train_step."""
+    with compute.autocast():
+        found = extra(model, *(collate(part).to(compute.device) for part in (harmful, benign)))
+    for weight, gradient in zip(trainable(model), found, strict=True):
+        weight.grad.add_(gradient)
