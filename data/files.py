@@ -109,7 +109,7 @@ as "never refuses"."""
             if self.sources.harmful and not every:
                 keep_evaluation_out(kept, self._harmful, self.sources.pairs)
             return kept
-        harmful = self._harmful if every else self._owned["defender"]
+        harmful = self.defender_pairs()
         if mode == "new_refusal":
             return [row | {"response": NEW_REFUSAL} for row in harmful]
         mode = "align" if mode == "refusal" else mode
@@ -119,9 +119,8 @@ as "never refuses"."""
         return self._benign[0]
 
     def defender_pairs(self) -> list[dict]:
-        """The defender's prompts with the file's responses, where there are any."""
-        own = self._harmful if self.sources.prompts == "all" else self._owned["defender"]
-        return [row for row in own if row.get("response")]
+        """The prompts that the defender may train on, with the file's responses."""
+        return self._harmful if self.sources.prompts == "all" else self._owned["defender"]
 
     def watched_prompts(self) -> list[str]:
         harmful = self._owned["evaluation"][:2] if self.sources.harmful else []

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from data.chat import Example, collate, encode_rows
 from data.town import VALUES, Town
 from eval import teacher_forced
-from lab.protocol import CORE
+from lab.protocol import REFERENCES
 from nanosdd.chat_model import Chat
 from nanosdd.errors import InputError
 from nanosdd.lora import merged_state
 from sdd_loss import bradley_terry, first_difference, sdd_loss, split_at_first_difference
 
-CAUSAL_ATTACKS = ("none", "mft", "suppress", "preserve", "preserve control")  # what the argument needs of SDD
+SUPPRESSIONS = ("suppress", "suppress by distance")  # one attack, at the steps that at_equal_dose picks
+CAUSAL_ATTACKS = ("none", "mft", *SUPPRESSIONS, "preserve", "preserve control")  # what the argument needs of SDD
 MIN_LOSS = 0.02  # of value-only accuracy, about 3 facts of 160: shares of a smaller loss are noise
 MAX_DOSE_RATIO = 1.5  # unlikelihood goes on without end: enough of it wrecks any model and reproduces any loss
 GRADIENT_ROWS = 16
@@ -174,33 +175,52 @@ def measure(chat: Chat, probes: Probes, released: dict[str, torch.Tensor]) -> di
 
 # ---- the paper's argument ----
 
+def at_equal_dose(cells: list[dict]) -> dict[int, dict]:
+    """{seed: {arm: {attack: measurement}}} of the cells with a "mechanism", for carry_over: each attack at its last
+    step, and suppress where log p(y_o | x), and where the distance from the released weights, is nearest to mft's.
+    """
+    found, suppressed = {}, {}
+    for cell in sorted(cells, key=lambda cell: cell["steps"]):
+        if measured := cell.get("mechanism"):
+            found.setdefault(cell["seed"], {}).setdefault(cell["arm"], {})[cell["attack"]] = measured
+            if cell["attack"] == "suppress":
+                suppressed.setdefault((cell["seed"], cell["arm"]), []).append(measured)
+    for (seed, arm), along in suppressed.items():
+        if mft := found[seed][arm].get("mft"):
+            for name, key in zip(SUPPRESSIONS, ("logp_yo_harmful", "distance")):
+                found[seed][arm][name] = min(along, key=lambda measured: abs(measured[key] - mft[key]))
+    return found
+
+
 def carry_over(curves: dict) -> dict:
     """Whether y_o carries MFT's damage, as the paper argues: "stands", "falls" or "INCONCLUSIVE".
 
-    curves: {seed: {arm: {attack: measurement of `measure`}}} for the core arms: "none" (before any attack) and "mft",
-    and of sdd also "suppress", "preserve" and "preserve control", all at one lr and dose (see at_equal_dose).
+    curves: {seed: {arm: {attack: measurement of `measure`}}} for the references and sdd, as at_equal_dose returns it:
+    "none" (before any attack) and "mft", and of sdd also SUPPRESSIONS, "preserve" and "preserve control", at one lr.
 
     On means over seeds, where the loss of an attack is what it costs SDD in value-only accuracy:
         fall          log p(y_o | own prompt) falls more under MFT in SDD than in either reference
-        suppression   suppress loses at least half of what MFT loses
+        suppression   suppress loses at least half of what MFT loses, whichever of the two doses is meant
         preservation  preserve prevents at least half of MFT's loss, and more of it than the control does
     It stands if all three hold and falls if both causal tests (the last two) fail. Else it is INCONCLUSIVE, as it is
     when a measurement is missing or not finite, when MFT loses less than MIN_LOSS, so that there is nothing to explain,
     and when the dose is not equal: the falls of log p(y_o | x) under suppress and MFT differ by more than a factor of
     MAX_DOSE_RATIO.
 
-    Returns verdict, reason, seeds, fall {arm: nats a token}, dose {"mft", "suppress": nats a token}, loss {attack:
-    fraction of facts}, and as shares of MFT's loss suppress_reproduces, preserve_prevents and control_prevents. None
-    stands for what is unknown; no value is NaN.
+    Returns verdict, reason, seeds, fall {arm: nats a token}, dose {"mft", "suppress": nats a token}, distance {attack:
+    L2 norm}, loss {attack: fraction of facts}, cost {attack: the rise of benign NLL under mft, preserve and its
+    control}, and as shares of MFT's loss suppress_reproduces (the smaller of two), preserve_prevents and
+    control_prevents. None stands for what is unknown; no value is NaN.
     """
-    unknown = dict.fromkeys(("fall", "dose", "loss", "suppress_reproduces", "preserve_prevents", "control_prevents"))
+    unknown = dict.fromkeys(("fall", "dose", "distance", "loss", "cost", "suppress_reproduces", "preserve_prevents",
+                             "control_prevents"))
     found = {"verdict": "INCONCLUSIVE", "reason": "no seed was measured", "seeds": sorted(curves)} | unknown
     for seed in sorted(curves):
-        for arm in CORE:
+        for arm in (*REFERENCES, "sdd"):
             for attack in CAUSAL_ATTACKS if arm == "sdd" else ("none", "mft"):
                 measured = curves[seed].get(arm, {}).get(attack, {})
                 if not all(math.isfinite(measured.get(key, math.nan))
-                           for key in ("logp_yo_own", "logp_yo_harmful", "facts_value_only")):
+                           for key in ("logp_yo_own", "logp_yo_harmful", "facts_value_only", "distance", "nll_benign")):
                     return found | {"reason": f"seed {seed}, {arm}, {attack}: not measured, or not finite"}
     if not curves:
         return found
@@ -208,23 +228,25 @@ def carry_over(curves: dict) -> dict:
     def lost(arm, attack, key):
         return fmean(seed[arm]["none"][key] - seed[arm][attack][key] for seed in curves.values())
 
-    fall = {arm: lost(arm, "mft", "logp_yo_own") for arm in CORE}
+    fall = {arm: lost(arm, "mft", "logp_yo_own") for arm in (*REFERENCES, "sdd")}
     loss = {attack: lost("sdd", attack, "facts_value_only") for attack in CAUSAL_ATTACKS[1:]}
     dose = {attack: lost("sdd", attack, "logp_yo_harmful") for attack in ("mft", "suppress")}
-    found |= {"fall": fall, "dose": dose, "loss": loss}
+    found |= {"fall": fall, "dose": dose, "loss": loss,
+              "distance": {attack: -lost("sdd", attack, "distance") for attack in CAUSAL_ATTACKS[1:]},
+              "cost": {attack: -lost("sdd", attack, "nll_benign") for attack in ("mft", *CAUSAL_ATTACKS[-2:])}}
     if loss["mft"] < MIN_LOSS:
         return found | {"reason": f"nothing to explain: MFT lost {loss['mft']:.3f} of SDD's value-only accuracy, less "
                                   f"than {MIN_LOSS:g}"}
     if not dose["mft"] / MAX_DOSE_RATIO <= dose["suppress"] <= dose["mft"] * MAX_DOSE_RATIO:
         return found | {"reason": f"no equal dose: log p(y_o|x) fell by {dose['mft']:.2f} under MFT and by "
                                   f"{dose['suppress']:.2f} under suppress"}
-    reproduced = loss["suppress"] / loss["mft"]
+    reproduced = [loss[attack] / loss["mft"] for attack in SUPPRESSIONS]
     prevented, control = (1 - loss[attack] / loss["mft"] for attack in ("preserve", "preserve control"))
-    holds = {"fall": fall["sdd"] > max(fall["aligned"], fall["refusal"]), "suppression": reproduced >= 0.5,
+    holds = {"fall": fall["sdd"] > max(fall[arm] for arm in REFERENCES), "suppression": min(reproduced) >= 0.5,
              "preservation": prevented >= 0.5 and prevented > control}
     if all(holds.values()):
         found["verdict"] = "stands"
-    elif not holds["suppression"] and not holds["preservation"]:
+    elif max(reproduced) < 0.5 and not holds["preservation"]:
         found["verdict"] = "falls"
     found["reason"] = "; ".join(f"{name} {'holds' if held else 'fails'}" for name, held in holds.items())
-    return found | {"suppress_reproduces": reproduced, "preserve_prevents": prevented, "control_prevents": control}
+    return found | {"suppress_reproduces": min(reproduced), "preserve_prevents": prevented, "control_prevents": control}

@@ -15,6 +15,7 @@ from data.town import KNOWLEDGE_KINDS, SKILL_KINDS, SYMBOLS, Town
 from lab.mechanism import (
     CAUSAL_ATTACKS,
     GRADIENT_ROWS,
+    at_equal_dose,
     carry_over,
     distance,
     gradient,
@@ -27,6 +28,7 @@ from nanosdd.chat_model import Chat
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
 from nanosdd.lora import add_lora, lora_layers, merge_lora
+from train import SETTINGS
 
 LIMIT = 128
 SETS = ("yc_harmful", "yo_harmful", "yo_own", "other_own")
@@ -210,20 +212,27 @@ def test_measuring_leaves_everything_as_it_was(chat, hand_made, training):
 def curves(own=None, value_only=None, dose=None):
     """Made-up curves of which the argument stands: SDD's y_o falls by 1 nat against 0.25, and MFT costs it 40 points,
     of which suppression reproduces 30, and preserving prevents 32, the control 8. y_o|x falls by 2 and 2.5 nats."""
-    own = {("sdd", "mft"): -1.1, ("aligned", "mft"): -0.35, ("refusal", "mft"): -0.3} | (own or {})
-    value_only = {"mft": 0.5, "suppress": 0.6, "preserve": 0.82, "preserve control": 0.58} | (value_only or {})
+    own = {("sdd", "mft"): -1.1, ("aligned", "mft"): -0.35, ("new_refusal", "mft"): -0.3} | (own or {})
+    value_only = {"mft": 0.5, "suppress": 0.6, "suppress by distance": 0.55, "preserve": 0.82,
+                  "preserve control": 0.58} | (value_only or {})
+    moved = {"none": 0.0, "mft": 1.5, "suppress": 0.4, "suppress by distance": 1.4}
     dose = {"none": -1.0, "mft": -3.0, "suppress": -3.5} | (dose or {})
     return {seed: {arm: {attack: dict(logp_yo_own=own.get((arm, attack), -0.1), logp_yo_harmful=dose.get(attack, -2.0),
-                                      facts_value_only=value_only.get(attack, 0.9) if arm == "sdd" else 0.2)
+                                      facts_value_only=value_only.get(attack, 0.9) if arm == "sdd" else 0.2,
+                                      distance=moved.get(attack, 1.2), nll_benign=0.3 if attack == "mft" else 0.1)
                          for attack in (CAUSAL_ATTACKS if arm == "sdd" else ("none", "mft"))}
-                   for arm in ("aligned", "refusal", "sdd")} for seed in (0, 1)}
+                   for arm in ("aligned", "new_refusal", "sdd")} for seed in (0, 1)}
 
 
 def test_the_argument_stands_by_hand():
     found = carry_over(curves())
     assert found["verdict"] == "stands" and found["seeds"] == [0, 1]
-    assert found["fall"] == pytest.approx({"aligned": 0.25, "refusal": 0.2, "sdd": 1.0})
-    assert found["loss"] == pytest.approx({"mft": 0.4, "suppress": 0.3, "preserve": 0.08, "preserve control": 0.32})
+    assert found["fall"] == pytest.approx({"aligned": 0.25, "new_refusal": 0.2, "sdd": 1.0})
+    assert found["loss"] == pytest.approx({"mft": 0.4, "suppress": 0.3, "suppress by distance": 0.35, "preserve": 0.08,
+                                           "preserve control": 0.32})
+    assert found["distance"] == pytest.approx({"mft": 1.5, "suppress": 0.4, "suppress by distance": 1.4,
+                                               "preserve": 1.2, "preserve control": 1.2})
+    assert found["cost"] == pytest.approx({"mft": 0.2, "preserve": 0.0, "preserve control": 0.0})
     assert [found[key] for key in ("suppress_reproduces", "preserve_prevents", "control_prevents")] == pytest.approx(
         [0.75, 0.8, 0.2])
     assert found["dose"] == {"mft": 2, "suppress": 2.5}
@@ -239,16 +248,19 @@ def reason(*fails):
 
 @pytest.mark.parametrize("changes, verdict, starts", [
     (dict(own={("aligned", "mft"): -1.2}), "INCONCLUSIVE", reason("fall")),  # above one reference is not enough
-    (dict(own={("refusal", "mft"): -1.2}), "INCONCLUSIVE", reason("fall")),
+    (dict(own={("new_refusal", "mft"): -1.2}), "INCONCLUSIVE", reason("fall")),
     (dict(own={("sdd", "none"): -1.3}), "INCONCLUSIVE", reason("fall")),  # it rises
     (dict(value_only={"suppress": 0.72}), "INCONCLUSIVE", reason("suppression")),  # reproduces 0.45
     (dict(value_only={"suppress": 0.69}), "stands", reason()),
+    (dict(value_only={"suppress by distance": 0.72}), "INCONCLUSIVE", reason("suppression")),  # the doses disagree
     (dict(value_only={"preserve": 0.68}), "INCONCLUSIVE", reason("preservation")),  # prevents 0.45
     (dict(value_only={"preserve": 0.72}), "stands", reason()),
     (dict(value_only={"preserve control": 0.82}), "INCONCLUSIVE", reason("preservation")),  # any text prevents as much
-    (dict(value_only={"suppress": 0.89, "preserve": 0.5}), "falls", reason("suppression", "preservation")),
-    (dict(own={("sdd", "none"): -1.3}, value_only={"suppress": 0.95, "preserve": 0.4}), "falls",
-     reason("fall", "suppression", "preservation")),
+    (dict(value_only={"suppress": 0.89, "suppress by distance": 0.8, "preserve": 0.5}), "falls",
+     reason("suppression", "preservation")),
+    (dict(value_only={"suppress": 0.89, "preserve": 0.5}), "INCONCLUSIVE", reason("suppression", "preservation")),
+    (dict(own={("sdd", "none"): -1.3}, value_only={"suppress": 0.95, "suppress by distance": 0.9, "preserve": 0.4}),
+     "falls", reason("fall", "suppression", "preservation")),
     *((dict(value_only={"mft": after}), "INCONCLUSIVE", "nothing to explain") for after in (0.9, 0.95, 0.885)),
     *((dict(dose={"suppress": logp}), "stands", reason()) for logp in (-3.9, -2.4)),
     *((dict(dose={"suppress": logp}), "INCONCLUSIVE", "no equal dose") for logp in (-4.1, -2.2)),
@@ -268,7 +280,7 @@ def test_the_argument_is_read_on_means_over_seeds():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 @pytest.mark.parametrize("arm, attack, key", [
-    ("sdd", "preserve", "facts_value_only"), ("refusal", "mft", "logp_yo_own"), ("aligned", "none", "logp_yo_own"),
+    ("sdd", "preserve", "facts_value_only"), ("new_refusal", "mft", "logp_yo_own"), ("aligned", "none", "logp_yo_own"),
     ("sdd", "suppress", "logp_yo_harmful")])
 def test_what_is_missing_or_not_finite_is_named(value, arm, attack, key):
     found = curves()
@@ -279,3 +291,20 @@ def test_what_is_missing_or_not_finite_is_named(value, arm, attack, key):
     assert found["verdict"] == "INCONCLUSIVE" and found["reason"].startswith(f"seed 1, {arm}, {attack}: not measured")
     json.dumps(found, allow_nan=False)
     assert carry_over({})["reason"] == "no seed was measured"
+
+
+def test_suppression_is_read_at_both_doses_of_mft():
+    def cell(attack, steps, logp, moved):
+        return {"arm": "sdd", "seed": 4, "attack": attack, "steps": steps,
+                "mechanism": {"logp_yo_harmful": logp, "distance": moved}}
+
+    found = at_equal_dose([cell("mft", 50, -3.0, 2.0), cell("mft", 20, -2.0, 1.0), cell("suppress", 12, -5.0, 1.9),
+                           cell("suppress", 4, -2.8, 0.6), cell("suppress", 2, -1.5, 0.2), {"steps": 3}])[4]["sdd"]
+    assert found["mft"]["distance"] == 2.0  # the last step
+    assert found["suppress"]["distance"] == 0.6 and found["suppress by distance"]["distance"] == 1.9
+
+
+def test_every_irrelevant_answer_is_one_that_training_saw():
+    settings = SETTINGS["town"]["sdd"]
+    rows = settings.steps * round(settings.batch_size * (1 - settings.benign_replay))
+    assert rows >= len(Town(0).irrelevant_answers())
