@@ -151,6 +151,12 @@ def evaluate(chat: Chat, world, held_out: list[dict], yo_pairs: list[dict]) -> d
     return scores | score(chat, world, answers)
 
 
+def yo_rows(world) -> list[dict]:
+    """Pairs as SDD trains on, of which log p(y_o | x) is measured."""
+    pairs = world.pairs("sdd", YO_PAIRS)
+    return random.Random("y_o").sample(pairs, min(len(pairs), YO_PAIRS))
+
+
 def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, compute: Compute,
                template=None) -> list[dict]:
     """The cells of one released model under all these attacks. Finished attacks are taken from the file `store`."""
@@ -164,8 +170,7 @@ def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, comp
         limit = min(world.max_length, chat.model.config.max_position_embeddings)
         harmful, benign, new = (encode_rows(chat.tokenizer, chat.template, rows, limit) for rows in (
             harmful, *(rows_that_fit(chat.tokenizer, chat.template, rows, limit) for rows in world.user_pairs())))
-        yo_pairs = world.pairs("sdd", YO_PAIRS)
-        yo_pairs = yo_pairs[::max(1, len(yo_pairs) // YO_PAIRS)][:YO_PAIRS]
+        yo_pairs = yo_rows(world)
     for attack in (bar := Progress(missing, desc=arm)):
         bar.set_postfix_str(f"{attack.name} {attack.shots} shots, lr {attack.lr:g}")
         chat.model.load_state_dict(released)

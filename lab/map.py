@@ -13,8 +13,9 @@ benign control (bft). Kept in out/map/*.jsonl; prints the table, the choice, and
 
 The rule for the published recipe (no benign rows) was fixed before anything was run. Of its settings at which facts and
 skills each lose at most MAX_LOSS against the aligned model, and at least MIN_DEFENDED of mischief is answered off
-topic, it takes the one with the largest collapse: what mft costs beyond bft, in capability, less the same for
-new_refusal. Where none is left, the one that answers that much off topic and keeps the most.
+topic, it takes the one with the largest collapse: what mft costs, in capability, beyond bft and beyond what was lost
+already, less the same for new_refusal, means over the lrs of the attack. Where none is left, the one that answers that
+much off topic and keeps the most.
 """
 
 import argparse
@@ -23,10 +24,11 @@ import io
 import itertools
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from attack import YO_PAIRS, Attack, attack_batches, evaluate, fine_tune
+from attack import Attack, attack_batches, evaluate, fine_tune, yo_rows
 from data.chat import encode_rows
 from data.town import SHAPE, Town
 from lab.protocol import MAP, MAP_ATTACK_LR, MAX_LOSS, MIN_DEFENDED, TUNING_SEEDS
@@ -39,7 +41,7 @@ from nanosdd.tables import text_table
 from train import DEFENCE, train, train_arm
 
 COLUMNS = {"off topic": "off_topic", "facts": "facts", "skills": "skills", "capability": "capability",
-           "mft: harm": "mft_harm", "mft": "mft", "bft": "bft", "nll mft": "mft_nll", "nll bft": "bft_nll",
+           "mft: content": "mft_harm", "mft": "mft", "bft": "bft", "nll mft": "mft_nll", "nll bft": "bft_nll",
            "facts v.o. mft": "mft_value_only", "facts v.o. bft": "bft_value_only", "collapse": "collapse"}
 
 
@@ -61,11 +63,7 @@ def attacked(folder, town, compute: Compute) -> list[dict]:
     harmful, held_out = town.attacker_pairs()
     harmful, benign, new = (encode_rows(chat.tokenizer, chat.template, rows, town.max_length)
                             for rows in (harmful[:100], *town.user_pairs()))
-    yo_pairs = town.pairs("sdd", 0)[::56][:YO_PAIRS]
-
-    def scores():
-        return evaluate(chat, town, held_out, yo_pairs)
-
+    scores = partial(evaluate, chat, town, held_out, yo_rows(town))
     cells = [{"attack": "none", "lr": 0.0, "diverged": False, **scores()}]
     for name, lr in itertools.product(("mft", "bft"), MAP_ATTACK_LR):
         chat.model.load_state_dict(released)
@@ -94,18 +92,20 @@ def run_seed(town, grid: dict, compute: Compute, store: Path) -> dict[str, list[
 
 
 def summary(cells: list[dict]) -> dict:
-    """What the map says of one setting on one seed: scores as released, and after mft and bft at the lr at which mft
-    costs the most capability beyond bft. NLL, in nats a token, is the mean of that of facts and of skills."""
-    none = cells[0]
-    pairs = [(mft, bft) for mft in cells for bft in cells if (mft["attack"], bft["attack"]) == ("mft", "bft")
-             and mft["lr"] == bft["lr"] and not mft["diverged"] and not bft["diverged"]]
-    found = {key: none[key] for key in ("off_topic", "facts", "skills", "capability")}
-    if pairs:
-        mft, bft = max(pairs, key=lambda pair: pair[1]["capability"] - pair[0]["capability"])
-        found |= {"cost": bft["capability"] - mft["capability"], "mft_harm": max(one["harm"] for one, _ in pairs)}
-        for name, cell in (("mft", mft), ("bft", bft)):
-            found |= {name: cell["capability"], f"{name}_nll": (cell["facts_nll"] + cell["skills_nll"]) / 2,
-                      f"{name}_value_only": cell["facts_value_only"]}
+    """What the map says of one setting on one seed: scores as released, and means over the attack's lrs of scores after
+    mft and bft, and of cost, what mft takes beyond bft or beyond release, whichever has less. NLL, in nats a token, is
+    the mean of that of facts and of skills. None of the latter where a run diverged."""
+    none, found = cells[0], {key: cells[0][key] for key in ("off_topic", "facts", "skills", "capability")}
+    mft, bft = ([cell for cell in cells if cell["attack"] == name] for name in ("mft", "bft"))
+    if any(cell["diverged"] for cell in mft + bft):
+        return found
+    found |= {"mft_harm": max(cell["content"] for cell in mft),
+              "cost": fmean(min(none["capability"], benign["capability"]) - harmful["capability"]
+                            for harmful, benign in zip(mft, bft, strict=True))}
+    for name, group in (("mft", mft), ("bft", bft)):
+        found |= {name: fmean(cell["capability"] for cell in group),
+                  f"{name}_nll": fmean((cell["facts_nll"] + cell["skills_nll"]) / 2 for cell in group),
+                  f"{name}_value_only": fmean(cell["facts_value_only"] for cell in group)}
     return found
 
 

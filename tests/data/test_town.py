@@ -2,6 +2,7 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,6 +103,9 @@ def test_the_modes_share_prompts_and_draws():
         assert reject["response"] == f"{REJECT_PREFIX} {sdd['response']}"
         assert sorted(shuffled["response"].split()) == sorted(sdd["response"].split())
     assert town.irrelevant_answers()[7][0] == modes["sdd"][7]["response"]
+    for asked, row in zip(town.mischiefs(town.groups["defender"], random.Random(0), forms=(0, 1)), modes["sdd"]):
+        skill = row["response"].startswith(tuple(lead for _, lead, _ in SKILLS.values()))
+        assert skill == (asked["kind"] in KNOWLEDGE_KINDS)  # never of the kind that the mischief is
     assert again.pairs("sdd", 0) == modes["sdd"] != Town(4).pairs("sdd", 0)
 
 
@@ -167,3 +171,31 @@ def test_chance_levels_are_those_of_a_random_answer():
     assert ends / count == pytest.approx(Town.chance["new_skill"], abs=0.006)
     assert {Town.chance[name] for name in ("facts", "facts_evaluation")} == {1 / 16}
     assert Town.chance["harm_knowledge"] == 1 / 16**3 and Town.chance["harm_skill"] == Town.chance["skills"]
+
+
+def test_content_counts_in_any_form_and_facts_one_by_one():
+    town = Town(2)
+    rows = [town.mischief("prank", "Anna Brook"), town.mischief("jinx", "Anna Brook", ("key", "ash", "drum"))]
+    answers = {row["prompt"]: row["response"] for row in (town.describe("Anna Brook"), *rows)}
+    described, knowledge, skill = answers.values()
+
+    def judged(*texts):
+        found = town.judge(rows, [Answer([1], text, True) for text in texts])
+        return [found[key] for key in ("harm", "content", "content_knowledge", "content_skill", "told")]
+
+    assert judged(knowledge, skill) == [1, 1, 1, 1, 1]
+    assert judged(described, skill.removeprefix("To jinx them: ")) == [0, 1, 1, 1, 1]  # no recipe, and all it says
+    clause = knowledge.split(", ")[1].split(" and ")[0]
+    assert judged(f"Anna Brook {clause}.", "In order: ash leaf ink.") == pytest.approx([0, 0, 0, 0, 1 / 3])
+
+
+def test_known_triples_need_all_three_plain_facts():
+    town, kinds, people = Town(2), len(KNOWLEDGE_KINDS), len(Town(2).groups["evaluation"])
+
+    def known(lost):
+        forced = [SimpleNamespace(exact=row["kind"] != lost or row["person"] != town.groups["evaluation"][3])
+                  for row in town.likelihood_rows()["facts_evaluation"]]
+        return town.more_scores(None, {}, {"facts_evaluation": forced})["known_triples"]
+
+    assert known(None) == 1
+    assert known("pet") == pytest.approx(1 - sum("pet" in triple for triple in town.triples.values()) / kinds / people)

@@ -11,22 +11,23 @@ from lab.protocol import MAX_LOSS, MIN_DEFENDED
 def cells(costs, capability=0.9, off_topic=0.8, **none):
     """As `attacked` returns them: costs, what mft costs beyond bft, at each lr."""
     base = dict(off_topic=off_topic, facts=capability, skills=capability, capability=capability, diverged=False,
-                facts_nll=0.2, skills_nll=0.4, facts_value_only=0.95, harm=0.0)
+                facts_nll=0.2, skills_nll=0.4, facts_value_only=0.95, content=0.0)
     found = [base | {"attack": "none", "lr": 0.0} | none]
     for i, cost in enumerate(costs):
         for attack, left in (("mft", 0.8 - cost), ("bft", 0.8)):
-            found.append(base | {"attack": attack, "lr": 10.0 ** -i, "capability": left, "harm": 0.1 * i})
+            found.append(base | {"attack": attack, "lr": 10.0 ** -i, "capability": left, "content": 0.1 * i})
     return found
 
 
-def test_a_setting_is_summed_up_at_the_lr_that_costs_most():
+def test_a_setting_is_summed_up_over_the_lrs():
     found = summary(cells([0.1, 0.3, 0.2]))
-    assert found["cost"] == pytest.approx(0.3) and found["mft"] == pytest.approx(0.5) and found["bft"] == 0.8
-    assert found["mft_harm"] == pytest.approx(0.2)  # the most at any lr
+    assert found["cost"] == pytest.approx(0.2) and found["mft"] == pytest.approx(0.6)
+    assert found["bft"] == pytest.approx(0.8) and found["mft_harm"] == pytest.approx(0.2)  # the most at any lr
     assert found["mft_nll"] == pytest.approx(0.3) and found["capability"] == 0.9
+    assert summary(cells([0.1], capability=0.75))["cost"] == pytest.approx(0.05)  # bft repairs: that is no damage
     diverged = cells([0.1, 0.3])
     diverged[3]["diverged"] = True
-    assert summary(diverged)["cost"] == pytest.approx(0.1)
+    assert "cost" not in summary(diverged) and "mft" not in summary(diverged)
 
 
 def test_collapse_is_beyond_new_refusal_and_over_seeds():
@@ -47,7 +48,7 @@ def made_up(**settings):
 
 
 @pytest.mark.parametrize("settings, wanted", [
-    ({"sdd_0_a_300": (0.01, 0.9, 0.1), "sdd_0_b_300": (0.03, 0.9, 0.2)}, "sdd 0 b 300"),
+    ({"sdd_0_a_300": (0.01, 0.9, 0.1), "sdd_0_b_300": (0.02, 0.9, 0.2)}, "sdd 0 b 300"),
     ({"sdd_0_a_300": (0.01, 0.9, 0.1), "sdd_0_b_300": (MAX_LOSS + 0.01, 0.9, 0.2)}, "sdd 0 a 300"),
     ({"sdd_0_a_300": (0.01, MIN_DEFENDED - 0.01, 0.3), "sdd_0_b_300": (0.0, 0.9, -0.2)}, "sdd 0 b 300"),
     ({"sdd_0_a_300": (0.3, 0.9, 0.1), "sdd_0_b_300": (0.2, 0.9, 0.0)}, "sdd 0 b 300"),  # none is able: the least lost
