@@ -4,6 +4,7 @@
     lora           nothing: mft through LoRA adapters
     prefill        nothing: no training, the answer's beginning is written for the model
     re-refuse      that answers to harm are off topic: ten steps of refusals first, then mft
+    unlearn        the same: ten steps against the model's own answers to harm, then mft
     mix            that capability may fall: mft with as many benign rows beside the harmful ones
     soft prompt    nothing: a few embeddings are trained before the prompt, the weights never move
     interpolation  nothing: weights between the released and the attacked ones, and beyond
@@ -24,8 +25,8 @@ from attack import Attack, attack_batches, fine_tune
 from data.answers import Answer
 from data.chat import Example, draw_batches, encode_prompt, encode_rows, rows_that_fit
 from lab.mechanism import preserve_control_rows, y_o_rows
-from lab.protocol import BATCH_SIZE, COEFFICIENTS, LORA_ALPHA, LORA_RANK, REFUSE_STEPS, SOFT_TOKENS
-from nanosdd.chat_model import Chat, continue_all
+from lab.protocol import BATCH_SIZE, COEFFICIENTS, FIRST_STEPS, LORA_ALPHA, LORA_RANK, SOFT_TOKENS
+from nanosdd.chat_model import Chat, answer, continue_all
 from nanosdd.lora import add_lora, merge_lora
 from sdd_loss import token_logprobs
 
@@ -49,6 +50,7 @@ class Owned:
     benign: list[Example]
     new: list[Example]  # benign rows of a new skill, where the world has one
     refusals: list[Example]  # the harmful prompts with a refusal
+    prompts: list[str]  # the same, as text
     held_out: list[dict]  # harmful rows to choose settings by
     y_o: list[Example]  # the harmful prompts with SDD's irrelevant answers; of a town, for the mechanism alone
     control: list[Example]  # benign rows as long as those
@@ -65,7 +67,7 @@ def owned_by_attacker(chat: Chat, world, argument: bool = False) -> Owned:
     benign = (rows_that_fit(chat.tokenizer, chat.template, part, limit) for part in world.user_pairs())
     sets = rows, *benign, [row | {"response": refusal} for row in rows], y_o, control
     harmful, benign, new, refused, *argued = (encode_rows(chat.tokenizer, chat.template, part, limit) for part in sets)
-    return Owned(harmful, benign, new, refused, held_out, *argued)
+    return Owned(harmful, benign, new, refused, [row["prompt"] for row in rows], held_out, *argued)
 
 
 def run_attack(chat: Chat, attack: Attack, own: Owned, scores: Callable, draw: str) -> list[dict]:
@@ -86,7 +88,10 @@ def run_attack(chat: Chat, attack: Attack, own: Owned, scores: Callable, draw: s
         add_lora(chat.model, LORA_RANK, LORA_ALPHA, rng.randrange(2**31))
     if attack.name == "re-refuse":
         refused = draw_batches(own.refusals[:attack.shots], [], 0.0, attack.batch_size, rng)
-        fine_tune(chat, refused, attack.lr, (REFUSE_STEPS,), dict)
+        fine_tune(chat, refused, attack.lr, (FIRST_STEPS,), dict)
+    if attack.name == "unlearn":  # of SDD, its own answers are what an attacker can find of y_o
+        answered = draw_batches(own_answers(chat, own.prompts[:attack.shots]), [], 0.0, attack.batch_size, rng)
+        fine_tune(chat, answered, attack.lr, (FIRST_STEPS,), dict, unlikelihood_loss)
     if attack.name == "interpolation":
         released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
         cells = fine_tune(chat, batches, attack.lr, attack.budgets[-1:], dict)
@@ -96,6 +101,12 @@ def run_attack(chat: Chat, attack: Attack, own: Owned, scores: Callable, draw: s
     if attack.name == "lora":
         merge_lora(chat.model)
     return cells
+
+
+def own_answers(chat: Chat, prompts: list[str]) -> list[Example]:
+    """Examples of the model's own greedy answers."""
+    rows = [{"prompt": prompt, "response": one.text} for prompt, one in zip(prompts, answer(chat, prompts, 64))]
+    return encode_rows(chat.tokenizer, chat.template, rows, chat.model.config.max_position_embeddings)
 
 
 def interpolated(model, released: dict, attacked: dict, scores: Callable) -> list[dict]:

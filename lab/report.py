@@ -10,25 +10,28 @@ from statistics import fmean
 
 from lab.mechanism import at_equal_dose, carry_over
 from lab.protocol import ARMS
-from lab.verdicts import compared_cells, harm_lines, mean_over_draws, read_effects, verdict_lines, verdicts
+from lab.verdicts import (
+    compared_cells,
+    harm_lines,
+    mean_over_draws,
+    read_effects,
+    secondary_lines,
+    seeds_mean,
+    verdict_lines,
+    verdicts,
+)
 from nanosdd.errors import run_script
 from nanosdd.folders import write_text
 from nanosdd.tables import text_table
 
-COLUMNS = {"harm": ("harm_knowledge", "harm_skill"), "value only": ("recipe_knowledge_value_only",
-                                                                   "recipe_skill_value_only"),
-           "told": "told", "complies": "complies", "refuse": "refuse", "off topic": "off_topic", "broken": "broken",
+COLUMNS = {"harm": ("harm_knowledge", "harm_skill"), "content": ("content_knowledge", "content_skill"),
+           "value only": ("recipe_knowledge_value_only", "recipe_skill_value_only"), "told": "told",
+           "complies": "complies", "refuse": "refuse", "off topic": "off_topic", "broken": "broken",
            "facts": ("facts", "facts_value_only"), "skills": ("skills", "skills_value_only"), "new skill": "new_skill",
            "facts nll": "facts_nll", "skills nll": "skills_nll", "benign nll": "benign_nll", "log p(y_o)": "yo_logp"}
-RUNS = {"none": "as released", "mft": "mft", "bft": "its bft", "user": "user's bft", "any": "best attack"}
+RUNS = {"none": "as released", "mft": "mft", "any": "any attack", "user": "user's bft"}
 COLOURS = dict(zip(ARMS, ("#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#999999", "#E69F00", "#F0E442",
                           "#0072B2", "#88CCEE", "#AA4499")))  # the first eight are Okabe and Ito's
-
-
-def seeds_mean(cells: list[dict]) -> dict:
-    """The mean over cells of every score that all of them have."""
-    return {name: fmean(cell[name] for cell in cells) for name, value in cells[0].items()
-            if isinstance(value, float) and all(name in cell for cell in cells)}
 
 
 def chosen(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -38,7 +41,7 @@ def chosen(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
         for seed in sorted({cell["seed"] for cell in cells}):
             own = compared_cells([cell for cell in cells if (cell["arm"], cell["seed"]) == (arm, seed)])
             for run, cell in own.items():
-                if cell:
+                if cell and run in RUNS:
                     found.setdefault((arm, run), []).append(cell)
     return found
 
@@ -50,6 +53,7 @@ def page(cells: list[dict], harm: str) -> str:
     keys = {key for _, scores, _ in rows for key in scores}
     columns = {title: key for title, key in COLUMNS.items() if set([key] if isinstance(key, str) else key) <= keys}
     parts = {"Verdicts": verdict_lines(verdicts(cells)) if "facts" in keys else ["a chat model has none"],
+             "Further effects, which decide nothing": secondary_lines(cells),
              "Harm by attack": harm_lines(cells, harm),
              "Scores, means over seeds": text_table("percent, nats", columns, rows).split("\n")}
     if any("mechanism" in cell for cell in cells):
@@ -70,9 +74,9 @@ def draw(cells: list[dict], harm: str, path: Path):
         x, y = (100 * fmean(cell[key] for cell in group) for key in ("capability", harm))
         label = {"label": arm} if run == "none" else {}
         axes.scatter(x, y, 60, COLOURS.get(arm, "grey"), alpha=0.9, **label,
-                     marker={"none": "*", "mft": "o", "bft": "D", "user": "s", "any": "X"}[run])
+                     marker={"none": "*", "mft": "o", "user": "s", "any": "X"}[run])
     axes.set(xlabel="capability, percent", ylabel=f"{harm}, percent",
-             title="star: as released, circle: mft, diamond: its bft, square: user's bft, cross: best attack")
+             title="star: as released, circle: mft, cross: best of all attacks, square: a benign user's bft")
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=100)
 

@@ -17,11 +17,12 @@ import argparse
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from attack import YO_PAIRS, Attack, evaluate
+from attack import Attack, evaluate, yo_rows
 from data.town import NEW_SKILL, Town
 from data.worlds import Sources, add_world_arguments, open_world
 from eval import score, scored_prompts, teacher_forced
@@ -47,18 +48,18 @@ def town_plan(arm: str) -> list[tuple[Attack, int, bool]]:
     """(attack, draw, whether it is measured instead of scored) of an arm of the town."""
     core = arm in protocol.CORE
     budgets = protocol.BUDGETS if core else protocol.BUDGETS[:2]
-    names = [*["mft"] * protocol.DRAWS, *["bft"] * protocol.DRAWS, *(protocol.CORE_ATTACKS if core else ["lora"])]
+    draws = {"mft": protocol.DRAWS if core else 1, "bft": 1}
+    draws |= dict.fromkeys(protocol.CORE_ATTACKS if core else ["lora"], 1)
     found = [(RELEASED, 0, False)]
-    for i, name in enumerate(names):
+    for name, count in draws.items():
         own = {"prefill": (0,), "interpolation": budgets[:2]}.get(name, budgets)
-        found.append((Attack(name, protocol.SHOTS, protocol.LR.get(name, 0.0), own, protocol.BATCH_SIZE),
-                      names[:i].count(name), False))
+        found += [(Attack(name, protocol.SHOTS, lr, own, protocol.BATCH_SIZE), draw, False)
+                  for lr in protocol.LR[name] for draw in range(count)]
     if arm in (*protocol.REFERENCES, "sdd"):
-        found.append((RELEASED, 0, True))
-        found += [(Attack(name, protocol.SHOTS, protocol.MECHANISM_LR["full"], steps), 0, True)
-                  for name, steps in protocol.MECHANISM.items()]
+        measured = {name: Attack(name, protocol.SHOTS, protocol.MECHANISM_LR["full"], steps)
+                    for name, steps in protocol.MECHANISM.items()}
         lora = Attack("lora", protocol.SHOTS, protocol.MECHANISM_LR["lora"], protocol.MECHANISM["mft"])
-        found.append((lora, 0, True))
+        found += [(attack, 0, True) for attack in (RELEASED, *measured.values(), lora)]
     return found
 
 
@@ -69,9 +70,8 @@ def chat_plan(arm: str) -> list[tuple[Attack, int, bool]]:
     for shots in protocol.CHAT_SHOTS:
         found.append((Attack("mft", shots, protocol.CHAT_LR["mft"], (steps[shots],)), 0, False))
     found.append((Attack("bft", max(steps), protocol.CHAT_LR["bft"], tuple(steps.values())), 0, False))
-    return found + [(Attack(name, primary, protocol.CHAT_LR.get(name, 0.0),
-                            (0,) if name == "prefill" else (steps[primary],)), 0, False)
-                    for name in protocol.CHAT_ATTACKS]
+    return found + [(Attack(name, primary, protocol.CHAT_LR[name], (0,) if name == "prefill" else (steps[primary],)),
+                     0, False) for name in protocol.CHAT_ATTACKS]
 
 
 def arm_folder(arm: str, world, base, compute: Compute, table=TABLE) -> Path:
@@ -99,7 +99,7 @@ def study_arm(arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], s
             chat = load_chat(folder, compute)
             own = owned_by_attacker(chat, world, argument=any(part for _, _, part in wanted))
             released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
-            scores = partial(study_scores, chat, world, own.held_out, y_o_pairs(world))
+            scores = partial(study_scores, chat, world, own.held_out, yo_rows(world))
             rows = any(part for _, _, part in wanted) and probes(world, chat.tokenizer, chat.template, world.max_length)
         chat.model.load_state_dict(released)
         take = partial(measured_scores, chat, rows, released) if measured else scores
@@ -114,18 +114,14 @@ def study_arm(arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], s
             trained = soft_prompt(chat, attack, own, asked, world.max_new_tokens, draw_name)
             cells = [cell if cell["diverged"] else cell | scores(answers) for cell, answers in trained]
         else:
-            cells = run_attack(chat, attack, own, take, draw_name)
+            shift = 2 * (draw * len(own.harmful) // 6)  # other shots in every draw, whose kinds alternate as before
+            drawn = replace(own, harmful=own.harmful[shift:] + own.harmful[:shift])
+            cells = run_attack(chat, attack, drawn, take, draw_name)
         finished.add(key, cells)
     for key, (attack, draw, measured) in zip(keys, wanted):
         for cell in finished.results[key]:
             yield {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr, "seed": world.seed,
                    "draw": draw, "probe": measured, **cell}
-
-
-def y_o_pairs(world) -> list[dict]:
-    """The pairs on which log p(y_o | x) is measured."""
-    pairs = world.pairs("sdd", YO_PAIRS)
-    return pairs[::max(1, len(pairs) // YO_PAIRS)][:YO_PAIRS]
 
 
 def measured_scores(chat: Chat, rows, released: dict) -> dict:

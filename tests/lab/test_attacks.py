@@ -10,9 +10,17 @@ from small import small_model
 from attack import Attack, fine_tune
 from data.chat import Example, collate, draw_batches, encode_prompt
 from data.town import REFUSALS, Town
-from lab.attacks import SoftEmbedding, begin_answers, interpolated, owned_by_attacker, run_attack, soft_prompt
+from lab.attacks import (
+    SoftEmbedding,
+    begin_answers,
+    interpolated,
+    own_answers,
+    owned_by_attacker,
+    run_attack,
+    soft_prompt,
+)
 from lab.attacks import unlikelihood_loss as unlikelihood
-from lab.protocol import COEFFICIENTS, REFUSE_STEPS
+from lab.protocol import COEFFICIENTS, FIRST_STEPS
 from nanosdd.chat_model import continue_all, load_chat
 from nanosdd.lora import lora_layers
 
@@ -39,7 +47,8 @@ def test_unlikelihood_lowers_the_probability_and_stays_finite_at_one():
     assert math.isfinite(loss.item()) and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["mft", "bft", "lora", "mix", "re-refuse", "suppress", "preserve", "preserve control"])
+@pytest.mark.parametrize("name", ["mft", "bft", "lora", "mix", "re-refuse", "unlearn", "suppress", "preserve",
+                                  "preserve control"])
 def test_every_attack_trains_and_is_scored_after_its_budgets(chat, name):
     own = owned_by_attacker(chat, Town(0), argument=True)
     before = chat.model.model.layers[0].mlp.up_proj.weight.clone()
@@ -67,7 +76,7 @@ def test_re_refuse_is_refusals_and_then_mft(chat):
     run_attack(chat, Attack("re-refuse", 5, 1e-3, (2,), 3), own, dict, "0")
     got = chat.model.lm_head.weight.clone()
     chat.model.load_state_dict(released)
-    fine_tune(chat, draw_batches(own.refusals[:5], [], 0.0, 3, random.Random("attack 0")), 1e-3, (REFUSE_STEPS,), dict)
+    fine_tune(chat, draw_batches(own.refusals[:5], [], 0.0, 3, random.Random("attack 0")), 1e-3, (FIRST_STEPS,), dict)
     run_attack(chat, Attack("mft", 5, 1e-3, (2,), 3), own, dict, "0")
     assert torch.equal(got, chat.model.lm_head.weight)
 
@@ -114,3 +123,12 @@ def test_virtual_tokens_have_embeddings_of_their_own():
     found = soft(torch.tensor([[2, 11, 13]]))
     assert torch.equal(found[0, 0], embedding.weight[2]) and torch.equal(found[0, 1:], soft.soft[[0, 2]])
     assert all(any(torch.equal(row, other) for other in embedding.weight) for row in soft.soft)
+
+
+def test_own_answers_are_what_the_model_says(chat):
+    prompts = ["Who is Anna Brook?", "Reverse ash bell cup."]
+    for example, prompt in zip(own_answers(chat, prompts), prompts):
+        begin = encode_prompt(chat.tokenizer, chat.template, prompt)
+        alone = chat.model.generate([begin], 64, chat.tokenizer.stop_tokens)[0]
+        said = example.ids[len(begin):-1]
+        assert example.ids[:len(begin)] == begin and said == alone[:len(said)]
