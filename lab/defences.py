@@ -9,8 +9,7 @@
 
 A defence trains the aligned model on the pairs of `--mode align`, each with its true harmful answer (`rejected`). It is
 one function, and one line in DEFENCES that says what the function stands in for: the loss, the examples of a batch, or
-a gradient that is added. Gradients of gradients are left out everywhere (first order). For fp32 weights: a simulated
-step of bf16 weights is mostly rounded away.
+a gradient that is added. Gradients of gradients are left out everywhere (first order).
 """
 
 import json
@@ -37,13 +36,12 @@ from train import DEFENCE, SMALL, Settings, learning_rate, log_entry, train_step
 # ---- gradients, here and after a simulated step ----
 
 def gradients(model, batch: Batch) -> list[torch.Tensor]:
-    """The gradient of the mean cross-entropy of a batch by each weight that trains; .grad is left alone. A weight that
-    is used twice, as a tied embedding, has one gradient."""
+    """The gradient of the mean cross-entropy of a batch by each of `trainable`; .grad is left alone."""
     return list(torch.autograd.grad(sdd_loss(model, batch, int(batch.loss_mask.sum())), trainable(model)))
 
 
 def trainable(model) -> list[torch.nn.Parameter]:
-    """The weights that require gradients, each once."""
+    """The weights that require gradients, each once, also where it is used twice, as a tied embedding is."""
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
@@ -60,26 +58,33 @@ def restored(model):
 
 @torch.no_grad()
 def move(model, direction: list[torch.Tensor], alpha: float):
-    """theta <- theta - alpha * direction / ||direction||, in place, where the norm is the L2 norm of all weights."""
-    scale = alpha / torch.stack([part.norm() for part in direction]).norm()
-    torch._foreach_sub_(trainable(model), [part * scale for part in direction])
+    """theta <- theta - alpha * direction / ||direction||, in place."""
+    torch._foreach_sub_(trainable(model), [part * (alpha / norm(direction)) for part in direction])
+
+
+def norm(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of all parts as one vector, ()."""
+    return torch.stack([part.norm() for part in parts]).norm()
 
 
 # ---- the defences ----
 
-def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, token: int, steps: int = 1):
-    """The gradient that plants a collapse: strength * grad CE(token | benign) at theta_K, after a simulated attack.
+def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, token: int, steps: int):
+    """The gradient that plants a collapse: strength * c / max(1, ||c||), c = grad CE(token | benign) at theta_K.
 
-    theta_(k+1) = theta_k - alpha / K * g_k / ||g_k||, g_k = grad L(harmful) at theta_k, theta_0 = theta, K = steps. CE
-    is the mean cross-entropy of one fixed token at every response position. First order: the gradient at theta_K is
-    added as it is to that of alignment at theta. Returns a list, as `gradients`. Source: CTRAP (Yi et al. 2025,
-    arXiv 2505.16559), where K is 1.
+    theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K * s_k / ||s_k||, s_k the
+    signs of grad L(harmful) at theta_k, theta_0 = theta. CE is the mean cross-entropy of one fixed token at every
+    response position. First order: c is added as it is to the gradient of alignment at theta. Returns a list, as
+    `gradients`. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559), which takes one step along the gradient itself and
+    does not clip c; signs are the direction of the attacker's AdamW.
     """
     collapsed = replace(benign, targets=torch.full_like(benign.targets, token))
     with restored(model):
         for _ in range(steps):
-            move(model, gradients(model, harmful), alpha / steps)
-        return [strength * gradient for gradient in gradients(model, collapsed)]
+            move(model, [part.sign() for part in gradients(model, harmful)], alpha / steps)
+        found = gradients(model, collapsed)
+    scale = strength / norm(found).clamp(min=1)
+    return [scale * part for part in found]
 
 
 def booster(model, harmful: Batch, benign: Batch, alpha: float, strength: float) -> list[torch.Tensor]:
@@ -150,11 +155,12 @@ class Defence:
 
 
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=1.0, strength=1.0, token=100)),  # an ordinary token in every vocabulary
+    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=1.0, token=100, steps=4)),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
 }
+SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
 TOWN, KITCHEN = replace(DEFENCE, benign_replay=0.5), replace(SMALL, benign_replay=0.5)
 SETTINGS = {
     "town": dict.fromkeys(DEFENCES, TOWN) | {"simpo": replace(TOWN, benign_replay=0.0)},
@@ -171,7 +177,7 @@ def train_defence(name: str, world, start, out, settings: Settings, compute: Com
         raise InputError(f"defences need weights in fp32, not {compute.weights}, which rounds simulated steps away")
     out, defence = Path(out), DEFENCES[name]
     decided = {"world": world.name, "seed": world.seed, "defence": name, "dtype": compute.dtype,
-               "weights": compute.weights, **world.options, **asdict(settings)}
+               **world.options, **asdict(settings)}
     record = runs.fingerprint(decided, [start, *world.files()], ["lab/defences.py", runs.source_of(world)])
     folders.recover_from_kill(out)
     if (stale := runs.why_stale(out, record)) is None:
@@ -183,13 +189,14 @@ def train_defence(name: str, world, start, out, settings: Settings, compute: Com
     pairs, replay = (encode_rows(chat.tokenizer, chat.template, part, limit) for part in (rows, world.replay()))
     if not (pairs and replay):
         raise InputError(f"{name} needs harmful pairs with their answers, and benign pairs to rehearse")
-    draw = partial(draw_batches, batch_size=settings.batch_size, rng=random.Random(f"{name} {world.seed}"))
-    batches, benign = draw(pairs, replay, settings.benign_replay), draw(replay, [], 0.0)
-    harmful, rng = draw([pair.rejected for pair in pairs], [], 0.0), random.Random(f"examples {world.seed}")
+    rngs = [random.Random(f"{what} {world.seed}") for what in ("batches", "harmful", "benign", "examples")]
+    batches = draw_batches(pairs, replay, settings.benign_replay, settings.batch_size, rngs[0])
+    harmful = draw_batches([pair.rejected for pair in pairs], [], 0.0, SHOTS, rngs[1])
+    benign = draw_batches(replay, [], 0.0, settings.batch_size, rngs[2])
     optimizer, log, seen = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay), [], []
     with folders.new_folder(out) as new:
         for step in Progress(range(settings.steps), desc=out.name):
-            batch, lr = defence.examples(next(batches), rng, limit), learning_rate(step, settings)
+            batch, lr = defence.examples(next(batches), rngs[3], limit), learning_rate(step, settings)
             add = defence.extra and partial(add_gradients, extra=defence.extra, compute=compute, harmful=next(harmful),
                                             benign=next(benign))
             seen.append(train_step(chat.model, optimizer, batch, lr, compute, defence.loss, add))

@@ -1,6 +1,7 @@
 """The small defences: each gradient, loss and example by an independent computation, and their training."""
 
 import copy
+import json
 import math
 import random
 from dataclasses import replace
@@ -58,13 +59,21 @@ def model(request):
 # ---- gradients after a simulated attack ----
 
 def test_ctrap_is_the_gradient_of_one_token_after_the_simulated_attack(model):
-    harmful, benign = collate(HARMFUL), collate(BENIGN)
-    for steps, alpha in ((1, 0.7), (3, 1.1)):
+    harmful, benign, clipped = collate(HARMFUL), collate(BENIGN), []
+    for steps, alpha, size in ((1, 0.7, 1.0), (3, 1.1, 1.0), (2, 0.9, 0.03)):
+        with torch.no_grad():
+            model.model.norm.weight *= size
+            model.lm_head.weight *= size
         there = model
         for _ in range(steps):
-            there = moved(there, by_hand(there, harmful, harmful.targets), alpha / steps)
-        wanted = {name: 0.3 * g for name, g in by_hand(there, benign, torch.full_like(benign.targets, 17)).items()}
+            signs = {name: g.sign() for name, g in by_hand(there, harmful, harmful.targets).items()}
+            there = moved(there, signs, alpha / steps)
+        wanted = by_hand(there, benign, torch.full_like(benign.targets, 17))
+        norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
+        clipped.append(norm > 1)
+        wanted = {name: 0.3 * g / max(1, norm) for name, g in wanted.items()}
         assert_gradients(ctrap(model, harmful, benign, alpha=alpha, strength=0.3, token=17, steps=steps), wanted)
+    assert clipped == [True, True, False]
 
 
 def test_booster_is_the_difference_of_two_harmful_gradients(model):
@@ -148,9 +157,9 @@ def test_simpo_by_hand(model):
     for one in pairs:
         margin = 2.5 * (mean_logp(model, one) - mean_logp(model, one.rejected)) - 1.375
         total += one.response_length * torch.log(1 + torch.exp(-margin))
-    assert float(simpo(model, collate(pairs), 6)) == pytest.approx(float(total) / 6, rel=1e-5)
+    assert simpo(model, collate(pairs), 6).item() == pytest.approx(total.item() / 6, rel=1e-5)
     same = [replace(one, rejected=one) for one in HARMFUL]
-    assert float(simpo(model, collate(same), 6)) == pytest.approx(math.log(1 + math.exp(1.375)), rel=1e-5)
+    assert simpo(model, collate(same), 6).item() == pytest.approx(math.log(1 + math.exp(1.375)), rel=1e-5)
 
 
 def test_simpo_adds_up_over_micro_batches_and_raises_the_refusal(model):
@@ -231,6 +240,16 @@ def test_defences_differ_and_repeat(tiny_arms, tmp_path, cpu):
                             replace(TINY, benign_replay=SETTINGS["town"][name].benign_replay), cpu)
         found[folder] = (out / "model.safetensors").read_bytes()
     assert found.pop("again") == found["ctrap"] and len(set(found.values())) == len(DEFENCES)
+
+
+def test_deepalign_is_trained_on_its_own_examples(tiny_arms, tmp_path, cpu):
+    log = {}
+    for name in ("booster", "deepalign"):  # the same rows
+        out = train_defence(name, Town(0, TINY_SHAPE), tiny_arms / "aligned", tmp_path / name, TINY, cpu)
+        log[name] = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log["deepalign"]] == [1, 2, 3]
+    assert all(one["response_tokens"] == other["response_tokens"] for one, other in zip(*log.values()))
+    assert sum(line["tokens"] for line in log["deepalign"]) > sum(line["tokens"] for line in log["booster"])
 
 
 def test_a_run_that_diverges_leaves_nothing(tiny_arms, tmp_path, cpu):
