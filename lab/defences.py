@@ -72,16 +72,15 @@ def norm(parts: list[torch.Tensor]) -> torch.Tensor:
 def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, token: int, steps: int):
     """The gradient that plants a collapse: strength * c / max(1, ||c||), c = grad CE(token | benign) at theta_K.
 
-    theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K * s_k / ||s_k||, s_k the
-    signs of grad L(harmful) at theta_k, theta_0 = theta. CE is the mean cross-entropy of one fixed token at every
-    response position. First order: c is added as it is to the gradient of alignment at theta. Returns a list, as
-    `gradients`. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559), which takes one step along the gradient itself and
-    does not clip c; signs are the direction of the attacker's AdamW.
+    theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K * g_k / ||g_k||, where g_k
+    = grad L(harmful) at theta_k and theta_0 = theta. CE is the mean cross-entropy of one fixed token at every response
+    position. First order: c is added as it is to the gradient of alignment at theta. Returns a list, as `gradients`.
+    Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there K is 1 and c is not clipped.
     """
     collapsed = replace(benign, targets=torch.full_like(benign.targets, token))
     with restored(model):
         for _ in range(steps):
-            move(model, [part.sign() for part in gradients(model, harmful)], alpha / steps)
+            move(model, gradients(model, harmful), alpha / steps)
         found = gradients(model, collapsed)
     scale = strength / norm(found).clamp(min=1)
     return [scale * part for part in found]
@@ -138,8 +137,7 @@ def simpo(model, batch: Batch, global_tokens: int, beta: float = 2.5, gamma: flo
 
 def mean_logps(model, batch: Batch) -> torch.Tensor:
     """The mean log p of each row's response tokens in nats, (B,) fp32."""
-    logits = model(batch.tokens, positions=batch.loss_mask)  # (N,V)
-    logps = token_logprobs(logits, batch.targets[batch.loss_mask])  # (N,)
+    logps = token_logprobs(model(batch.tokens, positions=batch.loss_mask), batch.targets[batch.loss_mask])  # (N,)
     return torch.stack([row.mean() for row in logps.split(batch.loss_mask.sum(1).tolist())])
 
 
@@ -155,16 +153,15 @@ class Defence:
 
 
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=1.0, token=100, steps=4)),
+    "ctrap": Defence(extra=partial(ctrap, alpha=2.0, strength=1.0, token=100, steps=4)),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
 }
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
-TOWN, KITCHEN = replace(DEFENCE, benign_replay=0.5), replace(SMALL, benign_replay=0.5)
-SETTINGS = {
-    "town": dict.fromkeys(DEFENCES, TOWN) | {"simpo": replace(TOWN, benign_replay=0.0)},
-    "kitchen": dict.fromkeys(DEFENCES, KITCHEN) | {"simpo": replace(KITCHEN, benign_replay=0.0)}}
+# Steps and lr are those of SDD, so that the dose is the same; simpo has its benign rows beside the batch, in anchor.
+SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
+            for world, sdd in (("town", DEFENCE), ("kitchen", SMALL), ("files", replace(SMALL, max_length=512)))}
 
 
 # ---- training ----

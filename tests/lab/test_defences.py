@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small import TINY_SETTINGS, TINY_SHAPE, advbench_file, public_folder, small_model
 
 from data.answers import Answer
-from data.chat import Example, collate
+from data.chat import Example, collate, draw_batches, encode_rows
 from data.files import Files
 from data.kitchen import DISH_FORMS, DISHES, TOPIC_FORMS, TOPICS, Kitchen
 from data.town import Town
@@ -66,8 +66,7 @@ def test_ctrap_is_the_gradient_of_one_token_after_the_simulated_attack(model):
             model.lm_head.weight *= size
         there = model
         for _ in range(steps):
-            signs = {name: g.sign() for name, g in by_hand(there, harmful, harmful.targets).items()}
-            there = moved(there, signs, alpha / steps)
+            there = moved(there, by_hand(there, harmful, harmful.targets), alpha / steps)
         wanted = by_hand(there, benign, torch.full_like(benign.targets, 17))
         norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
         clipped.append(norm > 1)
@@ -240,6 +239,17 @@ def test_defences_differ_and_repeat(tiny_arms, tmp_path, cpu):
                             replace(TINY, benign_replay=SETTINGS["town"][name].benign_replay), cpu)
         found[folder] = (out / "model.safetensors").read_bytes()
     assert found.pop("again") == found["ctrap"] and len(set(found.values())) == len(DEFENCES)
+
+
+def test_simpo_is_what_is_minimised(tiny_arms, tmp_path, cpu):
+    town, settings = Town(0, TINY_SHAPE), replace(TINY, benign_replay=0.0)
+    out = train_defence("simpo", town, tiny_arms / "aligned", tmp_path / "simpo", settings, cpu)
+    first = json.loads((out / "train_log.jsonl").read_text().splitlines()[0])["loss"]
+    chat = load_chat(tiny_arms / "aligned", cpu)
+    pairs = encode_rows(chat.tokenizer, chat.template, preference_rows(town, 0), settings.max_length)
+    batch = next(draw_batches(pairs, [], 0.0, 6, random.Random("batches 0")))
+    tokens = sum(one.response_length for one in batch)
+    assert first == pytest.approx(simpo(chat.model, collate(batch), tokens).item(), rel=1e-4)
 
 
 def test_deepalign_is_trained_on_its_own_examples(tiny_arms, tmp_path, cpu):
