@@ -72,15 +72,16 @@ def norm(parts: list[torch.Tensor]) -> torch.Tensor:
 def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, token: int, steps: int):
     """The gradient that plants a collapse: strength * c / max(1, ||c||), c = grad CE(token | benign) at theta_K.
 
-    theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K * g_k / ||g_k||, where g_k
-    = grad L(harmful) at theta_k and theta_0 = theta. CE is the mean cross-entropy of one fixed token at every response
-    position. First order: c is added as it is to the gradient of alignment at theta. Returns a list, as `gradients`.
-    Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there K is 1 and c is not clipped.
+    theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K * s_k / ||s_k||, s_k the
+    signs of grad L(harmful) at theta_k, theta_0 = theta. CE is the mean cross-entropy of one fixed token at every
+    response position. First order: c is added as it is to the gradient of alignment at theta. Returns a list, as
+    `gradients`. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there K is 1, the step is along the gradient itself
+    and c is not clipped. Signs are the direction of the attacker's AdamW.
     """
     collapsed = replace(benign, targets=torch.full_like(benign.targets, token))
     with restored(model):
         for _ in range(steps):
-            move(model, gradients(model, harmful), alpha / steps)
+            move(model, [part.sign() for part in gradients(model, harmful)], alpha / steps)
         found = gradients(model, collapsed)
     scale = strength / norm(found).clamp(min=1)
     return [scale * part for part in found]
@@ -152,8 +153,11 @@ class Defence:
     extra: Callable | None = None  # (model, harmful batch, benign batch) -> gradients to add, in the order of trainable
 
 
+# ctrap was tuned on seeds 0 and 1 of the town: to keep facts and skills until an mft of 100 shots takes them at lr 1e-4
+# and 3e-4, and bft does not. alpha is of the size of what mft moves there, 1.0 to 2.2; along gradients, with one step,
+# or without the clip, it collapses before any attack or hardly at all. The others have published constants.
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=2.0, strength=1.0, token=100, steps=4)),
+    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=1.0, token=100, steps=4)),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),

@@ -66,7 +66,8 @@ def test_ctrap_is_the_gradient_of_one_token_after_the_simulated_attack(model):
             model.lm_head.weight *= size
         there = model
         for _ in range(steps):
-            there = moved(there, by_hand(there, harmful, harmful.targets), alpha / steps)
+            signs = {name: g.sign() for name, g in by_hand(there, harmful, harmful.targets).items()}
+            there = moved(there, signs, alpha / steps)
         wanted = by_hand(there, benign, torch.full_like(benign.targets, 17))
         norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
         clipped.append(norm > 1)
