@@ -1,0 +1,51 @@
+"""The course's tests, tested: classic mistakes fail with their message, right solutions pass, stubs fail their own
+assignment and no earlier one. The default is a sample; --full tries everything."""
+
+import pytest
+import test_a1
+import wrong_a1
+from lesson import Lesson
+
+ASSIGNMENTS = {"a1": (test_a1.CHECKS, wrong_a1.WRONG, wrong_a1.RIGHT)}
+
+
+def sample(cases: list, every: int) -> list:
+    """pytest parameters: one of `every` by default, the others with --full."""
+    return [pytest.param(*case, id=f"{case[0]}-{i}", marks=() if i % every == 0 else pytest.mark.full)
+            for i, case in enumerate(cases)]
+
+
+def lessons(assignment: str, adapter: str, function, seed: int) -> list[str]:
+    """What the tests of an assignment say of a function in the place of one adapter."""
+    found = []
+    for check in ASSIGNMENTS[assignment][0]:
+        if adapter in check.adapters:
+            try:
+                check.function(*[function if name == adapter else None for name in check.adapters], seed=seed)
+            except Lesson as lesson:
+                found.append(str(lesson))
+    return found
+
+
+@pytest.mark.parametrize("assignment, mistake", sample([
+    (name, mistake) for name, (_, wrong, _) in ASSIGNMENTS.items() for mistake in wrong], every=6))
+def test_a_classic_mistake_fails_with_its_message(assignment, mistake):
+    found = lessons(assignment, mistake.adapter, mistake.function, seed=1)
+    assert any(mistake.message in text for text in found), found
+    assert not any("none of:" in text for text in found)
+
+
+@pytest.mark.parametrize("assignment, adapter, function", sample([
+    (name, *right) for name, (_, _, rights) in ASSIGNMENTS.items() for right in rights], every=4))
+def test_a_right_solution_passes_however_it_is_written(assignment, adapter, function):
+    for seed in (1, 2, 3):
+        assert lessons(assignment, adapter, function, seed) == []
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_there_are_five_mistakes_and_two_right_solutions_at_least(assignment):
+    checks, wrong, right = ASSIGNMENTS[assignment]
+    assert len(wrong) >= 5 and len(right) >= 2 and sum(check.points for check in checks) == 100
+    messages = [mistake.message for mistake in wrong]
+    assert len(messages) == len(set(messages))
+    assert {mistake.adapter for mistake in wrong} == {name for check in checks for name in check.adapters}
