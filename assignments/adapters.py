@@ -6,18 +6,20 @@ LlamaConfig, `weights` tensors by the names of a Hugging Face checkpoint, an `ex
 letters as in model.py.
 """
 
-import random
 import tempfile
 
 import torch
 import torch.nn as nn
 
+import data.chat
 import model
 import sdd_loss
 import train
 from data.chat import Batch, Example
+from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from model import KVCache, Llama, LlamaConfig, RMSNorm
 from nanosdd.device import Compute
+from nanosdd.errors import InputError
 
 
 def llama(config: dict, weights: dict) -> Llama:
@@ -75,3 +77,52 @@ def generate(config, weights, prompts, max_new_tokens, stop_tokens):
 def generate_from(folder, prompts, max_new_tokens, stop_tokens):
     """As `generate`, with the weights of a checkpoint folder."""
     return Llama.from_pretrained(folder).generate(prompts, max_new_tokens, stop_tokens)
+
+
+# ---- assignment 2 ----
+
+def town_tokenizer(words):
+    """A tokenizer in Llama 3's format in which each of these words is one token."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama3_tokenizer(folder, words)
+        return load_tokenizer(folder)
+
+
+def encode_prompt(words, template, prompt, system=None):
+    """The ids of everything before a response. words: of the tokenizer."""
+    return data.chat.encode_prompt(town_tokenizer(words), template, prompt, system)
+
+
+def encode_example(words, template, prompt, response, max_length):
+    """[ids, prompt_length] of one pair, or "InputError"."""
+    try:
+        example = data.chat.encode_example(town_tokenizer(words), template, prompt, response, max_length)
+    except InputError:
+        return "InputError"
+    return [example.ids, example.prompt_length]
+
+
+def collate(examples, pad):
+    """Examples -> {"tokens", "targets", "loss_mask", "lengths"} as in data.chat.Batch."""
+    batch = data.chat.collate([Example(*example) for example in examples], pad)
+    return {name: getattr(batch, name) for name in ("tokens", "targets", "loss_mask", "lengths")}
+
+
+def loss(logits, targets, loss_mask, global_tokens):
+    """Logits (B,T,V), targets and mask (B,T) -> [loss, its gradient by the logits (B,T,V)]."""
+    logits = logits.clone().requires_grad_()
+    batch = Batch(torch.zeros_like(targets), targets, loss_mask, None)
+    value = sdd_loss.sdd_loss_reference(lambda tokens, positions: logits[positions], batch, global_tokens)
+    value.backward()
+    return [float(value.detach()), logits.grad]
+
+
+def train_step(config, weights, batches, lr, micro_batch):
+    """A step of SGD on each global batch, a list of examples: {"loss": [...], "grad_norm": [...], "weights": {...}}."""
+    made = llama(config, weights)
+    optimizer, done = torch.optim.SGD(made.parameters(), lr=0.0), []
+    for batch in batches:
+        examples = [Example(*example) for example in batch]
+        done.append(train.train_step(made, optimizer, examples, lr, Compute(micro_batch=micro_batch)))
+    return {"loss": [one["loss"] for one in done], "grad_norm": [one["grad_norm"] for one in done],
+            "weights": made.state_dict()}

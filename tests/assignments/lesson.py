@@ -84,8 +84,9 @@ def difference(got, expected, atol: float, at: str = "") -> str | None:
 def short(value) -> str:
     """A value in at most 160 characters."""
     if isinstance(value, torch.Tensor):
-        value = f"tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')} {value.flatten()[:4].tolist()}..."
-    text = value if isinstance(value, str) and value.startswith("tensor") else repr(value)
+        text = f"{value.dtype} {list(value.shape)} {value.flatten()[:4].tolist()}..."
+    else:
+        text = repr(value)
     return text if len(text) <= 160 else text[:157] + "..."
 
 

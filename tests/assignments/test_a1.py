@@ -27,15 +27,15 @@ def check_rms_norm_bf16(rms_norm, seed=0):
     draw = generator(seed, "bf16")
     x, weight = torch.randn(200, 48, generator=draw).bfloat16(), (1 + 0.3 * torch.randn(48, generator=draw)).bfloat16()
     expected, got = slow.rms_norm(x, weight, 0.03), rms_norm(x, weight, 0.03)
-    found = difference(got, expected, 0.1)
+    what, found = "in bf16: fp32 inside, cast back, then times the weight", difference(got, expected, 0.1)
     if found or got.dtype != torch.bfloat16 or (got != expected).float().mean() > 0.01:
-        unlike = found or f"{got.dtype}, {(got != expected).float().mean():.1%} of the elements differ"
+        found = found or f"{got.dtype}, {(got != expected).float().mean():.1%} of the elements differ"
         for mistake in WRONG:
             if mistake.adapter == "rms_norm":
                 other = mistake.function(x, weight, 0.03)
                 if other.dtype == got.dtype and (got != other).float().mean() < 0.01:
-                    fail("bf16: fp32 inside, cast back, then times the weight", unlike, mistake.message)
-        fail("bf16: fp32 inside, cast back, then times the weight", unlike, "a cast that is missing, or in another place")
+                    fail(what, found, mistake.message)
+        fail(what, found, "a cast that is missing, or in another place")
 
 
 def check_rope_frequencies(rope_frequencies, seed=0):
