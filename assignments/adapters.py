@@ -6,16 +6,20 @@ LlamaConfig, `weights` tensors by the names of a Hugging Face checkpoint, an `ex
 letters as in model.py.
 """
 
+import random
 import tempfile
 
 import torch
 import torch.nn as nn
 
 import data.chat
+import data.pairs
+import data.worlds
 import model
 import sdd_loss
 import train
 from data.chat import Batch, Example
+from data.tfidf import Tfidf
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from model import KVCache, Llama, LlamaConfig, RMSNorm
 from nanosdd.device import Compute
@@ -126,3 +130,37 @@ def train_step(config, weights, batches, lr, micro_batch):
         done.append(train.train_step(made, optimizer, examples, lr, Compute(micro_batch=micro_batch)))
     return {"loss": [one["loss"] for one in done], "grad_norm": [one["grad_norm"] for one in done],
             "weights": made.state_dict()}
+
+
+# ---- assignment 3 ----
+
+def tfidf_vector(corpus, text):
+    """{word: value} of a text."""
+    return Tfidf(corpus).vector(text)
+
+
+def tfidf_cosines(corpus, a, b):
+    """The cosine of each text of a with the text of b at its place."""
+    return Tfidf(corpus).cosines(a, b)
+
+
+def draw_irrelevant(prompts, responses, cosines, threshold, seed):
+    """cosines: a list for each prompt, with one number for each response -> [[index, cosine, tries], ...] of each
+    prompt, or "InputError"."""
+    row, column = ({text: i for i, text in enumerate(texts)} for texts in (prompts, responses))
+
+    def look_up(a, b):
+        return [cosines[row[x]][column[y]] for x, y in zip(a, b, strict=True)]
+
+    try:
+        return [list(one) for one in data.pairs.draw_irrelevant(prompts, responses, look_up, threshold, seed)]
+    except InputError:
+        return "InputError"
+
+
+def vary_response(mode, response, seed):
+    """A response as a mode teaches it, or "InputError"."""
+    try:
+        return data.worlds.vary_response(mode, response, random.Random(seed))
+    except InputError:
+        return "InputError"

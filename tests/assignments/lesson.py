@@ -39,7 +39,7 @@ class Check(NamedTuple):
 
 def fail(expected, got, cause: str):
     """Raise a Lesson."""
-    raise Lesson(f"\n  expected     {expected}\n  got          {got}\n  usual cause  {cause}")
+    raise Lesson(f"{cause}\n\n  expected     {expected}\n  got          {got}\n  usual cause  {cause}")
 
 
 def require(condition, expected, got, cause: str):
@@ -74,7 +74,8 @@ def difference(got, expected, atol: float, at: str = "") -> str | None:
             return f"{at or 'the result'} is {short(got)}, not {short(expected)}"
         found = (difference(got[key], expected[key], atol, f"{at}[{key!r}]") for key in expected)
         return next(filter(None, found), None)
-    if isinstance(expected, float) and isinstance(got, (int, float)) and not isinstance(got, bool):
+    numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (got, expected))
+    if numbers and isinstance(got + expected, float):
         same = abs(got - expected) <= atol
     else:
         same = type(got) is type(expected) and got == expected

@@ -1,0 +1,102 @@
+"""Assignment 3: the cosine of two texts, random responses that are irrelevant, and their variants."""
+
+import random
+from collections import Counter
+
+import pytest
+import wrong_a3 as slow
+from lesson import Check, compare, require
+from wrong_a3 import CAUSES, PREFIX, VARIES, WRONG
+
+from assignments import adapters
+
+CORPUS = ["How do I bake bread?", "How do I tickle a dragon?", "Bread is baked, and bread is eaten.",
+          "Dragons sleep a lot."]
+
+
+def check_tfidf_vector(tfidf_vector, seed=0):
+    for text in ("bread, Bread and a dragon", "How do I sleep, unicorn?", "unicorn"):
+        compare(tfidf_vector, (CORPUS, text), slow.tfidf_vector(CORPUS, text), f"counts of {text!r} times the weight "
+                "of each word, at length 1", WRONG, "tfidf_vector", 1e-6)
+
+
+def check_tfidf_cosines(tfidf_cosines, seed=0):
+    a = ["How do I bake bread?", "A dragon, a dragon", "nothing here", "I sleep a lot"]
+    b = ["How is bread baked?", "How do dragons tickle a dragon?", "bread", "Dragons bake and sleep"]
+    compare(tfidf_cosines, (CORPUS, a, b), slow.tfidf_cosines(CORPUS, a, b), "the cosine of each pair of texts", WRONG,
+            "tfidf_cosines", 1e-6)
+
+
+def table(seed: int, prompts: int, responses: int) -> tuple:
+    """(prompts, responses, cosines) with cosines of two decimals, the threshold 0.25 among them."""
+    rng = random.Random(f"cosines {seed}")
+    return ([f"prompt {i}" for i in range(prompts)], [f"response {i}" for i in range(responses)],
+            [[rng.randrange(0, 50) / 100 for _ in range(responses)] for _ in range(prompts)])
+
+
+def check_draw_keeps_the_threshold(draw_irrelevant, seed=0):
+    prompts, responses, cosines = table(seed, 60, 12)
+    found = draw_irrelevant(prompts, responses, cosines, 0.25, seed)
+    require(isinstance(found, list) and len(found) == 60 and all(len(one) == 3 for one in found),
+            "one [index, cosine, tries] for each prompt", str(found)[:100], "a prompt is lost")
+    above = [one for i, one in enumerate(found) if cosines[i][one[0]] > 0.25]
+    share, highest = len(above) / 60, sum(cosines[i][one[0]] == max(cosines[i]) for i, one in enumerate(found))
+    require(not above, "cosines of at most 0.25", f"{len(above)} above it", CAUSES[
+        "above" if highest == 60 else "no filter" if share > 0.3 else "last draw kept"])
+    wrong = [one for i, one in enumerate(found) if abs(one[1] - cosines[i][one[0]]) > 1e-5]
+    require(not wrong, "the cosine of prompt and response", wrong[:3], "the cosine of another draw is returned")
+    least = min(one[2] for one in found)
+    require(least >= 1, "tries of 1 or more", least, CAUSES["tries from 0"])
+    tries = sum(one[2] for one in found) / 60
+    require(tries < 4, "about 2 draws a prompt, since half of the cosines pass", f"{tries:.1f}", CAUSES["tries of all"])
+    equal = [[0.25 if j == i % 12 else 0.4 for j in range(12)] for i in range(60)]
+    found = draw_irrelevant(prompts, responses, equal, 0.25, seed)
+    require(found != "InputError", "a response with a cosine of exactly the threshold", found, CAUSES["below"])
+    found = draw_irrelevant(prompts[:1], responses, [[0.3] * 12], 0.25, seed)
+    require(found == "InputError", "an InputError where every cosine is above the threshold", found, CAUSES["no error"])
+
+
+def check_draw_is_random(draw_irrelevant, seed=0):
+    prompts, responses = [f"prompt {i}" for i in range(600)], [f"response {i}" for i in range(10)]
+    cosines = [[0.4, 0.1, 0.2, 0.0, 0.5, 0.25, 0.2, 0.3, 0.15, 0.05]] * 600  # seven pass
+    found = [draw_irrelevant(prompts, responses, cosines, 0.25, each) for each in (seed, seed, seed + 1)]
+    require(found[0] == found[1], "the same at the same seed", "another draw", "an rng without a seed")
+    counts = Counter(one[0] for one in found[0])
+    most = f"response {counts.most_common(1)[0][0]} for {counts.most_common(1)[0][1]} of 600 prompts"
+    cause = {3: "least alike", 1: "no random order"}.get(counts.most_common(1)[0][0], "one for all")
+    require(counts.most_common(1)[0][1] < 300, "every response that passes, about equally often", most,
+            CAUSES[cause if len(counts) == 1 else "one for all"])
+    require(all(50 < counts[i] < 130 for i in (1, 2, 3, 5, 6, 8, 9)), "each response that passes for about 86 prompts",
+            dict(counts), "draws are not uniform")
+    require(found[0] != found[2], "another draw at another seed", "the same", CAUSES["seed"])
+
+
+def check_vary_response(vary_response, seed=0):
+    text = "A butterfly has four wings, and the rain falls on it in spring and in autumn."
+    got = vary_response("sdd", text, seed)
+    require(got == text, text, got, VARIES["always"])
+    got = vary_response("sdd_reject", text, seed)
+    require(got.startswith(PREFIX), f"{PREFIX} {text}", got, VARIES["behind"])
+    require(len(got) > len(PREFIX), f"{PREFIX} {text}", got, VARIES["alone"])
+    require(got == f"{PREFIX} {text}", f"{PREFIX} {text}", got, VARIES["no space"])
+    shuffled = [vary_response("shuffled", text, each) for each in (seed, seed, *range(seed + 1, seed + 9))]
+    kept, letters = (sorted(shuffled[0].split()), sorted(text.split())), "".join(shuffled[0].split())
+    require(set(kept[0]) <= set(kept[1]), "the same words", shuffled[0], VARIES["letters"])
+    require(kept[0] == kept[1], "each word once", f"{shuffled[0]} ({len(letters)} letters)", VARIES["replacement"])
+    require(shuffled[0] == shuffled[1], "the same at the same state of the rng", shuffled[1], "an rng of its own")
+    reverse = " ".join(text.split()[::-1])
+    require(len(set(shuffled)) > 1, "another order from another rng", shuffled[2],
+            VARIES["reversed" if shuffled[0] in (reverse, text) else "seed"])
+    got = vary_response("upside_down", text, seed)
+    require(got == "InputError", "an InputError for mode upside_down", got, VARIES["no error"])
+
+
+CHECKS = [Check(check_tfidf_vector, ("tfidf_vector",), 20), Check(check_tfidf_cosines, ("tfidf_cosines",), 15),
+          Check(check_draw_keeps_the_threshold, ("draw_irrelevant",), 30),
+          Check(check_draw_is_random, ("draw_irrelevant",), 20), Check(check_vary_response, ("vary_response",), 15)]
+
+
+@pytest.mark.a3
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_a3(check):
+    check.function(*(getattr(adapters, name) for name in check.adapters))
