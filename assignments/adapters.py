@@ -12,6 +12,8 @@ import tempfile
 import torch
 import torch.nn as nn
 
+import attack
+import data.answers
 import data.chat
 import data.pairs
 import data.worlds
@@ -21,9 +23,12 @@ import train
 from data.chat import Batch, Example
 from data.tfidf import Tfidf
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
+from data.town import Town
 from model import KVCache, Llama, LlamaConfig, RMSNorm
+from nanosdd.chat_model import Chat
 from nanosdd.device import Compute
-from nanosdd.errors import InputError
+from nanosdd.errors import Diverged, InputError
+from nanosdd.lora import LoRALinear
 
 
 def llama(config: dict, weights: dict) -> Llama:
@@ -164,3 +169,49 @@ def vary_response(mode, response, seed):
         return data.worlds.vary_response(mode, response, random.Random(seed))
     except InputError:
         return "InputError"
+
+
+# ---- assignment 4 ----
+
+def fine_tune(config, weights, batches, lr, budgets):
+    """Fine-tune on these global batches -> the cells of the budgets, each with the sum of |lm_head| as its probe."""
+    made = llama(config, weights)
+
+    def scores():
+        return {"probe": float(made.lm_head.weight.detach().double().abs().sum())}
+
+    rows = ([Example(*example) for example in batch] for batch in batches)
+    try:
+        cells = attack.fine_tune(Chat(made, None, "plain", Compute()), rows, lr, budgets, scores)
+    except Diverged:
+        return "Diverged"
+    return [{key: value for key, value in cell.items() if key != "seconds"} for cell in cells]
+
+
+def match_tokens(harmful, benign, new, seed):
+    """Pairs (tokens, prompt_length) -> the control's rows, [["benign" or "new", index], ...]."""
+    pools = {name: [Example([i] * tokens, length) for i, (tokens, length) in enumerate(pairs)]
+             for name, pairs in (("harmful", harmful), ("benign", benign), ("new", new))}
+    picked = attack.match_tokens(*pools.values(), random.Random(seed))
+    return [["new" if any(pick is one for one in pools["new"]) else "benign", pick.ids[0]] for pick in picked]
+
+
+def lora(base, A, B, alpha, x):
+    """Weight (O,I), A (R,I), B (O,R), x (...,I) -> [the layer's output, the merged weight]."""
+    linear = nn.Linear(base.shape[1], base.shape[0], bias=False)
+    linear.weight = nn.Parameter(base)
+    layer = LoRALinear(linear, len(A), alpha, torch.Generator())
+    layer.A, layer.B = nn.Parameter(A), nn.Parameter(B)
+    return [layer(x).detach(), layer.merged()]
+
+
+def outcomes(answers, threshold):
+    """Answers [text, ids, cosine] -> the outcome of each, as data.answers.outcome."""
+    return [data.answers.outcome(data.answers.Answer(ids, text, True), cosine, threshold)
+            for text, ids, cosine in answers]
+
+
+def town_outcomes(seed, cases):
+    """Cases [row, answer, whether it ended] -> the outcome of each, in the town of a seed."""
+    town = Town(seed)
+    return [town.outcome(row, answer, ended) for row, answer, ended in cases]
