@@ -18,6 +18,7 @@ import data.chat
 import data.pairs
 import data.worlds
 import model
+import nanosdd.split_adamw
 import sdd_loss
 import train
 from data.chat import Batch, Example
@@ -29,6 +30,7 @@ from nanosdd.chat_model import Chat
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 from nanosdd.lora import LoRALinear
+from nanosdd.split_adamw import SplitAdamW
 
 
 def llama(config: dict, weights: dict) -> Llama:
@@ -215,3 +217,41 @@ def town_outcomes(seed, cases):
     """Cases [row, answer, whether it ended] -> the outcome of each, in the town of a seed."""
     town = Town(seed)
     return [town.outcome(row, answer, ended) for row, answer, ended in cases]
+
+
+# ---- assignment 5 ----
+
+def split(master):
+    """fp32 (n,) -> [bf16 (n,), int16 (n,)]."""
+    return list(nanosdd.split_adamw.split(master))
+
+
+def join(weight, low):
+    """bf16 (n,), int16 (n,) -> fp32 (n,)."""
+    return nanosdd.split_adamw.join(weight, low)
+
+
+def round_stochastically(x, seed):
+    """fp32 (n,) -> bf16 (n,)."""
+    return nanosdd.split_adamw.round_stochastically(x, torch.Generator().manual_seed(seed))
+
+
+def adamw(values, grads, lr, betas, eps, weight_decay):
+    """bf16 weights (n,) and the gradients of some steps, each (n,) -> the fp32 master (n,) after them."""
+    weight = nn.Parameter(values)
+    optimizer = SplitAdamW([weight], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    for grad in grads:
+        weight.grad = grad
+        optimizer.step()
+    return optimizer.master(weight)
+
+
+def drift(values, grad, lr, steps):
+    """Steps with one gradient -> [mean change of the master in units of lr, share of the bf16 weights that moved]."""
+    weight = nn.Parameter(values.clone())
+    optimizer = SplitAdamW([weight], lr=lr, betas=(0.5, 0.5), eps=1e-12)
+    for _ in range(steps):
+        weight.grad = grad
+        optimizer.step()
+    change = (optimizer.master(weight) - values.float()).abs().mean()
+    return [float(change) / lr, float((weight.detach() != values).float().mean())]

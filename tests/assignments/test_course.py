@@ -6,15 +6,17 @@ import test_a1
 import test_a2
 import test_a3
 import test_a4
+import test_a5
 import wrong_a1
 import wrong_a2
 import wrong_a3
 import wrong_a4
+import wrong_a5
 from lesson import Lesson
 
 ASSIGNMENTS = {name: (tests.CHECKS, wrong.WRONG, wrong.RIGHT) for name, tests, wrong in (
     ("a1", test_a1, wrong_a1), ("a2", test_a2, wrong_a2), ("a3", test_a3, wrong_a3),
-    ("a4", test_a4, wrong_a4))}
+    ("a4", test_a4, wrong_a4), ("a5", test_a5, wrong_a5))}
 
 
 def sample(cases: list, every: int) -> list:
