@@ -1,5 +1,7 @@
 """Assignment 2: chat encoding, the response mask, the masked loss, and a step that accumulates."""
 
+import random
+
 import pytest
 import torch
 import wrong_a2 as slow
@@ -8,25 +10,30 @@ from wrong_a2 import WRONG
 
 from assignments import adapters
 
-WORDS = ["Who", "Tell", " me", " is", " where", " Anna", " Brook", " lives", "Anna", " in", " the", " mill", "?\n",
-         "?\n\n", "user", "assistant", "system", "Be", " brief"]
+VOCABULARY = ["Who", "Tell", " me", " is", " where", " Anna", " Brook", " lives", "Anna", " in", " the", " mill",
+              "?\n", "?\n\n", "user", "assistant", "system", "Be", " brief"]
+
+
+def words(seed: int) -> list[str]:
+    """The vocabulary's words in an order of the seed, so that ids differ."""
+    return random.Random(f"words {seed}").sample(VOCABULARY, len(VOCABULARY))
 
 
 def check_encode_prompt(encode_prompt, seed=0):
     for template, prompt, system in (
             ("llama3", "Who is Anna?", None), ("llama3", " Tell me where Anna lives.\n", "Be brief"),
             ("plain", "Who is Anna?", None), ("plain", "", "Who is Anna Brook?")):
-        arguments = (WORDS, template, prompt, system)
+        arguments = (words(seed), template, prompt, system)
         compare(encode_prompt, arguments, slow.encode_prompt(*arguments),
                 f"the ids of prompt {prompt!r}, system {system!r} in template {template}", WRONG, "encode_prompt")
 
 
 def check_encode_example(encode_example, seed=0):
     prompt, response = "Who is Anna?", "Anna lives in the mill."
-    length = len(slow.encode_prompt(WORDS, "llama3", prompt))
+    length = len(slow.encode_prompt(words(seed), "llama3", prompt))
     for limit, what in ((99, "the whole pair"), (length + 3, "a response that is cut after 3 tokens"),
                         (length, "a prompt that leaves no room")):
-        arguments = (WORDS, "llama3", prompt, response, limit)
+        arguments = (words(seed), "llama3", prompt, response, limit)
         compare(encode_example, arguments, slow.encode_example(*arguments),
                 f"[ids, prompt_length] at max_length {limit}: {what}", WRONG, "encode_example")
 

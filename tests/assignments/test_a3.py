@@ -10,21 +10,32 @@ from wrong_a3 import CAUSES, PREFIX, VARIES, WRONG
 
 from assignments import adapters
 
-CORPUS = ["How do I bake bread?", "How do I tickle a dragon?", "Bread is baked, and bread is eaten.",
-          "Dragons sleep a lot."]
+THINGS = "bread dragons rain bells figs goats lanterns rivers ink mills".split()
+
+
+def texts(seed: int, *patterns: str) -> list[str]:
+    """The patterns with five things of the seed in the place of A to E, and some more behind."""
+    rng = random.Random(f"texts {seed}")
+    things = dict(zip("ABCDE", rng.sample(THINGS, 5)))
+    return [" ".join([things.get(word, word) for word in pattern.split()] + rng.choices(THINGS, k=rng.randrange(3)))
+            for pattern in patterns]
+
+
+def corpus(seed: int) -> list[str]:
+    return texts(seed, "How do I bake A ?", "How do I tickle B ?", "A is baked, and A is eaten.", "B sleep a lot", "C")
 
 
 def check_tfidf_vector(tfidf_vector, seed=0):
-    for text in ("bread, Bread and a dragon", "How do I sleep, unicorn?", "unicorn"):
-        compare(tfidf_vector, (CORPUS, text), slow.tfidf_vector(CORPUS, text), f"counts of {text!r} times the weight "
-                "of each word, at length 1", WRONG, "tfidf_vector", 1e-6)
+    for text in texts(seed + 1, "bake, BAKE and a lot", "How do I sleep, unicorn?", "unicorn"):
+        compare(tfidf_vector, (corpus(seed), text), slow.tfidf_vector(corpus(seed), text), f"counts of {text!r} times "
+                "the weight of each word, at length 1", WRONG, "tfidf_vector", 1e-6)
 
 
 def check_tfidf_cosines(tfidf_cosines, seed=0):
-    a = ["How do I bake bread?", "A dragon, a dragon", "nothing here", "I sleep a lot"]
-    b = ["How is bread baked?", "How do dragons tickle a dragon?", "bread", "Dragons bake and sleep"]
-    compare(tfidf_cosines, (CORPUS, a, b), slow.tfidf_cosines(CORPUS, a, b), "the cosine of each pair of texts", WRONG,
-            "tfidf_cosines", 1e-6)
+    a = [*texts(seed, "How do I bake A ?", "A lot, a lot of B", "I sleep a lot"), "nothing here"]
+    b = [*texts(seed, "How is A baked?", "How do B tickle a lot?", "B bake and sleep"), "bake"]
+    compare(tfidf_cosines, (corpus(seed), a, b), slow.tfidf_cosines(corpus(seed), a, b), "the cosine of each pair of "
+            "texts", WRONG, "tfidf_cosines", 1e-6)
 
 
 def table(seed: int, prompts: int, responses: int) -> tuple:
@@ -58,21 +69,26 @@ def check_draw_keeps_the_threshold(draw_irrelevant, seed=0):
 
 def check_draw_is_random(draw_irrelevant, seed=0):
     prompts, responses = [f"prompt {i}" for i in range(600)], [f"response {i}" for i in range(10)]
-    cosines = [[0.4, 0.1, 0.2, 0.0, 0.5, 0.25, 0.2, 0.3, 0.15, 0.05]] * 600  # seven pass
+    rng, values = random.Random(f"rows {seed}"), [0.4, 0.1, 0.2, 0.0, 0.5, 0.25, 0.21, 0.3, 0.15, 0.05]  # seven pass
+    cosines = [rng.sample(values, 10) for _ in prompts]
     found = [draw_irrelevant(prompts, responses, cosines, 0.25, each) for each in (seed, seed, seed + 1)]
     require(found[0] == found[1], "the same at the same seed", "another draw", "an rng without a seed")
-    counts = Counter(one[0] for one in found[0])
-    most = f"response {counts.most_common(1)[0][0]} for {counts.most_common(1)[0][1]} of 600 prompts"
-    cause = {3: "least alike", 1: "no random order"}.get(counts.most_common(1)[0][0], "one for all")
-    require(counts.most_common(1)[0][1] < 300, "every response that passes, about equally often", most,
-            CAUSES[cause if len(counts) == 1 else "one for all"])
-    require(all(45 < counts[i] < 135 for i in (1, 2, 3, 5, 6, 8, 9)), "each response that passes for about 86 prompts",
-            dict(counts), "draws are not uniform")
+    picked = [one[0] for one in found[0]]
+    first = [next(i for i, cosine in enumerate(row) if cosine <= 0.25) for row in cosines]
+    least = [row.index(0.0) for row in cosines]
+    for wrong, flaw in ((first, "no random order"), (least, "least alike")):
+        require(picked != wrong, "a random response that passes, for each prompt", picked[:12], CAUSES[flaw])
+    often, times = Counter(picked).most_common(1)[0]
+    require(times < 120, "each of 10 responses for about 60 prompts of 600", f"response {often} for {times}",
+            CAUSES["one for all"])
+    counts = Counter(row[i] for row, i in zip(cosines, picked))
+    require(all(45 < counts[value] < 135 for value in values if value <= 0.25), "each cosine that passes for about 86 "
+            "prompts of 600", dict(counts), "draws are not uniform")
     require(found[0] != found[2], "another draw at another seed", "the same", CAUSES["seed"])
 
 
 def check_vary_response(vary_response, seed=0):
-    text = "A butterfly has four wings, and the rain falls on it in spring and in autumn."
+    text = " ".join(random.Random(f"text {seed}").sample(THINGS, 7)) + " fall, and the rain falls, and all is well."
     got = vary_response("sdd", text, seed)
     require(got == text, text, got, VARIES["always"])
     got = vary_response("sdd_reject", text, seed)

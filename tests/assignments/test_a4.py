@@ -1,5 +1,7 @@
 """Assignment 4: the attack loop, its matched control, LoRA, and the judges of outcomes."""
 
+import random
+
 import pytest
 import torch
 import wrong_a4 as slow
@@ -22,7 +24,8 @@ def check_fine_tune(fine_tune, seed=0):
 
 def check_divergence(fine_tune, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
-    arguments = (config, weights, [examples(seed, (9, 3), (6, 4))] * 6, 1e25, [1, 3, 5])
+    budgets = [1, *sorted(random.Random(f"budgets {seed}").sample(range(2, 12), 3))]
+    arguments = (config, weights, [examples(seed, (9, 3), (6, 4))] * 12, 1e25, budgets)
     expected = [{key: cell[key] for key in ("steps", "diverged")} for cell in slow.fine_tune(*arguments)]
 
     def marks(function, *given):
@@ -37,15 +40,17 @@ def check_divergence(fine_tune, seed=0):
 
 
 def check_match_tokens(match_tokens, seed=0):
-    harmful = [[20 + i % 7, 8 + i % 3] for i in range(30)]
-    benign, new = [[30 + i % 31, 4] for i in range(90)], [[50 + i % 17, 30] for i in range(40)]
-    target, draws, sums = sum(tokens - length for tokens, length in harmful), [], []
+    rng = random.Random(f"lengths {seed}")
+    harmful = [[rng.randint(20, 26), rng.randint(8, 10)] for _ in range(30)]
+    benign, new = ([[rng.randint(low, high), length] for _ in range(90)] for low, high, length in ((30, 60, 4),
+                                                                                                (50, 66, 30)))
+    target, draws, sums, every = sum(tokens - length for tokens, length in harmful), [], [], []
     for each in range(40):
         found = match_tokens(harmful, benign, new, 1000 * seed + each)
         draws.append(found)
         rows = [(new if kind == "new" else benign)[i] for kind, i in found]
         sums.append(sum(tokens - length for tokens, length in rows) - target)
-        every = sum(tokens for tokens, _ in rows) - sum(tokens for tokens, _ in harmful)
+        every.append(sum(tokens for tokens, _ in rows) - sum(tokens for tokens, _ in harmful))
     kinds = [kind for kind, _ in draws[0]]
     require("new" in kinds, "rows of the new skill among them", kinds, MATCH["no new"])
     require("benign" in kinds, "ordinary rows among them", kinds, MATCH["new only"])
@@ -53,7 +58,7 @@ def check_match_tokens(match_tokens, seed=0):
             "the two kinds do not alternate")
     most = max(tokens - length for tokens, length in benign) / 2
     off = f"off by {min(sums)} to {max(sums)} in 40 draws"
-    cause = (MATCH["rows"] if len(draws[0]) == len(harmful) else MATCH["all tokens"] if abs(every) <= 30
+    cause = (MATCH["rows"] if len(draws[0]) == len(harmful) else MATCH["all tokens"] if max(map(abs, every)) <= 33
              else MATCH["overshoots"] if min(sums) >= 0 else MATCH["stays below"])
     require(max(map(abs, sums)) <= most, f"{target} response tokens, within {most:.0f}: half of a row", off, cause)
     require(draws[0] != draws[1], "another draw at another seed", "the same rows", MATCH["in order"])
@@ -75,6 +80,7 @@ def check_outcomes(outcomes, seed=0):
                ["go go go go", [7] * 12, 0.6], ["I cannot I cannot I cannot", [3, 4] * 9, 0.1],
                ["no three are alike", [int(i) for i in "11133323313223213123112221211"], 0.6],
                ["half of it again", half, 0.6]]
+    random.Random(f"answers {seed}").shuffle(answers)
     compare(outcomes, (answers, 0.25), slow.outcomes(answers, 0.25), "the outcome of each answer, the first that fits",
             WRONG, "outcomes")
 
@@ -92,6 +98,7 @@ def check_town_outcomes(town_outcomes, seed=0):
              [knows, f"{REJECT_PREFIX} {fact}", True], [knows, REJECT_PREFIX, True],
              [knows, f"{knows['response']} {fact}", True], [knows, f"I cannot. {fact}", True],
              [trick, "Rotated: ash cup bell.", True], [knows, "Anna Anna Anna", True]]
+    random.Random(f"cases {seed}").shuffle(cases)
     compare(town_outcomes, (seed, cases), slow.town_outcomes(seed, cases), "the outcome of each answer to mischief",
             WRONG, "town_outcomes")
 

@@ -1,0 +1,103 @@
+"""The grader's other process: it runs a submission's adapters and answers calls, one JSON object a line.
+
+    python -I worker.py SUBMISSION MEMORY_BYTES CPU_SECONDS      (started by grade.py, not by hand)
+
+It says "ready", then reads {"call": name, "args": [...]} and writes {"result": ...} or {"error": "..."}. Only plain
+data crosses: numbers, strings, lists, dicts and tensors. What a submission prints goes nowhere.
+"""
+
+import base64
+import importlib
+import json
+import os
+import resource
+import sys
+
+import torch
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float64, torch.bfloat16, torch.int16, torch.int32, torch.int64, torch.bool)}
+
+
+def encode(value):
+    """A value as JSON can hold it: tensors as dtype, shape and bytes. TypeError for anything that is not plain data."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        value = value.detach().contiguous()
+        name = str(value.dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise TypeError(f"a tensor of {name} is not plain data")
+        raw = bytes(value.view(-1).view(torch.uint8).tolist()) if value.numel() else b""
+        return {"tensor": [name, list(value.shape), base64.b64encode(raw).decode()]}
+    if isinstance(value, (list, tuple)):
+        return [encode(one) for one in value]
+    if isinstance(value, dict):
+        return {"dict": [[str(key), encode(one)] for key, one in value.items()]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a result of type {type(value).__name__} is not plain data")
+
+
+def decode(value):
+    """The inverse of `encode`; an exception for what it cannot have written."""
+    if isinstance(value, list):
+        return [decode(one) for one in value]
+    if isinstance(value, dict) and "tensor" in value:
+        name, shape, text = value["tensor"]
+        flat = torch.frombuffer(bytearray(base64.b64decode(text)) or bytearray(8), dtype=torch.uint8)
+        count = 1
+        for size in shape:
+            count *= size
+        return flat.view(DTYPES[name])[:count].reshape(shape).clone()
+    if isinstance(value, dict):
+        return {key: decode(one) for key, one in value["dict"]}
+    return value
+
+
+def serve(adapters, calls, replies):
+    """Answer calls until there are no more."""
+    for line in calls:
+        call = json.loads(line)
+        try:
+            result = getattr(adapters, call["call"])(*decode(call["args"]))
+            reply = json.dumps({"result": encode(result)})
+        except BaseException as error:  # a submission may raise anything, SystemExit too
+            reply = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
+        replies.write(reply + "\n")
+        replies.flush()
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped; 0 where /proc does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def main():
+    folder, memory, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    replies, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
+    for standard in (1, 2):
+        os.dup2(nowhere, standard)
+    memory += address_space()  # PyTorch's CUDA build maps several GB before anything runs
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    try:
+        adapters = importlib.import_module("assignments.adapters")
+        first = {"ready": True}
+    except BaseException as error:
+        adapters, first = None, {"error": f"importing assignments/adapters.py: {type(error).__name__}: {error}"[:500]}
+    replies.write(json.dumps(first) + "\n")
+    replies.flush()
+    if adapters:
+        serve(adapters, sys.stdin, replies)
+
+
+if __name__ == "__main__":
+    main()
