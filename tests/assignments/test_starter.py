@@ -135,3 +135,24 @@ def test_a_handout_says_what_the_stubs_and_the_tests_say(assignment):
     for part in ("**You will understand**", "## Background", "(1)", "**Deliverable**", "<details><summary>Hint"):
         assert part in text, part
     assert len(text.split()) < 1000  # two pages
+
+
+INTERLEAVED = """    turned = torch.empty_like(x)
+    a, b = x[..., ::2], x[..., 1::2]
+    turned[..., ::2], turned[..., 1::2] = a * cos - b * sin, b * cos + a * sin
+    return turned
+"""
+
+
+@pytest.mark.slow
+def test_a_student_reads_the_cause_above_the_traceback(tmp_path):
+    """A wrong body in a starter, and what pytest prints."""
+    make_starter(tmp_path / "try", [stub for stub in STUBS if stub[1] == "apply_rope"])
+    path = tmp_path / "try/model.py"
+    path.write_text(re.sub(r'    raise NotImplementedError\("a1.*\n', lambda _: INTERLEAVED, path.read_text()))
+    out = subprocess.run([sys.executable, "-m", "pytest", "-m", "a1", "-k", "rope"], cwd=tmp_path / "try",
+                         capture_output=True, text=True).stdout
+    cause, traceback = out.index("Lesson: interleaved RoPE"), out.index("tests/assignments/test_a1.py:")
+    assert cause < traceback and "expected     dimension i turned together with i + D/2" in out
+    assert re.search(r"^FAILED \S*test_a1\[rope\] - Lesson: interleaved", out, re.M), out
+    assert "1 failed, 1 passed" in out  # the frequencies are right
