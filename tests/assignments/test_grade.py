@@ -243,3 +243,14 @@ def test_a_changed_grader_is_put_back_and_scores_nothing(tmp_path):
                              "a3", "--seed", "1", "--out", tmp_path / "grade.json"], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "total 0 of 100" and "files were changed" in result.stdout
     assert target.read_bytes() == (ROOT / "tests/assignments/test_a3.py").read_bytes()
+
+
+@pytest.mark.slow
+def test_without_namespaces_the_same_points(tmp_path):
+    """Where unshare is not permitted: a right submission scores, and one that never ends is ended."""
+    make_starter(tmp_path / "solved", [])
+    rows = grade.grade_checks(test_a3.CHECKS, grade.Submission(tmp_path / "solved", 60, MEMORY, False), seed=5)
+    assert sum(row["points"] for row in rows) == 100
+    endless_loop(tmp_path / "solved")
+    rows = grade.grade_checks(test_a3.CHECKS, grade.Submission(tmp_path / "solved", 5, MEMORY, False), seed=5)
+    assert sum(row["points"] for row in rows) == 0 and "out of time" in rows[0]["said"]
