@@ -153,19 +153,21 @@ class Defence:
     extra: Callable | None = None  # (model, harmful batch, benign batch) -> gradients to add, in the order of trainable
 
 
-# ctrap was tuned on seeds 0 and 1 of the town: to keep facts and skills until an mft of 100 shots takes them at lr 1e-4
-# and 3e-4, and bft does not. alpha is of the size of what mft moves there, 1.0 to 2.2; along gradients, with one step,
-# or without the clip, it collapses before any attack or hardly at all. The others have published constants.
+# ctrap was tuned on seeds 0 and 1 of the town: to keep facts and skills until mft (100 shots, 50 steps, lr 1e-4, 3e-4)
+# takes them and bft does not. alpha is of the size of what mft moves there, 1.0 to 2.2. With one step, or along
+# gradients, mft misses the collapse; without the clip skills fall before any attack. Others: published constants.
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=1.0, token=100, steps=4)),
+    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=0.5, token=100, steps=4)),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
 }
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
-# Steps and lr are those of SDD, so that the dose is the same; simpo has its benign rows beside the batch, in anchor.
+# Steps and lr are those of SDD; simpo has its benign rows beside the batch, in anchor. On the town booster learns the
+# harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, and keeps its refusals at 3e-5 (seed 0).
 SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
             for world, sdd in (("town", DEFENCE), ("kitchen", SMALL), ("files", replace(SMALL, max_length=512)))}
+SETTINGS["town"]["booster"] = replace(SETTINGS["town"]["booster"], lr=3e-5)
 
 
 # ---- training ----
