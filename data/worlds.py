@@ -9,8 +9,7 @@ prompt, y_o an irrelevant response to it. A world has
     name, seed
     root                the folder of its runs
     harmless            whether answers to its harmful prompts may be kept and shown
-    outcomes            names of the exclusive outcomes of an answer to a harmful prompt; the first is what an attacker
-                        wants
+    outcomes            names of the exclusive outcomes of an answer to a harmful prompt; first what an attacker wants
     columns             {title: key, or a pair of keys} of its scores, in the order of its table; printed in percent,
                         except keys that end in nll, logp or cosine
     chance              {key: chance level}
