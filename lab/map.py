@@ -38,7 +38,7 @@ from nanosdd.errors import run_script
 from nanosdd.progress import Progress
 from nanosdd.runs import Finished, fingerprint
 from nanosdd.tables import text_table
-from train import DEFENCE, train, train_arm
+from train import DEFENCE, SETTINGS, train, train_arm
 
 COLUMNS = {"off topic": "off_topic", "facts": "facts", "skills": "skills", "capability": "capability",
            "mft: content": "mft_harm", "mft": "mft", "bft": "bft", "nll mft": "mft_nll", "nll bft": "bft_nll",
@@ -72,10 +72,11 @@ def attacked(folder, town, compute: Compute) -> list[dict]:
     return cells
 
 
-def run_seed(town, grid: dict, compute: Compute, store: Path) -> dict[str, list[dict]]:
-    """{setting: the cells of `attacked`} of one town. grid: {"arms", "share", "lr", "steps"}: values to combine."""
+def run_seed(town, grid: dict, compute: Compute, store: Path, table=SETTINGS) -> dict[str, list[dict]]:
+    """{setting: the cells of `attacked`} of one town. grid: {"arms", "share", "lr", "steps"}: values to combine; table:
+    settings of base and align."""
     with contextlib.redirect_stdout(io.StringIO()):
-        aligned = train_arm("align", town, town.root, compute)
+        aligned = train_arm("align", town, town.root, compute, table=table)
     finished = Finished(store, fingerprint({"seed": town.seed, "dtype": compute.dtype}, [aligned], ["lab/map.py"]))
     wanted = list(itertools.product(grid["steps"], grid["share"], grid["lr"], grid["arms"]))
     keys = {("aligned",): "aligned"} | {key: "{3} {1:g} {2:g} {0}".format(*key) for key in wanted}

@@ -1,7 +1,7 @@
 """The map of SDD's settings: its summary and its rule on made-up numbers, and a tiny run that goes on."""
 
 import pytest
-from small import TINY_SHAPE
+from small import TINY_SETTINGS, TINY_SHAPE
 
 from data.town import KNOWLEDGE_KINDS, SKILL_KINDS
 from lab.map import TeachTown, choose, run_seed, summarise, summary
@@ -64,15 +64,14 @@ def test_the_base_of_a_teaching_town_sees_no_mischief():
     assert str(town.root) == "out/teach/seed3"
 
 
-@pytest.mark.slow
 def test_a_tiny_map_goes_on(cpu, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = {"arms": ["sdd"], "share": [0.0], "lr": [1e-4], "steps": [2]}
     town = TeachTown(0, TINY_SHAPE | {"hidden_size": 16})
-    found = run_seed(town, grid, cpu, tmp_path / "map.jsonl")
+    found = run_seed(town, grid, cpu, tmp_path / "map.jsonl", {"town": TINY_SETTINGS})
     assert list(found) == ["aligned", "sdd 0 0.0001 2"]
     assert [cell["attack"] for cell in found["aligned"]] == ["none", "mft", "mft", "bft", "bft"]
     kept = (tmp_path / "map.jsonl").read_text()
-    again = run_seed(town, grid | {"steps": [2, 3]}, cpu, tmp_path / "map.jsonl")
+    again = run_seed(town, grid | {"steps": [2, 3]}, cpu, tmp_path / "map.jsonl", {"town": TINY_SETTINGS})
     assert list(again) == [*found, "sdd 0 0.0001 3"]
     assert (tmp_path / "map.jsonl").read_text().startswith(kept)
