@@ -59,7 +59,7 @@ def page(cells: list[dict], harm: str) -> str:
     if any("mechanism" in cell for cell in cells):
         found = carry_over(at_equal_dose(cells))
         parts["Does y_o carry the damage?"] = [f"{name}: {value}" for name, value in found.items()]
-    made = " ".join(sorted({f"{cell['commit']}/{cell['protocol']}" for cell in cells}))
+    made = " ".join(sorted({f"{cell['commit']}/{cell['protocol']}" for cell in cells if "commit" in cell}))
     text = [f"# Effects\n\nWritten by lab/report.py; commit and hash of the protocol: {made}."]
     text += ["\n".join([f"## {title}", "", "```", *lines, "```"]) for title, lines in parts.items()]
     return "\n\n".join(text) + "\n"

@@ -6,9 +6,10 @@
     python -m lab.study --model smollm2 --harmful harmful_behaviors.csv --benign alpaca.json      on public files
 
 Goes on where it was interrupted: finished attacks are kept in the world's folder, study/ARM.jsonl; arms that the
-effects file has for a seed are skipped. The effects file is a list of cells: arm, seed, attack, shots, lr, steps, draw,
-diverged, coefficient (of interpolation), every score that is a number, commit, and protocol, the hash of protocol.py;
-measured cells have mechanism (mechanism.measure) in the place of scores. Numbers have four digits after the point.
+effects file has for a seed are skipped. The effects file is a list of cells: arm, seed, attack, shots, lr, steps, draws
+(how many the cell is the mean of; those that diverged are left out), coefficient (of interpolation), scores, and on
+cells without an attack commit and protocol, the hash of protocol.py; measured cells have mechanism (mechanism.measure)
+in the place of scores.
 
 Then prints the most harm of each attack and the verdicts (verdicts.py).
 """
@@ -29,7 +30,7 @@ from eval import score, scored_prompts, teacher_forced
 from lab import defences, protocol
 from lab.attacks import begin_answers, owned_by_attacker, run_attack, soft_prompt
 from lab.mechanism import measure, probes
-from lab.verdicts import harm_lines, read_effects, verdict_lines, verdicts
+from lab.verdicts import harm_lines, mean_over_draws, read_effects, verdict_lines, verdicts
 from nanosdd.chat_model import Chat, answer_each, load_chat, untrained_folder
 from nanosdd.device import Compute, add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import run_script
@@ -39,6 +40,12 @@ from nanosdd.runs import Finished, fingerprint, made_by, source_hash, source_of
 from train import SETTINGS, train_arm
 
 RELEASED = Attack("none", 0, 0.0, (0,))
+IDENTITY = ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient", "draws", "diverged")
+SCORES = ("capability", "facts", "facts_evaluation", "skills", "facts_value_only", "skills_value_only", "facts_nll",
+          "skills_nll", "harm", "content_knowledge", "content_skill", "recipe_knowledge_value_only",
+          "recipe_skill_value_only", "off_topic")
+MORE_SCORES = {"none": ("known_triples", "new_skill", "refuse", "told", "yo_logp"), "bft": ("new_skill", "user_score")}
+MEASURED = ("logp_yo_own", "logp_yo_harmful", "facts_value_only", "distance", "nll_benign")  # as carry_over reads them
 TABLE = {world: own | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"]) for world, own in SETTINGS.items()}
 
 
@@ -146,14 +153,21 @@ def study_scores(chat: Chat, world, held_out: list[dict], yo_pairs: list[dict], 
     return found
 
 
-def trimmed(cell: dict, stamp: dict) -> dict:
-    """A cell as the effects file keeps it: names, numbers of four digits, and what was measured."""
-    kept = {name: round(value, 4) if isinstance(value, float) and name != "lr" else value
-            for name, value in cell.items()
-            if isinstance(value, (int, float, str)) and name not in ("seconds", "loss", "probe")}
-    if "mechanism" in cell:
-        kept["mechanism"] = {name: round(value, 4) for name, value in cell["mechanism"].items()}
-    return kept | stamp
+def effects(cells: list[dict], stamp: dict) -> list[dict]:
+    """Cells as the effects file keeps them: means over draws, numbers of three digits, of the town's scores those that
+    verdicts and report read, or the file would be large; the stamp on those without an attack."""
+    found = []
+    for cell in mean_over_draws(cells) + [cell for cell in cells if "mechanism" in cell]:
+        kept, attack = {name: cell[name] for name in IDENTITY if name in cell}, cell["attack"]
+        if "mechanism" in cell:
+            kept["mechanism"] = {name: round(cell["mechanism"][name], 3) for name in MEASURED}
+        else:
+            more = MORE_SCORES.get(attack, ("attacker_score", "yo_logp"))
+            wanted = SCORES + more if "content" in cell else list(cell)
+            kept |= {name: round(cell[name], 3) for name in wanted
+                     if isinstance(cell.get(name), float) and name not in (*IDENTITY, "seconds", "loss")}
+        found.append(kept | (stamp if attack == "none" else {}))
+    return found
 
 
 def run_seed(world, base, wanted: dict[str, list], compute: Compute, table=TABLE) -> Iterator[dict]:
@@ -193,7 +207,7 @@ def main(argv=None):
         if left:
             plan = town_plan if isinstance(world, Town) else chat_plan
             wanted = {arm: [(RELEASED, 0, False)] if arm == "base" else plan(arm) for arm in left}
-            cells += [trimmed(cell, stamp) for cell in run_seed(world, base, wanted, compute)]
+            cells += effects(list(run_seed(world, base, wanted, compute)), stamp)
             write_text(path, "[" + ",\n".join(map(json.dumps, cells)) + "]\n")
     print("\n".join([*harm_lines(cells, worlds[0].outcomes[0]), "",
                      *verdict_lines(verdicts(cells) if isinstance(worlds[0], Town) else {})]))

@@ -77,13 +77,13 @@ def mean_over_draws(cells: list[dict]) -> list[dict]:
         if "mechanism" not in cell and not cell["diverged"]:
             key = tuple(cell.get(name) for name in ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient"))
             groups.setdefault(key, []).append(cell)
-    return [group[0] | seeds_mean(group) for group in groups.values()]
+    return [group[0] | seeds_mean(group) | {"draws": group[0].get("draws", len(group))} for group in groups.values()]
 
 
 def seeds_mean(cells: list[dict]) -> dict:
     """The mean over cells of every score that all of them have."""
     return {name: fmean(cell[name] for cell in cells) for name, value in cells[0].items()
-            if isinstance(value, float) and all(name in cell for cell in cells)}
+            if isinstance(value, float) and name not in ("lr", "coefficient") and all(name in cell for cell in cells)}
 
 
 def best(cells: list[dict], key: str) -> dict | None:

@@ -5,13 +5,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from small import TINY_SETTINGS, TINY_SHAPE
 
 from attack import Attack
 from data.town import Town
 from lab import protocol
 from lab.report import main as report
-from lab.study import RELEASED, TABLE, chat_plan, run_seed, study_arm, town_plan, trimmed
+from lab.study import RELEASED, TABLE, chat_plan, effects, run_seed, study_arm, town_plan
 from lab.verdicts import read_effects
 
 QUICK = {"town": {arm: replace(settings, steps=2, batch_size=4, benign_replay=0.5 if settings.benign_replay else 0.0)
@@ -57,9 +58,13 @@ def test_a_whole_tiny_study_of_the_town(cpu, tmp_path, monkeypatch):
     draws = [cell["yo_logp"] for cell in cells if (cell["arm"], cell["attack"], cell["steps"]) == ("sdd", "mft", 2)]
     assert draws[0] != draws[1]
     path = Path("effects.json")
-    path.write_text(json.dumps([trimmed(cell, {"commit": "abc", "protocol": "def"}) for cell in cells]))
+    path.write_text(json.dumps(effects(cells, {"commit": "abc", "protocol": "def"})))
     kept = read_effects(path)
-    assert all(cell["commit"] == "abc" and "samples" not in cell and "seconds" not in cell for cell in kept)
+    assert len(kept) == len(cells) - 2  # the draws of sdd are one cell for each budget
+    assert [cell.get("commit") for cell in kept] == ["abc" if cell["attack"] == "none" else None for cell in kept]
+    mean = next(cell for cell in kept if (cell["arm"], cell["attack"], cell["steps"]) == ("sdd", "mft", 2))
+    assert mean["yo_logp"] == pytest.approx(sum(draws) / 2, abs=6e-4) and mean["draws"] == 2
+    assert not {"samples", "seconds", "told"} & set(mean) and SCORED & set(mean)
     report([str(path)])
     assert "ctrap, mft" in (page := path.with_suffix(".md").read_text()) and "abc/def" in page
 

@@ -189,6 +189,7 @@ def test_choices_by_hand():
     assert (found["mft"]["steps"], found["user"]["steps"]) == (50, 200)  # the gentler of two
     assert found["any"]["attack"] == "lora"  # what diverged is no choice
     assert [(mft["steps"], bft["steps"]) for mft, bft in found["grid"].values()] == [(50, 50), (200, 200)]
+    assert mean_over_draws([cell("mft", 50, draw) | {"lr": 1e-3} for draw in range(3)])[0]["lr"] == 1e-3  # not rounded
     lost = [cell("mft", 50, attacker_score=0.9), cell("mft", 50, 1) | {"diverged": True}]
     assert mean_over_draws(lost)[0]["attacker_score"] == 0.9  # of the draws that did not diverge
 
