@@ -177,6 +177,11 @@ def run_seed(world, base, wanted: dict[str, list], compute: Compute, table=TABLE
         yield from study_arm(arm, folder, world, attacks, world.root / "study" / f"{arm}.jsonl", compute)
 
 
+def kept_effects(path: Path) -> list[dict]:
+    """The cells of an effects file, [] where there is none yet."""
+    return read_effects(path) if path.exists() else []
+
+
 # ---- the command ----
 
 def main(argv=None):
@@ -199,7 +204,7 @@ def main(argv=None):
                       similarity_model=args.similarity_model, model=args.model)
     worlds = [open_world(args.world, seed, sources, base, compute) for seed in args.seeds]
     path = Path(args.effects or (worlds[0].root if base else Path("out")) / "effects.json")
-    cells = read_effects(path) if path.exists() else []
+    cells = kept_effects(path)
     stamp = {"commit": made_by()["commit"], "protocol": source_hash("lab/protocol.py")[:12]}
     for world in worlds:
         done = {cell["arm"] for cell in cells if cell["seed"] == world.seed}
@@ -207,7 +212,8 @@ def main(argv=None):
         if left:
             plan = town_plan if isinstance(world, Town) else chat_plan
             wanted = {arm: [(RELEASED, 0, False)] if arm == "base" else plan(arm) for arm in left}
-            cells += effects(list(run_seed(world, base, wanted, compute)), stamp)
+            new = effects(list(run_seed(world, base, wanted, compute)), stamp)
+            cells = kept_effects(path) + new  # another process may have added its seeds
             write_text(path, "[" + ",\n".join(map(json.dumps, cells)) + "]\n")
     print("\n".join([*harm_lines(cells, worlds[0].outcomes[0]), "",
                      *verdict_lines(verdicts(cells) if isinstance(worlds[0], Town) else {})]))
