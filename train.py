@@ -77,8 +77,8 @@ class Settings:
 
 # On the town, SDD's lr and steps were chosen by the rule in lab/map.py on seeds 0 and 1, its rehearsed variant's by an
 # earlier rule on seeds 0 to 4 (docs/log.md), base and align on seed 0.
-DEFENCE = Settings(steps=300, batch_size=32, lr=3e-5, max_length=128, warmup=0.05)
-REHEARSED = replace(DEFENCE, lr=3e-4, benign_replay=0.95)
+DEFENCE = Settings(steps=1500, batch_size=32, lr=3e-6, max_length=128, warmup=0.05)
+REHEARSED = replace(DEFENCE, steps=300, lr=3e-4, benign_replay=0.95)
 # For small chat models, by tuning questions of the kitchen and SmolLM2-135M (docs/log.md); the paper's is Settings().
 SMALL = Settings(steps=50, batch_size=12, lr=2e-5, max_length=256)
 VARIANTS = ("refusal", "new_refusal", "constant", "sdd", "sdd_rehearsed", "sdd_reject", "shuffled", "benign")

@@ -163,10 +163,10 @@ DEFENCES = {
     "simpo": Defence(loss=simpo, extra=anchor),
 }
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
-# Steps are those of SDD, and the lr off the town; simpo has its benign rows beside the batch, in anchor. On the town
+# Off the town steps and lr are those of SDD; simpo has its benign rows beside the batch, in anchor. On the town
 # booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, and keeps its refusals at 3e-5.
 SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
-            for world, sdd in (("town", replace(DEFENCE, lr=3e-4)), ("kitchen", SMALL),
+            for world, sdd in (("town", replace(DEFENCE, steps=300, lr=3e-4)), ("kitchen", SMALL),
                                ("files", replace(SMALL, max_length=512)))}
 SETTINGS["town"]["booster"] = replace(SETTINGS["town"]["booster"], lr=3e-5)
 
