@@ -19,6 +19,7 @@ import data.answers
 import data.chat
 import data.pairs
 import data.worlds
+import lab.defences
 import model
 import nanosdd.split_adamw
 import sdd_loss
@@ -264,3 +265,37 @@ def drift(values, grad, lr, steps):
         optimizer.step()
     change = (optimizer.master(weight) - values.float()).abs().mean()
     return [float(change) / lr, float((weight.detach() != values).float().mean())]
+
+
+# ---- assignment 6: one of three ----
+
+def booster(config, weights, harmful, benign, alpha, strength):
+    """Two batches of examples -> {"gradients": {name: what is added}, "weights": the weights afterwards}."""
+    made = llama(config, weights)
+    batches = (data.chat.collate([Example(*one) for one in rows]) for rows in (harmful, benign))
+    found = lab.defences.booster(made, *batches, alpha=alpha, strength=strength)
+    return {"gradients": dict(zip([name for name, _ in made.named_parameters()], found, strict=True)),
+            "weights": made.state_dict()}
+
+
+def preferences(pairs):
+    """[ids with the refusal, prompt_length, ids with the harmful answer or None] -> Examples."""
+    return [Example(ids, length, None if rejected is None else Example(rejected, length))
+            for ids, length, rejected in pairs]
+
+
+def deepalign(pairs, limit, longest, seed):
+    """Pairs as of `preferences` -> examples [ids, prompt_length]."""
+    found = lab.defences.deepalign(preferences(pairs), random.Random(seed), limit, longest)
+    return [[one.ids, one.prompt_length] for one in found]
+
+
+def simpo(config, weights, pairs, global_tokens, beta, gamma):
+    """Pairs as of `preferences` -> [loss, its gradient by lm_head (V,C)], or "InputError"."""
+    made = llama(config, weights)
+    try:
+        value = lab.defences.simpo(made, data.chat.collate(preferences(pairs)), global_tokens, beta, gamma)
+    except InputError:
+        return "InputError"
+    value.backward()
+    return [float(value.detach()), made.lm_head.weight.grad]

@@ -42,8 +42,12 @@ STUBS = [  # (file, qualified name, assignment, what to write)
     ("nanosdd/split_adamw.py", "join", "a5", "the fp32 number of two halves"),
     ("nanosdd/split_adamw.py", "round_stochastically", "a5", "one of two neighbours, with mean x"),
     ("nanosdd/split_adamw.py", "_update", "a5", "one AdamW step on the fp32 master"),
+    ("lab/defences.py", "booster", "a6", "what flattens the harmful loss in a harmful step"),
+    ("lab/defences.py", "deepalign", "a6", "refusals that begin in the middle of a harmful answer"),
+    ("lab/defences.py", "simpo", "a6", "a preference for the refusal over the harmful answer"),
 ]
-ASSIGNMENTS = ("a1", "a2", "a3", "a4", "a5")  # a0 takes no body out
+ASSIGNMENTS = ("a1", "a2", "a3", "a4", "a5", "a6")  # a0 takes no body out
+ONE_IS_ENOUGH = ("a6",)  # of its bodies a student chooses one
 LEFT_OUT = (".ci/", ".github/", "bench/", "tests/", "docs/harm.png", "docs/mechanism.png", "docs/draw_idea.py")
 KEPT_TESTS = ("tests/conftest.py", "tests/small.py", "tests/assignments/")
 NOT_FOR_STUDENTS = ("tests/assignments/test_course.py", "tests/assignments/test_grade.py",

@@ -31,10 +31,17 @@ class Check(NamedTuple):
     function: Callable  # of the named adapters and a seed
     adapters: tuple[str, ...]
     points: int
+    choice: str = ""  # where an assignment lets one choose, the choice that it belongs to; the best one counts
 
     @property
     def name(self) -> str:
         return self.function.__name__.removeprefix("check_")
+
+
+def full_marks(checks: list[Check]) -> dict[str, int]:
+    """{choice: the points that it can earn}; "" stands for an assignment without a choice."""
+    return {choice: sum(check.points for check in checks if check.choice == choice)
+            for choice in dict.fromkeys(check.choice for check in checks)}
 
 
 def fail(expected, got, cause: str):

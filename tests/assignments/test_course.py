@@ -8,17 +8,19 @@ import test_a2
 import test_a3
 import test_a4
 import test_a5
+import test_a6
 import wrong_a0
 import wrong_a1
 import wrong_a2
 import wrong_a3
 import wrong_a4
 import wrong_a5
-from lesson import Lesson
+import wrong_a6
+from lesson import Lesson, full_marks
 
 ASSIGNMENTS = {name: (tests.CHECKS, wrong.WRONG, wrong.RIGHT) for name, tests, wrong in (
     ("a0", test_a0, wrong_a0), ("a1", test_a1, wrong_a1), ("a2", test_a2, wrong_a2), ("a3", test_a3, wrong_a3),
-    ("a4", test_a4, wrong_a4), ("a5", test_a5, wrong_a5))}
+    ("a4", test_a4, wrong_a4), ("a5", test_a5, wrong_a5), ("a6", test_a6, wrong_a6))}
 
 
 def sample(cases: list, every: int) -> list:
@@ -57,5 +59,5 @@ def test_a_right_solution_passes_however_it_is_written(assignment, adapter, func
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 def test_there_are_five_mistakes_and_two_right_solutions_at_least(assignment):
     checks, wrong, right = ASSIGNMENTS[assignment]
-    assert len(wrong) >= 5 and len(right) >= 2 and sum(check.points for check in checks) == 100
+    assert len(wrong) >= 5 and len(right) >= 2 and set(full_marks(checks).values()) == {100}
     assert {mistake.adapter for mistake in wrong} == {name for check in checks for name in check.adapters}

@@ -11,13 +11,14 @@ import test_a2
 import test_a3
 import test_a4
 import test_a5
+import test_a6
 
 from assignments import adapters, grade
 from assignments.make_starter import ROOT, STUBS, make_starter
 from assignments.worker import decode, encode
 
 MEMORY = 2 * 2**30
-TESTS = {"a0": test_a0, "a1": test_a1, "a2": test_a2, "a3": test_a3, "a4": test_a4, "a5": test_a5}
+TESTS = {"a0": test_a0, "a1": test_a1, "a2": test_a2, "a3": test_a3, "a4": test_a4, "a5": test_a5, "a6": test_a6}
 
 
 def only(*assignments: str) -> list:
@@ -47,9 +48,9 @@ def test_the_reference_scores_everything(tmp_path, capsys):
     shutil.copy(ROOT / "assignments/a0.json", tmp_path / "solved/assignments/a0.json")
     grade.main([str(tmp_path / "solved"), "--seed", "11", "--out", str(tmp_path / "grade.json")])
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "total 600 of 600" and "public tests" in out
+    assert out.splitlines()[-1] == "total 700 of 700" and "public tests" in out
     result = json.loads((tmp_path / "grade.json").read_text())
-    assert result["total"] == 600 and result["missing"] == [] and result["seed"] == 11
+    assert result["total"] == 700 and result["missing"] == [] and result["seed"] == 11
 
 
 def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
@@ -65,6 +66,14 @@ def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
 def test_parts_of_an_assignment_score_on_their_own(tmp_path):
     make_starter(tmp_path / "part", [stub for stub in only("a3") if stub[1] != "vary_response"])
     assert total(tmp_path / "part", "a3")[:2] == (15, 100)
+
+
+@pytest.mark.slow
+def test_one_of_three_defences_is_full_marks(tmp_path):
+    make_starter(tmp_path / "one", [stub for stub in only("a6") if stub[1] != "simpo"])
+    points, of, said = total(tmp_path / "one", "a6")
+    assert (points, of) == (100, 100) and said == ["not counted: simpo is"] * 3 + ["", ""]
+    assert grade.missing_files(tmp_path / "one", ["a6"]) == []
 
 
 # ---- cheats: a starter of a3, or of what is named, and something that pretends ----
@@ -204,7 +213,7 @@ def test_a_cheat_scores_nothing(cheat, tmp_path):
 @pytest.mark.slow
 def test_memorised_answers_score_nothing_at_another_seed(tmp_path):
     """Every answer to seed 0 is stored, in the order of the calls, and given again."""
-    markers = ("a1", "a2", "a3", "a4", "a5")
+    markers = ("a1", "a2", "a3", "a4", "a5", "a6")
     stored = {}
     for marker in markers:
         for check in TESTS[marker].CHECKS:
@@ -226,7 +235,7 @@ stored = json.loads((Path(__file__).parent.parent / "stored.json").read_text())
 __getattr__ = lambda name: lambda *a: decode(stored[name].pop(0))
 """)
     points, of, said = total(tmp_path / "cheat", *markers, seed=7)
-    assert (points, of) == (0, 500) and all(said)
+    assert (points, of) == (0, 600) and all(said)
     assert total(tmp_path / "cheat", "a1", seed=0)[0] == 100  # the cheat itself works
 
 
