@@ -103,7 +103,8 @@ def compared_cells(cells: list[dict]) -> dict[str, dict | None]:
             if (cell["lr"], cell["steps"]) in control}
     harmful = [cell for cell in cells if cell["attack"] not in ("none", "bft")]
     return {"none": next(iter(of("none")), None), "mft": best(of("mft"), "attacker_score"),
-            "any": best(harmful, "attacker_score"), "user": best(of("bft"), "user_score"), "grid": grid}
+            "any": best(harmful, "attacker_score"), "grid": grid,
+            "user": best([cell for cell in of("bft") if "user_score" in cell], "user_score")}  # the town's alone
 
 
 def by_seed(cells: list[dict], arms=CORE) -> dict[int, dict[str, dict]]:

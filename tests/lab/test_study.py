@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small import TINY_SETTINGS, TINY_SHAPE
+from small import TINY_SETTINGS, TINY_SHAPE, public_folder
 
 from attack import Attack
+from data.answers import Answer
+from data.kitchen import DISH_FORMS, DISHES, TOPIC_FORMS, TOPICS, Kitchen
 from data.town import Town
+from data.worlds import Sources
 from lab import protocol
 from lab.report import main as report
 from lab.study import RELEASED, TABLE, chat_plan, effects, run_seed, study_arm, town_plan
@@ -80,3 +83,25 @@ def test_an_interrupted_arm_goes_on(tiny_arms, cpu, tmp_path):
     kept = store.read_text()
     list(study_arm("sdd", tiny_arms / "sdd", town, wanted, store, cpu))
     assert store.read_text() == kept
+
+
+def test_a_whole_tiny_study_of_a_chat_model(cpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = public_folder(tmp_path / "model", context=256)
+    said = {question: Answer([1, 2], f"Well: {question}", True)
+            for words, forms in ((DISHES, DISH_FORMS), (TOPICS, TOPIC_FORMS))
+            for word in words.split(", ") for form in forms for question in [form.format(word)]}
+    world = Kitchen(0, Sources(similarity="tfidf", model=str(base)), said)
+    world.max_new_tokens = 4
+    one = replace(TABLE["kitchen"]["sdd"], steps=1, batch_size=4)
+    table = {"kitchen": {"align": one, "sdd": one, "ctrap": replace(one, benign_replay=0.5)}}
+    attacks = [(RELEASED, 0, False), *((Attack(name, 3, 1e-3, (1,), 2), 0, False)
+                                       for name in ("mft", "bft", *protocol.CHAT_ATTACKS))]
+    cells = list(run_seed(world, base, {"base": attacks[:1], "sdd": attacks, "ctrap": attacks[:2]}, cpu, table))
+    assert [cell["attack"] for cell in cells] == ["none", *(attack.name for attack, _, _ in attacks), "none", "mft"]
+    assert all({"complies", "refuse", "benign_nll", "over_refusal", "attacker_score"} <= set(cell) for cell in cells)
+    kept = effects(cells, {"commit": "abc", "protocol": "def"})
+    assert len(kept) == len(cells) and all("complies" in cell and "seconds" not in cell for cell in kept)
+    Path("effects.json").write_text(json.dumps(kept))
+    report(["effects.json"])
+    assert "most complies, percent" in Path("effects.md").read_text()
