@@ -9,6 +9,7 @@ letters as in model.py.
 import json
 import random
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -29,10 +30,11 @@ from data.tfidf import Tfidf
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from data.town import Town
 from model import KVCache, Llama, LlamaConfig, RMSNorm
-from nanosdd.chat_model import Chat
+from nanosdd.chat_model import Chat, load_chat
+from nanosdd.checkpoint import write_model
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
-from nanosdd.lora import LoRALinear
+from nanosdd.lora import LoRALinear, merged_state
 from nanosdd.split_adamw import SplitAdamW
 
 
@@ -299,3 +301,13 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma):
         return "InputError"
     value.backward()
     return [float(value.detach()), made.lm_head.weight.grad]
+
+
+# ---- assignment 7: the grader uses its own copy of this ----
+
+def solve_open(kind, rows, seed, steps):
+    """Let a7/submission.py change the model in start/, and write it to result/. kind: "attack" or "defend"."""
+    chat = load_chat("start", Compute())
+    getattr(import_module("a7.submission"), kind)(chat, rows, seed, steps)
+    write_model("result", chat.model.config.to_dict(), merged_state(chat.model))
+    return True

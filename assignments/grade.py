@@ -15,8 +15,9 @@ processes; elsewhere it has both, and the table says so. It always runs as the u
 user can read, the solution too: it is the public project. Grade strangers' code in a container, or as a user of its
 own. If the tests of this copy change while a submission runs, they are put back and the submission scores 0.
 
-These are the public tests. Prints the table, as its last line `total X of Y`, and writes JSON (--out). a0 earns points
-for a complete sheet; a person reads its explanation.
+These are the public tests. Prints the table, as its last line `total X of Y`, and writes JSON (--out). The open problem
+(a7) is graded where it is handed in: five towns, about 20 minutes. a0 earns points for a complete sheet; a person reads
+its explanation.
 """
 
 import argparse
@@ -43,6 +44,9 @@ from assignments.worker import decode, encode  # noqa: E402
 from nanosdd.errors import escaped  # noqa: E402
 
 MARKERS = ("a0", "a1", "a2", "a3", "a4", "a5", "a6")
+OPEN = "a7"  # the open problem
+OPEN_TIME = ("one takes about 4 minutes of one CPU core, five about 20, and more with the submission (measured: 156 s "
+             "to train, 70 s to attack, AMD EPYC, 2026-11-24)")
 MOST_BYTES = 2**26  # of one reply
 UNSHARE = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
 
@@ -56,8 +60,9 @@ class Submission:
 
     def __init__(self, folder: Path, seconds: float, memory: int, namespaces: bool):
         self.folder, self.deadline, self.seconds = folder, time.monotonic() + seconds, seconds
-        self.command = [*(UNSHARE if namespaces else []), sys.executable, "-I", str(ROOT / "assignments/worker.py"),
-                        str(folder), str(memory), str(int(seconds) + 1)]
+        hidden = ["--mount-proc"] if namespaces and can_unshare("--mount-proc") else []  # the grader's --seed, too
+        self.command = [*(UNSHARE + hidden if namespaces else []), sys.executable, "-I",
+                        str(ROOT / "assignments/worker.py"), str(folder), str(memory), str(int(seconds) + 1)]
         self.process, self.unread, self.broken = None, bytearray(), ""
 
     def start(self):
@@ -159,9 +164,10 @@ def load_checks() -> dict[str, list]:
     return {marker: importlib.import_module(f"test_{marker}").CHECKS for marker in MARKERS}
 
 
-def can_unshare() -> bool:
-    """Whether the other process can have namespaces of its own."""
-    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+def can_unshare(*more: str) -> bool:
+    """Whether the other process can have namespaces of its own, with these further options of unshare."""
+    command = [*UNSHARE, *more, "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def grade_checks(checks, submission: Submission, seed: int) -> list[dict]:
@@ -188,15 +194,26 @@ def only_the_best(checks, rows: list[dict]) -> list[dict]:
             for check, row in zip(checks, rows)]
 
 
-def grade_open(folder: Path, seed: int) -> list[dict]:
-    """The place of the open problem (a7), whose seeds are drawn here: rows as of grade_checks. None so far."""
-    return []
+def grade_open(folder: Path, seed: int, towns: int = 5, memory: int = 2**31, problem=None) -> list[dict]:
+    """Grade the open problem (a7) on towns drawn from the seed; one row, as of grade_checks, with `details`.
+
+    problem: an open_problem.Problem, in tests a small one.
+    """
+    from assignments import open_problem  # imports the lab
+    if not (folder / "a7/submission.py").is_file():
+        return [{"test": "open problem", "points": 0, "of": open_problem.POINTS[-1], "said": "no a7/submission.py"}]
+    problem = problem or open_problem.Problem(towns=towns)
+    print(f"a7: {problem.towns} towns; {OPEN_TIME}", flush=True)
+    namespaces = can_unshare()
+    return [open_problem.solve(folder, seed, lambda work: Submission(work, problem.cpu_seconds, memory, namespaces),
+                               problem, lambda line: print(line, flush=True))]
 
 
-def grade(folder: Path, seed: int, markers, seconds: float, memory: int) -> dict:
+def grade(folder: Path, seed: int, markers, seconds: float, memory: int, towns: int = 5) -> dict:
     """Grade a folder; returns {"seed", "namespaces", "missing", "assignments": {marker: rows}, "total", "of"}."""
     checks, namespaces = load_checks(), can_unshare()
     own = {path: path.read_bytes() for path in (*TESTS.glob("*.py"), *(ROOT / "assignments").glob("*.py"))}
+    markers, opened = [marker for marker in markers if marker != OPEN], OPEN in markers
     found = {marker: [] for marker in markers}
     missing = missing_files(folder, markers)
     with tempfile.TemporaryDirectory() as work:
@@ -205,7 +222,8 @@ def grade(folder: Path, seed: int, markers, seconds: float, memory: int) -> dict
             shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
             submission = Submission(copy, seconds, memory, namespaces)
             found[marker] = grade_checks(checks[marker], submission, seed)
-    found["open"] = grade_open(folder, seed)
+    if opened:
+        found[OPEN] = grade_open(folder, seed, towns, memory)
     changed = [path for path, content in own.items() if not path.is_file() or path.read_bytes() != content]
     for path in changed:
         path.write_bytes(own[path])
@@ -235,7 +253,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", help="folder")
     parser.add_argument("--seed", type=int, required=True, help="of every input; choose a new one each time")
-    parser.add_argument("--only", nargs="+", choices=MARKERS, default=list(MARKERS), help="grade these assignments")
+    parser.add_argument("--only", nargs="+", choices=(*MARKERS, OPEN), default=[*MARKERS, OPEN],
+                        help="grade these assignments (default: all, a7 where it was handed in)")
+    parser.add_argument("--towns", type=int, default=5, help="of a7, fewer to try it (default: 5)")
     parser.add_argument("--seconds", type=float, default=120, help="for each assignment (default: 120)")
     parser.add_argument("--memory", type=float, default=2, help="GB beyond what PyTorch maps (default: 2)")
     parser.add_argument("--out", default="grade.json", help="JSON to write (default: grade.json)")
@@ -243,7 +263,7 @@ def main(argv=None):
     folder = Path(args.submission).resolve()
     if not folder.is_dir():
         parser.error(f"{folder} is not a folder")
-    result = grade(folder, args.seed, args.only, args.seconds, int(args.memory * 2**30))
+    result = grade(folder, args.seed, args.only, args.seconds, int(args.memory * 2**30), args.towns)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(text_of(result))
 

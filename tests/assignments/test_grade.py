@@ -48,9 +48,10 @@ def test_the_reference_scores_everything(tmp_path, capsys):
     shutil.copy(ROOT / "assignments/a0.json", tmp_path / "solved/assignments/a0.json")
     grade.main([str(tmp_path / "solved"), "--seed", "11", "--out", str(tmp_path / "grade.json")])
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "total 700 of 700" and "public tests" in out
+    assert out.splitlines()[-1] == "total 700 of 800" and "public tests" in out
     result = json.loads((tmp_path / "grade.json").read_text())
     assert result["total"] == 700 and result["missing"] == [] and result["seed"] == 11
+    assert result["assignments"]["a7"][0]["said"] == "no a7/submission.py"
 
 
 def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
