@@ -94,7 +94,10 @@ def check_simpo(simpo, seed=0):
 def check_simpo_needs_pairs(simpo, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
     (ids, first), (plain, length) = examples(seed, (9, 4), (6, 2))
-    arguments = (config, weights, [[ids, first, ids[:first] + ids[2:]], [plain, length, None]], 9, 2.5, 1.375)
+    pair = [ids, first, ids[:first] + ids[2:]]
+    arguments = (config, weights, [pair], 9, 2.5, 1.375)  # an error alone could be known by heart
+    compare(simpo, arguments, slow.simpo(*arguments), "[the loss, its gradient by lm_head]", WRONG, "simpo", 1e-4)
+    arguments = (config, weights, [pair, [plain, length, None]], 9, 2.5, 1.375)
     compare(simpo, arguments, "InputError", "InputError: a row has no harmful answer", WRONG, "simpo")
 
 
