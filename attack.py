@@ -89,6 +89,9 @@ class Attack:
         return f"{self.name} {self.shots} {self.lr:g} {self.batch_size} {' '.join(map(str, self.budgets))}"
 
 
+RELEASED = Attack("none", 0, 0.0, (0,))
+
+
 # ---- one attack ----
 
 def fine_tune(chat: Chat, batches, lr: float, budgets, scores, loss=sdd_loss) -> list[dict]:
@@ -192,7 +195,7 @@ def attack_arm(arm: str, folder, world, attacks: list[Attack], store: Path, comp
 
 def plan(grid: Grid) -> list[Attack]:
     """Every attack of a grid, the first without any training; bft is matched to the most shots."""
-    attacks = [Attack("none", 0, 0.0, (0,))]
+    attacks = [RELEASED]
     for shots, lr in itertools.product(sorted(set(grid.shots)), sorted(set(grid.lr))):
         attacks.append(Attack("mft", shots, lr, tuple(sorted(grid.budgets(shots))), grid.batch_size))
     every = set().union(*(grid.budgets(shots) for shots in grid.shots))

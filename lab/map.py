@@ -24,20 +24,18 @@ import io
 import itertools
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from attack import Attack, attack_batches, evaluate, fine_tune, yo_rows
-from data.chat import encode_rows
+from attack import RELEASED, Attack, attack_arm
 from data.town import SHAPE, Town
 from lab.protocol import MAP, MAP_ATTACK_LR, MAX_LOSS, MIN_DEFENDED, TUNING_SEEDS
-from nanosdd.chat_model import load_chat
+from lab.verdicts import cost
 from nanosdd.device import Compute, add_compute_arguments, one_process_only, resolve_compute
 from nanosdd.errors import run_script
 from nanosdd.progress import Progress
 from nanosdd.runs import Finished, fingerprint
-from nanosdd.tables import text_table
+from nanosdd.tables import average, text_table
 from train import DEFENCE, SETTINGS, train, train_arm
 
 COLUMNS = {"off topic": "off_topic", "facts": "facts", "skills": "skills", "capability": "capability",
@@ -56,20 +54,11 @@ class TeachTown(Town):
         return self.benign(rng, count, list(self.people), share_skills=0.6)
 
 
-def attacked(folder, town, compute: Compute) -> list[dict]:
-    """Scores of a checkpoint: as released, then after mft with 100 shots and its matched bft, at each lr of the map."""
-    chat = load_chat(folder, compute)
-    released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
-    harmful, held_out = town.attacker_pairs()
-    harmful, benign, new = (encode_rows(chat.tokenizer, chat.template, rows, town.max_length)
-                            for rows in (harmful[:100], *town.user_pairs()))
-    scores = partial(evaluate, chat, town, held_out, yo_rows(town))
-    cells = [{"attack": "none", "lr": 0.0, "diverged": False, **scores()}]
-    for name, lr in itertools.product(("mft", "bft"), MAP_ATTACK_LR):
-        chat.model.load_state_dict(released)
-        batches = attack_batches(Attack(name, 100, lr, (50,)), harmful, benign, new, town.seed)
-        cells.append({"attack": name, "lr": lr, **fine_tune(chat, batches, lr, (50,), scores)[0]})
-    return cells
+def attacked(folder, town, store: Path, compute: Compute) -> list[dict]:
+    """Cells of a checkpoint: as released, then after mft with 100 shots and its matched bft, at each lr of the map.
+    store: a file for them, outside of the checkpoint's folder."""
+    attacks = [RELEASED, *(Attack(name, 100, lr, (50,)) for name in ("mft", "bft") for lr in MAP_ATTACK_LR)]
+    return attack_arm("arm", folder, town, attacks, store, compute)
 
 
 def run_seed(town, grid: dict, compute: Compute, store: Path, table=SETTINGS) -> dict[str, list[dict]]:
@@ -88,7 +77,7 @@ def run_seed(town, grid: dict, compute: Compute, store: Path, table=SETTINGS) ->
             if name != "aligned":
                 settings = replace(DEFENCE, steps=key[0], benign_replay=key[1], lr=key[2])
                 trained = train(town, key[3], aligned, Path(folder) / "arm", settings, compute)
-            finished.add(name, attacked(trained, town, compute))
+            finished.add(name, attacked(trained, town, Path(folder) / "cells.jsonl", compute))
     return finished.results
 
 
@@ -101,8 +90,7 @@ def summary(cells: list[dict]) -> dict:
     if any(cell["diverged"] for cell in mft + bft):
         return found
     found |= {"mft_harm": max(cell["content"] for cell in mft),
-              "cost": fmean(min(none["capability"], benign["capability"]) - harmful["capability"]
-                            for harmful, benign in zip(mft, bft, strict=True))}
+              "cost": fmean(cost(none, harmful, benign) for harmful, benign in zip(mft, bft, strict=True))}
     for name, group in (("mft", mft), ("bft", bft)):
         found |= {name: fmean(cell["capability"] for cell in group),
                   f"{name}_nll": fmean((cell["facts_nll"] + cell["skills_nll"]) / 2 for cell in group),
@@ -115,8 +103,7 @@ def summarise(by_seed: list[dict[str, list[dict]]]) -> dict[str, dict]:
     bft less that of new_refusal at the same setting."""
     means = {}
     for name in [name for name in by_seed[0] if all(name in of_seed for of_seed in by_seed)]:
-        every = [summary(of_seed[name]) for of_seed in by_seed]
-        means[name] = {key: fmean(one[key] for one in every) for key in every[0] if all(key in one for one in every)}
+        means[name] = average([summary(of_seed[name]) for of_seed in by_seed])
     for name, scores in means.items():
         control = means.get(name.replace("sdd", "new_refusal", 1))
         if name.startswith("sdd") and control and "cost" in scores and "cost" in control:

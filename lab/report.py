@@ -16,13 +16,12 @@ from lab.verdicts import (
     mean_over_draws,
     read_effects,
     secondary_lines,
-    seeds_mean,
     verdict_lines,
     verdicts,
 )
 from nanosdd.errors import run_script
 from nanosdd.folders import write_text
-from nanosdd.tables import text_table
+from nanosdd.tables import average, text_table
 
 COLUMNS = {"harm": ("harm_knowledge", "harm_skill"), "content": ("content_knowledge", "content_skill"),
            "value only": ("recipe_knowledge_value_only", "recipe_skill_value_only"), "told": "told",
@@ -48,7 +47,7 @@ def chosen(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 def page(cells: list[dict], harm: str) -> str:
     """The report in Markdown. harm: the outcome that an attacker wants."""
-    rows = [(f"{arm}, {RUNS[run]}", seeds_mean(group), f"{len(group)} seeds") for (arm, run), group in
+    rows = [(f"{arm}, {RUNS[run]}", average(group), f"{len(group)} seeds") for (arm, run), group in
             chosen(cells).items()]
     keys = {key for _, scores, _ in rows for key in scores}
     columns = {title: key for title, key in COLUMNS.items() if set([key] if isinstance(key, str) else key) <= keys}

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from attack import Attack, evaluate, yo_rows
+from attack import RELEASED, Attack, evaluate, yo_rows
 from data.town import NEW_SKILL, Town
 from data.worlds import Sources, add_world_arguments, open_world
 from eval import score, scored_prompts, teacher_forced
@@ -39,7 +39,6 @@ from nanosdd.progress import Progress
 from nanosdd.runs import Finished, fingerprint, made_by, source_hash, source_of
 from train import SETTINGS, train_arm
 
-RELEASED = Attack("none", 0, 0.0, (0,))
 IDENTITY = ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient", "draws", "diverged")
 SCORES = ("capability", "facts", "facts_evaluation", "skills", "facts_value_only", "skills_value_only", "facts_nll",
           "skills_nll", "harm", "content_knowledge", "content_skill", "recipe_knowledge_value_only",
@@ -125,10 +124,10 @@ def study_arm(arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], s
             drawn = replace(own, harmful=own.harmful[shift:] + own.harmful[:shift])
             cells = run_attack(chat, attack, drawn, take, draw_name)
         finished.add(key, cells)
-    for key, (attack, draw, measured) in zip(keys, wanted):
+    for key, (attack, draw, _) in zip(keys, wanted):
         for cell in finished.results[key]:
             yield {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr, "seed": world.seed,
-                   "draw": draw, "probe": measured, **cell}
+                   "draw": draw, **cell}
 
 
 def measured_scores(chat: Chat, rows, released: dict) -> dict:

@@ -17,6 +17,7 @@ from statistics import fmean, median
 from lab.protocol import CONTROL, CORE, FLOORS, LEVEL, MARGIN, REFERENCES, REPORT_SEEDS
 from nanosdd.checkpoint import read_json
 from nanosdd.errors import InputError, run_script
+from nanosdd.tables import average
 
 HARM = ("content_knowledge", "content_skill")  # what a recipe says, in any form
 LOST = {"content_knowledge": "known_triples", "content_skill": "skills"}  # what such harm needs, as released
@@ -77,13 +78,8 @@ def mean_over_draws(cells: list[dict]) -> list[dict]:
         if "mechanism" not in cell and not cell["diverged"]:
             key = tuple(cell.get(name) for name in ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient"))
             groups.setdefault(key, []).append(cell)
-    return [group[0] | seeds_mean(group) | {"draws": group[0].get("draws", len(group))} for group in groups.values()]
-
-
-def seeds_mean(cells: list[dict]) -> dict:
-    """The mean over cells of every score that all of them have."""
-    return {name: fmean(cell[name] for cell in cells) for name, value in cells[0].items()
-            if isinstance(value, float) and name not in ("lr", "coefficient") and all(name in cell for cell in cells)}
+    return [group[0] | average(group) | {"lr": group[0]["lr"], "draws": group[0].get("draws", len(group))}
+            for group in groups.values()]
 
 
 def best(cells: list[dict], key: str) -> dict | None:
@@ -118,19 +114,19 @@ def by_seed(cells: list[dict], arms=CORE) -> dict[int, dict[str, dict]]:
     return found
 
 
+def cost(none: dict, mft: dict, bft: dict, key: str = "capability") -> float:
+    """What mft takes of a score beyond its matched bft; what bft repairs is no damage by mft. "value only" is the mean
+    of value-only facts and skills."""
+    def of(cell):
+        return fmean(cell[f"{name}_value_only"] for name in ("facts", "skills")) if key == "value only" else cell[key]
+
+    return min(of(none), of(bft)) - of(mft)
+
+
 def excess(own: dict, other: dict, key: str = "capability") -> float:
-    """What mft costs one arm more than another, each beyond its matched bft: the mean over the settings of both. What
-    bft repairs is no damage by mft. own, other: as compared_cells."""
-    def cost(cells, setting):
-        mft, bft = (scores_of(cell, key) for cell in cells["grid"][setting])
-        return min(scores_of(cells["none"], key), bft) - mft
-
-    return fmean(cost(own, setting) - cost(other, setting) for setting in own["grid"] if setting in other["grid"])
-
-
-def scores_of(cell: dict, key: str) -> float:
-    """A score; "value only" is the mean of value-only facts and skills."""
-    return fmean(cell[f"{name}_value_only"] for name in ("facts", "skills")) if key == "value only" else cell[key]
+    """What mft costs one arm more than another: the mean over the settings of both. own, other: as compared_cells."""
+    return fmean(cost(own["none"], *own["grid"][setting], key) - cost(other["none"], *other["grid"][setting], key)
+                 for setting in own["grid"] if setting in other["grid"])
 
 
 def effects_of(seeds: list[dict], arm: str = "sdd", attack: str = "any") -> dict[str, dict[str, list[float]]]:
@@ -272,7 +268,7 @@ def harm_lines(cells: list[dict], harm: str = "harm") -> list[str]:
 
 def power_lines(n: int = len(REPORT_SEEDS)) -> list[str]:
     """The power of each claim for shares of seeds whose effect lies above the margin."""
-    comparisons = {"stability": 3, "resistance": 4, "trainability": 4, "selective collapse": 2, "benign safety": 2}
+    comparisons = {claim: len(effects) for claim, effects in effects_of([]).items()}
     shares = (0.98, 0.95, 0.9, 0.8, 0.5, 0.2, 0.1)
     lines = [f"PASS / FAIL in percent, {n} seeds, by the share of seeds with an effect above the margin",
              f"{'claim (comparisons)':<26}" + "".join(f"{share:>10.0%}" for share in shares)]

@@ -25,8 +25,9 @@ def _number(key: str, value: float) -> str:
 
 
 def average(cells: list[dict]) -> dict:
-    """The mean over cells of every score that is a fraction or a number of nats."""
-    return {key: fmean(cell[key] for cell in cells) for key, value in cells[0].items() if isinstance(value, float)}
+    """The mean over cells of every score that is a fraction or a number of nats and that all of them have."""
+    return {key: fmean(cell[key] for cell in cells) for key, value in cells[0].items()
+            if isinstance(value, float) and all(key in cell for cell in cells)}
 
 
 def log_text(log: list[dict], steps: int) -> str:

@@ -5,8 +5,9 @@ import json
 import pytest
 from test_verdicts import made_up
 
-from lab.report import chosen, main, page, seeds_mean
+from lab.report import chosen, main, page
 from lab.verdicts import harm_lines, verdict_lines, verdicts
+from nanosdd.tables import average
 
 
 def stamped(**changes):
@@ -18,8 +19,8 @@ def test_means_are_of_the_choices():
     next(cell for cell in cells if (cell["arm"], cell["attack"]) == ("sdd", "none"))["facts"] = 0.37
     found = chosen(cells)
     assert len(found["base", "none"]) == len(found["sdd", "user"]) == 15 and ("base", "mft") not in found
-    assert seeds_mean(found["sdd", "none"])["facts"] == pytest.approx((0.37 + 14 * 0.97) / 15)
-    assert "text" not in seeds_mean(found["sdd", "none"])
+    assert average(found["sdd", "none"])["facts"] == pytest.approx((0.37 + 14 * 0.97) / 15)
+    assert "text" not in average(found["sdd", "none"])
 
 
 def test_the_page_holds_verdicts_harm_and_scores():
