@@ -95,7 +95,7 @@ def study_arm(arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], s
               compute: Compute) -> Iterator[dict]:
     """The cells of one arm. Finished attacks are taken from the file `store`."""
     settings = {"seed": world.seed, "dtype": compute.dtype, **world.options}
-    record = fingerprint(settings, [folder, *world.files()], ["lab/attacks.py", "lab/mechanism.py", source_of(world)])
+    record = fingerprint(settings, [folder, *world.files()], ["lab/study.py", source_of(world)])
     finished, chat, keys = Finished(store, record), None, [f"{attack.key} {draw} {measured}"
                                                            for attack, draw, measured in wanted]
     missing = [(key, one) for key, one in zip(keys, wanted) if key not in finished.results]
