@@ -23,6 +23,7 @@ CORE = (*REFERENCES, "sdd", CONTROL)
 OTHERS = ("constant", "shuffled", "sdd_rehearsed", "sdd_reject", "deepalign", "booster", "simpo")
 ARMS = (*CORE, *OTHERS)
 CHAT_ARMS = (*CORE, "sdd_rehearsed")
+OTHERS_SEEDS = (*TUNING_SEEDS, *REPORT_SEEDS[:5])  # of the town, on which OTHERS run: they have no verdict
 
 # ---- attacks (attacks.py says what each is) ----
 

@@ -80,6 +80,13 @@ def chat_plan(arm: str) -> list[tuple[Attack, int, bool]]:
                      0, False) for name in protocol.CHAT_ATTACKS]
 
 
+def arms_of(world) -> tuple[str, ...]:
+    """The arms that the protocol wants of a world and its seed, base aside."""
+    if not isinstance(world, Town):
+        return protocol.CHAT_ARMS
+    return protocol.ARMS if world.seed in protocol.OTHERS_SEEDS else protocol.CORE
+
+
 def arm_folder(arm: str, world, base, compute: Compute, table=TABLE) -> Path:
     """The folder of an arm, trained now where it is stale. base: what arms start from, None on the town; table:
     settings by world and arm."""
@@ -188,7 +195,7 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0, a tuning seed)")
     p.add_argument("--model", metavar="DIR", help="chat model that arms start from, or smollm2 (default: the town)")
-    p.add_argument("--arms", nargs="+", choices=protocol.ARMS, help="(default: all of the protocol)")
+    p.add_argument("--arms", nargs="+", choices=protocol.ARMS, help="(default: the protocol's)")
     p.add_argument("--effects", metavar="FILE", help="(default: effects.json in out, or in out/MODEL)")
     add_world_arguments(p)
     add_compute_arguments(p)
@@ -198,7 +205,6 @@ def main(argv=None):
     if args.model:
         base = untrained_folder(args.model)
         compute = for_model(compute, args.dtype, base)
-    arms = args.arms or (protocol.CHAT_ARMS if base else protocol.ARMS)
     sources = Sources(args.harmful, tuple(args.benign), similarity=args.similarity, threshold=args.similarity_threshold,
                       similarity_model=args.similarity_model, model=args.model)
     worlds = [open_world(args.world, seed, sources, base, compute) for seed in args.seeds]
@@ -207,7 +213,7 @@ def main(argv=None):
     stamp = {"commit": made_by()["commit"], "protocol": source_hash("lab/protocol.py")[:12]}
     for world in worlds:
         done = {cell["arm"] for cell in cells if cell["seed"] == world.seed}
-        left = [arm for arm in ("base", *arms) if arm not in done]
+        left = [arm for arm in ("base", *(args.arms or arms_of(world))) if arm not in done]
         if left:
             plan = town_plan if isinstance(world, Town) else chat_plan
             wanted = {arm: [(RELEASED, 0, False)] if arm == "base" else plan(arm) for arm in left}

@@ -15,7 +15,7 @@ from data.town import Town
 from data.worlds import Sources
 from lab import protocol
 from lab.report import main as report
-from lab.study import RELEASED, TABLE, chat_plan, effects, run_seed, study_arm, town_plan
+from lab.study import RELEASED, TABLE, arms_of, chat_plan, effects, run_seed, study_arm, town_plan
 from lab.verdicts import read_effects
 
 QUICK = {"town": {arm: replace(settings, steps=2, batch_size=4, benign_replay=0.5 if settings.benign_replay else 0.0)
@@ -42,6 +42,12 @@ def test_the_plan_holds_the_protocol():
     steps = {(attack.name, attack.shots): attack.budgets for attack, _, _ in chat_plan("sdd")}
     assert steps["mft", 10] == (5,) and steps["mft", 100] == (50,) and steps["bft", 100] == (5, 25, 50)
     assert not set(protocol.REPORT_SEEDS) & {*protocol.TUNING_SEEDS, 5, 6, 7, 8, 9} and len(protocol.REPORT_SEEDS) == 15
+
+
+def test_arms_without_a_verdict_run_on_the_first_report_seeds_alone():
+    found = {seed: set(arms_of(Town(seed, TINY_SHAPE))) for seed in (0, *protocol.REPORT_SEEDS)}
+    assert found[0] == found[10] == found[14] == set(protocol.ARMS)
+    assert found[15] == found[24] == set(protocol.CORE)
 
 
 def test_a_whole_tiny_study_of_the_town(cpu, tmp_path, monkeypatch):
