@@ -116,7 +116,7 @@ def rope_tables(config: LlamaConfig, positions: torch.Tensor) -> tuple[torch.Ten
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn dimension i together with i + D/2 (the half-split convention of Hugging Face): (...,H,D) -> the same."""
+    """Turn dimension i together with i + D/2 (half-split, as in Hugging Face): (...,H,D) -> same shape and dtype."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -244,8 +245,9 @@ def text_of(result: dict) -> str:
     for marker, rows in result["assignments"].items():
         if rows:
             lines += ["", f"{marker}   {sum(row['points'] for row in rows)} of {sum(row['of'] for row in rows)}"]
-        lines += [f"  {row['points']:>3} of {row['of']:>3}  {row['test']:<24} {row['said'][:110]}".rstrip()
-                  for row in rows]
+        for row in rows:
+            said = textwrap.shorten(row["said"], 110)
+            lines.append(f"  {row['points']:>3} of {row['of']:>3}  {row['test']:<24} {said}".rstrip())
     return "\n".join([*lines, "", f"total {result['total']} of {result['of']}"])
 
 
@@ -265,7 +267,7 @@ def main(argv=None):
         parser.error(f"{folder} is not a folder")
     result = grade(folder, args.seed, args.only, args.seconds, int(args.memory * 2**30), args.towns)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(text_of(result))
+    print(f"written: {args.out}, with every message in full\n{text_of(result)}")
 
 
 if __name__ == "__main__":

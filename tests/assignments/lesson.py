@@ -103,7 +103,8 @@ def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong],
     """Call function(*arguments) and compare its result with the expected one.
 
     Where they differ, the classic mistakes of this adapter are tried: if one of them has the same result, the Lesson
-    says so; otherwise it lists them. what: the expected result, in words. atol: of floats, as `difference`.
+    says so; otherwise it lists them, since one that is made in another way, or beside a second one, has another result.
+    what: the expected result, in words. atol: of floats, as `difference`.
     """
     got = function(*copy.deepcopy(arguments))
     found = difference(got, expected, atol)
@@ -117,7 +118,8 @@ def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong],
             continue
         if same:
             fail(what, found, mistake.message)
-    fail(what, found, "not one that is known here; it is none of: " + "; ".join(m.message for m in mistakes))
+    known = "".join(f"\n    - {message}" for message in dict.fromkeys(mistake.message for mistake in mistakes))
+    fail(what, found, f"not recognised. What often goes wrong here:{known}")
 
 
 def generator(seed: int, salt: str = "") -> torch.Generator:

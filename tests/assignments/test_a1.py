@@ -5,11 +5,12 @@ import importlib.util
 import pytest
 import torch
 import wrong_a1 as slow
-from lesson import Check, compare, difference, fail, generator, random_llama, token_ids
+from lesson import Check, compare, difference, fail, generator, random_llama, require, token_ids
 from wrong_a1 import WRONG
 
 from assignments import adapters
 
+LINEAR = dict(rope_type="linear", factor=3.0)
 LLAMA31 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=32)
 FRANCE = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2,
@@ -39,7 +40,7 @@ def check_rms_norm_bf16(rms_norm, seed=0):
 
 
 def check_rope_frequencies(rope_frequencies, seed=0):
-    for scaling in (None, LLAMA31):
+    for scaling in (None, LLAMA31, LINEAR):
         config, _ = random_llama(seed, rope_scaling=scaling, rope_theta=200.0 + seed % 90)
         compare(rope_frequencies, (config,), slow.rope_frequencies(config), "theta^(-2i/D) radians a position"
                 + (", slowed as rope_scaling says" if scaling else ""), WRONG, "rope_frequencies", 1e-6)
@@ -51,6 +52,9 @@ def check_rope(rope, seed=0):
     positions = torch.tensor([[3], [0], [11]]) + torch.arange(5)  # rows of a batch stand at different places
     compare(rope, (config, x, positions), slow.rope(config, x, positions),
             "dimension i turned together with i + D/2, by position times frequency", WRONG, "rope", 1e-5)
+    got = rope(config, x.bfloat16(), positions).dtype
+    require(got == torch.bfloat16, "bf16 from bf16", got, "cos and sin are fp32, and their product with x too: convert "
+            "them to the dtype of x, or a model in bf16 writes fp32 keys into a cache of bf16")
 
 
 def check_attention(logits, seed=0):

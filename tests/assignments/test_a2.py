@@ -43,10 +43,23 @@ def examples(seed: int, *sizes) -> list:
     return [[token_ids(seed + i, n).tolist(), length] for i, (n, length) in enumerate(sizes)]
 
 
+def what_counts(collate):
+    """collate, with 0 for what nobody reads: tokens past a row's length, targets without loss."""
+    def function(examples, pad):
+        made = dict(collate(examples, pad))
+        tokens, lengths, mask = made["tokens"], made["lengths"], made["loss_mask"]
+        if tokens.shape == mask.shape == made["targets"].shape and len(lengths) == len(tokens):
+            made["tokens"] = tokens * (torch.arange(tokens.shape[1]) < lengths[:, None])
+            made["targets"] = made["targets"] * mask.bool()
+        return made
+    return function
+
+
 def check_collate(collate, seed=0):
     arguments = (examples(seed, (9, 4), (5, 1), (12, 10), (7, 6)), 3)
-    compare(collate, arguments, slow.collate(*arguments), "rows padded on the right, targets one place on, and the "
-            "mask true where the target is a response token", WRONG, "collate")
+    wrong = [one._replace(function=what_counts(one.function)) for one in WRONG if one.adapter == "collate"]
+    compare(what_counts(collate), arguments, what_counts(slow.collate)(*arguments), "rows padded on the right, targets "
+            "one place on, and the mask true where the target is a response token", wrong, "collate")
 
 
 def check_loss(loss, seed=0):

@@ -35,14 +35,17 @@ def rope_frequencies(config, flaw=""):
     """(D/2,) fp32."""
     D, theta = config["head_dim"], config["rope_theta"]
     pair = torch.arange(D // 2).double()
-    exponent = {"": 2 * pair / D, "half": pair / D, "wide": 2 * pair / config["hidden_size"],
-                "from one": 2 * (pair + 1) / D}[flaw if flaw in ("half", "wide", "from one") else ""]
+    exponent = {"half": pair / D, "double": 4 * pair / D, "wide": 2 * pair / config["hidden_size"],
+                "from one": 2 * (pair + 1) / D}.get(flaw, 2 * pair / D)
     freq = theta ** (exponent if flaw == "rising" else -exponent)
     scaling = config.get("rope_scaling")
+    if scaling and scaling["rope_type"] == "linear":
+        return (freq if flaw in ("no scaling", "no linear") else freq / scaling["factor"]).float()
     if scaling and flaw != "no scaling":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        keep = (turns - low) / (high - low)
+        keep = keep if flaw == "not clamped" else keep.clamp(0, 1)
         if flaw == "slows the fast":
             keep = 1 - keep
         freq = keep * freq + (1 - keep) * freq / scaling["factor"]
@@ -53,7 +56,9 @@ def frequencies_one_by_one(config):
     base, scaling, found = config["rope_theta"], config.get("rope_scaling"), []
     for i in range(0, config["head_dim"], 2):
         freq = math.exp(-math.log(base) * i / config["head_dim"])
-        if scaling:
+        if scaling and scaling["rope_type"] == "linear":
+            freq /= scaling["factor"]
+        elif scaling:
             turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
             if turns < low:
@@ -77,8 +82,9 @@ def rope(config, x, positions, flaw=""):
     if flaw == "other way":
         sin = -sin
     out = torch.empty_like(x, dtype=torch.float64)
-    first, second = (slice(0, D, 2), slice(1, D, 2)) if flaw == "interleaved" else (slice(0, D // 2), slice(D // 2, D))
-    a, b = x[..., first].double(), x[..., second].double()
+    halves, neighbours = (slice(0, D // 2), slice(D // 2, D)), (slice(0, D, 2), slice(1, D, 2))
+    first, second = neighbours if flaw == "interleaved" else halves
+    a, b = (x[..., part].double() for part in (neighbours if flaw == "read interleaved" else (first, second)))
     out[..., first] = a * cos - b * sin
     out[..., second] = (a if flaw == "no minus" else b) * cos + (b if flaw == "no minus" else a) * sin
     return out.to(x.dtype)
@@ -96,7 +102,8 @@ def rope_as_rotate_half(config, x, positions):
     """As transformers writes it."""
     angle = (positions[..., None, None].float() * rope_frequencies(config)).repeat(1, 1, 1, 2)
     half = x.shape[-1] // 2
-    return x * angle.cos() + torch.cat((-x[..., half:], x[..., :half]), -1) * angle.sin()
+    turned = x * angle.cos() + torch.cat((-x[..., half:], x[..., :half]), -1) * angle.sin()
+    return turned.to(x.dtype)
 
 
 # ---- the whole Llama, slowly ----
@@ -171,16 +178,18 @@ def packed_logits(config, weights, tokens, lengths, flaw=""):
 def generate(config, weights, prompts, max_new_tokens, stop_tokens, flaw=""):
     """Greedy answers, each prompt by itself and without a cache."""
     answers, most = [], max_new_tokens + {"one too many": 1, "one too few": -1}.get(flaw, 0)
-    longest, context = max(map(len, prompts)), config["max_position_embeddings"]
+    longest, context = max(map(len, prompts)), config["max_position_embeddings"] + (flaw == "one past the context")
     for prompt in prompts:
         ids, new = list(prompt), []
+        padding = [0] * (longest - len(ids))
         if flaw == "reads the padding":
-            ids += [0] * (longest - len(ids))
+            ids += padding
         start = len(ids)
         while len(new) < most and (len(ids) < context or flaw == "no end of context"):
-            one = logits(config, weights, torch.tensor([ids]))[0, -1]
+            read = ids + padding if flaw == "last column" and not new else ids
+            one = logits(config, weights, torch.tensor([read]))[0, -1]
             token = int(one.argmin() if flaw == "argmin" else one.argmax())
-            ids.append(token)
+            ids += padding * (flaw == "padding stays" and not new) + [token]
             if token in stop_tokens and flaw != "never stops":
                 new += [token] * (flaw == "keeps the stop token")
                 break
@@ -205,14 +214,18 @@ WRONG = [Wrong("rms_norm", partial(rms_norm, flaw=flaw), message) for flaw, mess
     "in the input's dtype": "squares are averaged in bf16; convert to fp32 first"}.items()]
 WRONG += [Wrong("rope_frequencies", partial(rope_frequencies, flaw=flaw), message) for flaw, message in {
     "half": "the exponent is i/D: the i-th pair has 2i/D",
+    "double": "the exponent is 4i/D: the 2 is counted twice, in arange(0, D, 2) and beside it",
     "wide": "the exponent is divided by hidden_size, not by head_dim",
     "from one": "pairs are counted from 1: the first turns 1 radian a position",
     "rising": "theta has a positive exponent: later pairs turn more slowly",
+    "not clamped": "the share that is kept runs below 0 and above 1: clamp it",
+    "no linear": "rope_type linear is not read: it divides every frequency by factor",
     "no scaling": "rope_scaling is not read: Llama 3.1 slows the pairs of long wavelength",
     "slows the fast": "the wrong pairs are slowed: those with many turns in the original context stay"}.items()]
 WRONG += [Wrong("rope", partial(rope, flaw=flaw), message) for flaw, message in {
     "interleaved": "interleaved RoPE: dimensions 2i and 2i+1 are turned together; Hugging Face weights pair i with "
                    "i + D/2",
+    "read interleaved": "dimensions 2i and 2i+1 are turned together and written to i and i + D/2: take the two halves",
     "other way": "the rotation has the other sign: (a cos - b sin, b cos + a sin)",
     "no minus": "the two halves are swapped in the second output: b cos + a sin",
     "from one": "positions are counted from 1",
@@ -239,6 +252,10 @@ WRONG += [Wrong("packed_logits", partial(packed_logits, flaw=flaw), message) for
 WRONG += [Wrong("generate", partial(generate, flaw=flaw), message) for flaw, message in {
     "reads the padding": "a short prompt is continued after its padding: softmax over padding, or logits of the last "
                          "column; read each row at its own last token",
+    "last column": "the first new token of a short prompt is read from the last column, which is padding; read each "
+                   "row at its own last token",
+    "padding stays": "new tokens come after the padding of a short prompt, and see it; a row's next place is its own "
+                     "length",
     "keeps the stop token": "the stop token is part of the answer",
     "keeps the prompt": "the prompt is part of the answer",
     "never stops": "stop tokens are not looked at",
@@ -247,6 +264,7 @@ WRONG += [Wrong("generate", partial(generate, flaw=flaw), message) for flaw, mes
     "one too many": "one token more than max_new_tokens",
     "one too few": "one token fewer than max_new_tokens",
     "argmin": "greedy is argmax",
+    "one past the context": "an answer has one token more than max_position_embeddings leaves room for",
     "no end of context": "an answer runs past max_position_embeddings"}.items()]
 
 RIGHT = [("rms_norm", rms_norm), ("rms_norm", rms_norm_by_hand), ("rope_frequencies", rope_frequencies),

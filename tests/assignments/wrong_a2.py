@@ -27,6 +27,13 @@ def encode_prompt(words, template, prompt, system=None, flaw=""):
     """The ids of everything before a response, for the templates llama3 and plain."""
     t = tokenizer(tuple(words))
     encode, special = t.encode, t.special
+    if flaw in ("all as one text", "all as texts"):
+        parts = [BOS, *(f"{text.strip()}\n" for text in (system, prompt) if text is not None)]
+        if template == "llama3":
+            turns = [(role, text.strip()) for role, text in (("system", system), ("user", prompt)) if text is not None]
+            parts = [BOS, *(part for role, text in turns for part in (START, role, END, f"\n\n{text}", EOT)),
+                     START, "assistant", END, "\n\n"]
+        return encode("".join(parts)) if flaw == "all as one text" else [i for part in parts for i in encode(part)]
     if template == "plain":
         lines = [text.strip() + "\n" for text in (system, prompt) if text is not None]
         if flaw == "part by part":
@@ -177,7 +184,8 @@ def train_step(config, weights, batches, lr, micro_batch, flaw="", by_length=Tru
             made = collate(part, 0)
             logp = wrong_a1.logits(config, weights, made["tokens"]).double().log_softmax(-1)
             nll = -logp.gather(-1, made["targets"][..., None])[..., 0][made["loss_mask"]]
-            divisor = {"mean of means": len(nll) * len(parts), "sum of means": len(nll), "rows": len(batch)}
+            divisor = {"mean of means": len(nll) * len(parts), "sum of means": len(nll), "rows": len(batch),
+                       "means by rows": len(nll) * len(batch) / len(part)}
             value = nll.sum() / divisor.get(flaw, tokens)
             total = float(value.detach()) + total * (flaw != "last loss")
             new = dict(zip(weights, torch.autograd.grad(value, list(weights.values()))))
@@ -201,10 +209,11 @@ def train_step(config, weights, batches, lr, micro_batch, flaw="", by_length=Tru
 
 MEANS = ("a mean of micro-batch means: parts with few response tokens count too much; divide each sum by the tokens "
          "of the global batch")
+SPELLED = "special tokens are encoded as text; look up their ids in tokenizer.special"
 WRONG = [Wrong("encode_prompt", partial(encode_prompt, flaw=flaw), message) for flaw, message in {
     "part by part": "neighbouring texts are encoded apart; join them, then encode, as in the rendered template",
     "no start": "the token that starts a text is missing",
-    "specials as text": "special tokens are encoded as text; look up their ids in tokenizer.special",
+    "specials as text": SPELLED, "all as one text": SPELLED, "all as texts": SPELLED,
     "text after its special": "the text before a special token is put behind it",
     "no assistant header": "the header of the answer is missing: the model would write it itself",
     "last text lost": "the text after the last special token is lost"}.items()]
@@ -240,7 +249,9 @@ WRONG += [Wrong("loss", partial(loss, flaw=flaw), message) for flaw, message in 
     "softmax over tokens": "softmax over tokens, not over the vocabulary",
     "sign": "the sign is wrong: log p is to rise"}.items()]
 WRONG += [Wrong("train_step", partial(train_step, flaw=flaw, by_length=by_length), message) for flaw, message in {
-    "mean of means": MEANS, "sum of means": "each micro-batch is divided by its own tokens, and the means are added up",
+    "mean of means": MEANS, "means by rows": "micro-batch means weighted by rows; divide each sum by the tokens of the "
+                                             "global batch",
+    "sum of means": "each micro-batch is divided by its own tokens, and the means are added up",
     "rows": "divided by rows, not by response tokens",
     "no zero_grad": "gradients of the last step are still there: zero_grad is missing",
     "no clip": "the gradient is not scaled to a norm of at most 1",
