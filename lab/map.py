@@ -9,7 +9,7 @@ destroys it?
 
 A setting is a share of benign rows in a batch, a learning rate and a number of steps. `sdd` is trained at each, and
 `new_refusal` in the same dose. Each is scored as released, after malicious fine-tuning (mft) and after its matched
-benign control (bft). Kept in out/map/*.jsonl; prints the table, the choice, and with matplotlib draws out/map/map.png.
+benign control (bft). Kept in out/map/*.jsonl; prints the table, the choice, and with matplotlib draws it beside them.
 
 The rule for the published recipe (no benign rows) was fixed before anything was run. Of its settings at which facts and
 skills each lose at most MAX_LOSS against the aligned model, and at least MIN_DEFENDED of mischief is answered off
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -123,19 +124,27 @@ def choose(means: dict[str, dict]) -> str | None:
 
 
 def draw(means: dict[str, dict], path: Path):
-    """One panel an arm: capability as released against what mft takes beyond bft."""
+    """One panel an arm: capability as released against what mft takes beyond bft; a line joins the learning rates of a
+    benign share and a number of steps, its points the larger the higher the rate."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, arm in zip(axes, ("sdd", "new_refusal")):
-        shown = [(name.split(), scores) for name, scores in means.items() if name.startswith(arm) and "cost" in scores]
-        for share, mark in zip(sorted({name[1] for name, _ in shown}, key=float), "oxs^"):
-            of_share = [(scores["capability"], scores["cost"]) for name, scores in shown if name[1] == share]
-            ax.plot(*zip(*of_share), mark, label=f"benign share {share}", alpha=0.7)
+        lines = {}
+        for name, scores in means.items():
+            if name.startswith(arm) and "cost" in scores:
+                _, share, lr, steps = name.split()
+                lines.setdefault((steps, share), []).append((float(lr), scores["capability"], scores["cost"]))
+        for steps, share in sorted(lines, key=lambda key: (int(key[0]), float(key[1]))):
+            rates, *place = zip(*sorted(lines[steps, share]))
+            colour = f"C{MAP['share'].index(float(share))}" if float(share) in MAP["share"] else "grey"
+            ax.plot(*place, "-" if steps == "300" else ":", color=colour, label=f"share {share}, {steps} steps")
+            ax.scatter(*place, [20 * (math.log10(rate) + 6.5) for rate in rates], color=colour)
+        ax.plot(means["aligned"]["capability"], means["aligned"]["cost"], "k*", label="aligned")
         ax.axhline(0, color="grey", linewidth=0.5)
         ax.set(title=arm, xlabel="capability as released", ylabel="capability lost to mft beyond bft")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path)
 
 
 def main(argv=None):
@@ -163,7 +172,7 @@ def main(argv=None):
     print(text_table("arm, benign share, lr, steps", COLUMNS, [(name, scores, "") for name, scores in means.items()]))
     print(f"\npercent, NLL in nats a token; means over seeds {' '.join(map(str, args.seeds))}\nchosen: {choose(means)}")
     with contextlib.suppress(ImportError):  # matplotlib is an extra
-        draw(means, out / f"{kind}-{args.width}.png")
+        draw(means, out / f"{kind}-{args.width}.svg")
 
 
 if __name__ == "__main__":
