@@ -92,7 +92,7 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     """Radians that each pair of a head's dimensions turns per position: (D/2,) fp32.
 
     Llama 3.1's scaling (`rope_type: llama3`) slows the pairs whose wavelength is long against the original context
-    by `factor`, leaves the short ones, and blends in between. The order of operations is that of transformers: at
+    by `factor`, leaves the short ones, and blends in between. It is 1 / theta ** (2i/D) first, as in transformers: at
     position 100,000 the last bit of a frequency can be seen in the logits.
     """
     D = config.head_dim

@@ -40,7 +40,7 @@ from nanosdd.split_adamw import SplitAdamW
 
 def llama(config: dict, weights: dict) -> Llama:
     """A Llama with these weights."""
-    made = Llama(LlamaConfig(**config)).eval()
+    made = Llama(LlamaConfig(**config)).eval().to(next(iter(weights.values())).dtype)
     made.load_state_dict(weights)
     return made
 

@@ -10,7 +10,7 @@ from nanosdd.errors import InputError
 
 
 def next_tokens(model, tokens: torch.Tensor, cache) -> torch.Tensor:
-    """The next token of every row after these: (B,) -> (B,) int64; the cache's rows grow by one, up to its size."""
+    """The next token of every row after these: (B,) -> (B,) int64; the cache's rows grow by one, to its last place."""
     new = model(tokens[:, None], cache=cache)[:, 0].argmax(dim=-1)
     cache.lengths.add_(1).clamp_(max=cache.size - 1)  # finished rows may still be in the batch
     return new

@@ -45,8 +45,9 @@ def full_marks(checks: list[Check]) -> dict[str, int]:
 
 
 def fail(expected, got, cause: str):
-    """Raise a Lesson."""
-    raise Lesson(f"{cause}\n\n  expected     {expected}\n  got          {got}\n  usual cause  {cause}")
+    """Raise a Lesson; the first line of a cause is its heading."""
+    heading = cause.split("\n")[0]
+    raise Lesson(f"{heading}\n\n  expected     {expected}\n  got          {got}\n  usual cause  {cause}")
 
 
 def require(condition, expected, got, cause: str):
@@ -106,7 +107,11 @@ def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong],
     says so; otherwise it lists them, since one that is made in another way, or beside a second one, has another result.
     what: the expected result, in words. atol: of floats, as `difference`.
     """
-    got = function(*copy.deepcopy(arguments))
+    try:
+        got = function(*copy.deepcopy(arguments))
+    except Exception as error:
+        error.add_note(f"where this is expected: {what}")
+        raise
     found = difference(got, expected, atol)
     if not found:
         return

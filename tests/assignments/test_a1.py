@@ -88,6 +88,9 @@ def check_generate(generate, seed=0):
     for when, (most, stop) in answers.items():
         compare(generate, (config, weights, prompts, most, stop), slow.generate(config, weights, prompts, most, stop),
                 f"greedy answers of 4 prompts of unequal length, {when}", WRONG, "generate")
+    in_bf16 = {name: weight.bfloat16() for name, weight in weights.items()}
+    found = [len(answer) for answer in generate(config, in_bf16, prompts, 7, [])]
+    require(found == [7] * 4, "7 tokens a row from weights in bf16", found, "something is fp32 among bf16")
 
 
 CHECKS = [Check(check_rms_norm, ("rms_norm",), 5), Check(check_rms_norm_bf16, ("rms_norm",), 5),

@@ -108,8 +108,9 @@ def rope_as_rotate_half(config, x, positions):
 
 # ---- the whole Llama, slowly ----
 
-def logits(config, weights, tokens, pieces=None, flaw=""):
-    """tokens (B,T) -> (B,T,V) fp32. pieces: lengths of the parts that are read one after the other through a cache."""
+def logits(config, weights, tokens, pieces=None, flaw="", last_seen=math.inf):
+    """tokens (B,T) -> (B,T,V) fp32. pieces: lengths of the parts that are read one after the other through a cache;
+    last_seen: the last place that attention covers."""
     c, w = SimpleNamespace(**config), {name: tensor.double() for name, tensor in weights.items()}
     (B, T), H, G, D = tokens.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     pieces = torch.tensor(pieces or [T])
@@ -118,7 +119,7 @@ def logits(config, weights, tokens, pieces=None, flaw=""):
     if flaw == "positions restart":
         place = torch.cat([torch.arange(n) for n in pieces])
     serves = [h % G if flaw == "modulo" else h // (H // G) for h in range(H)]  # the key-value head of a query head
-    visible = torch.arange(T)[:, None] >= torch.arange(T)  # (T,S)
+    visible = (torch.arange(T)[:, None] >= torch.arange(T)) & (torch.arange(T) <= last_seen)  # (T,S)
     same = piece[:, None] == piece
     if flaw == "not causal":
         visible = torch.ones(T, T, dtype=torch.bool)
@@ -187,7 +188,8 @@ def generate(config, weights, prompts, max_new_tokens, stop_tokens, flaw=""):
         start = len(ids)
         while len(new) < most and (len(ids) < context or flaw == "no end of context"):
             read = ids + padding if flaw == "last column" and not new else ids
-            one = logits(config, weights, torch.tensor([read]))[0, -1]
+            seen = longest if flaw == "longest stays" else math.inf
+            one = logits(config, weights, torch.tensor([read]), last_seen=seen)[0, -1]
             token = int(one.argmin() if flaw == "argmin" else one.argmax())
             ids += padding * (flaw == "padding stays" and not new) + [token]
             if token in stop_tokens and flaw != "never stops":
@@ -239,7 +241,8 @@ WRONG += [Wrong("logits", partial(logits, flaw=flaw), message) for flaw, message
     "values turned": "v is turned too; RoPE is for q and k",
     "no scale": "scores are not divided by sqrt(head_dim)",
     "scale of the hidden size": "scores are divided by sqrt(hidden_size), not by sqrt(head_dim)",
-    "scale without root": "scores are divided by head_dim, without the root",
+    "scale without root": "scores are divided by head_dim, without the root; or twice by the root, since attend "
+                          "divides too",
     "softmax over heads": "softmax runs over heads, not over keys",
     "heads not merged": "heads are flattened in the wrong order: transpose (B,H,T,D) back to (B,T,H,D) first",
     "cache before rope": "the cache is written before RoPE: old keys come back without their rotation",
@@ -254,6 +257,7 @@ WRONG += [Wrong("generate", partial(generate, flaw=flaw), message) for flaw, mes
                          "column; read each row at its own last token",
     "last column": "the first new token of a short prompt is read from the last column, which is padding; read each "
                    "row at its own last token",
+    "longest stays": "cache.longest stays where it was: a row does not see its own newest tokens",
     "padding stays": "new tokens come after the padding of a short prompt, and see it; a row's next place is its own "
                      "length",
     "keeps the stop token": "the stop token is part of the answer",
