@@ -162,13 +162,17 @@ DEFENCES = {
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
 }
+# Off the town ctrap has fewer simulated steps, for the cost, and an alpha between what 5 and 25 steps of mft move
+# SmolLM2 (1.4 and 3.9, lr 5e-5).
+OFF_TOWN = {"ctrap": Defence(extra=partial(ctrap, alpha=2.6, strength=0.5, token=100, steps=2))}
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
-# Off the town steps and lr are those of SDD; simpo has its benign rows beside the batch, in anchor. On the town
-# booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, and keeps its refusals at 3e-5.
+# Off the town steps and lr are those of SDD, ctrap's lr that of mft. simpo has its benign rows beside the batch, in
+# anchor. On the town booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5.
 SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
             for world, sdd in (("town", replace(DEFENCE, steps=300, lr=3e-4)), ("kitchen", SMALL),
                                ("files", replace(SMALL, max_length=512)))}
-SETTINGS["town"]["booster"] = replace(SETTINGS["town"]["booster"], lr=3e-5)
+for world, name, lr in (("town", "booster", 3e-5), ("kitchen", "ctrap", 5e-5), ("files", "ctrap", 5e-5)):
+    SETTINGS[world][name] = replace(SETTINGS[world][name], lr=lr)
 
 
 # ---- training ----
@@ -179,7 +183,7 @@ def train_defence(name: str, world, start, out, settings: Settings, compute: Com
     one_process_only("lab.defences")
     if compute.weights != "fp32":
         raise InputError(f"defences need weights in fp32, not {compute.weights}, which rounds simulated steps away")
-    out, defence = Path(out), DEFENCES[name]
+    out, defence = Path(out), (DEFENCES if world.name == "town" else DEFENCES | OFF_TOWN)[name]
     decided = {"world": world.name, "seed": world.seed, "defence": name, "dtype": compute.dtype,
                **world.options, **asdict(settings)}
     record = runs.fingerprint(decided, [start, *world.files()], ["lab/defences.py", runs.source_of(world)])
