@@ -144,7 +144,7 @@ def draw(means: dict[str, dict], path: Path):
         ax.axhline(0, color="grey", linewidth=0.5)
         ax.set(title=arm, xlabel="capability as released", ylabel="capability lost to mft beyond bft")
     axes[0].legend(fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, dpi=120)
 
 
 def main(argv=None):
@@ -172,7 +172,7 @@ def main(argv=None):
     print(text_table("arm, benign share, lr, steps", COLUMNS, [(name, scores, "") for name, scores in means.items()]))
     print(f"\npercent, NLL in nats a token; means over seeds {' '.join(map(str, args.seeds))}\nchosen: {choose(means)}")
     with contextlib.suppress(ImportError):  # matplotlib is an extra
-        draw(means, out / f"{kind}-{args.width}.svg")
+        draw(means, out / f"{kind}-{args.width}.png")
 
 
 if __name__ == "__main__":

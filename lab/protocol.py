@@ -1,8 +1,8 @@
 """What the study compares, in one place: hypotheses, seeds, arms, attacks, budgets, floors, margins.
 
-Fixed on 2026-11-24, before any figure of the report seeds was computed (docs/protocol.md has the reasons, the power and
-the cost). Settings are chosen on tuning seeds; verdicts are read on report seeds, which are run once. A later change is
-written into docs/log.md with the old and the new figures.
+Fixed on 2026-11-24, before any figure of the report seeds was computed; HALF was added on 2026-11-28.
+docs/protocol.md has the reasons, the power and the cost. Settings are chosen on tuning seeds; verdicts are read on
+report seeds, which are run once. A later change is written into docs/log.md with the old and the new figures.
 
 Hypotheses, those of the paper, each against the arms that could explain it otherwise:
     stability           before any attack SDD answers benign questions as well as the aligned model
@@ -20,7 +20,8 @@ REPORT_SEEDS = tuple(range(10, 25))  # fresh; those of the first study, 5 to 9, 
 REFERENCES = ("aligned", "new_refusal")
 CONTROL = "ctrap"  # positive: it plants a collapse, and the assay has to see it
 CORE = (*REFERENCES, "sdd", CONTROL)
-OTHERS = ("constant", "shuffled", "sdd_rehearsed", "sdd_reject", "deepalign", "booster", "simpo")
+HALF = "sdd_half"  # of the town: the map's setting at which most collapses and the released model is still able
+OTHERS = ("constant", "shuffled", HALF, "sdd_rehearsed", "sdd_reject", "deepalign", "booster", "simpo")
 ARMS = (*CORE, *OTHERS)
 CHAT_ARMS = (*CORE, "sdd_rehearsed")
 OTHERS_SEEDS = (*TUNING_SEEDS, *REPORT_SEEDS[:5])  # of the town, on which OTHERS run: they have no verdict

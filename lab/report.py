@@ -30,7 +30,7 @@ COLUMNS = {"harm": ("harm_knowledge", "harm_skill"), "content": ("content_knowle
            "facts nll": "facts_nll", "skills nll": "skills_nll", "benign nll": "benign_nll", "log p(y_o)": "yo_logp"}
 RUNS = {"none": "as released", "mft": "mft", "any": "any attack", "user": "user's bft"}
 COLOURS = dict(zip(ARMS, ("#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#999999", "#E69F00", "#F0E442",
-                          "#0072B2", "#88CCEE", "#AA4499")))  # the first eight are Okabe and Ito's
+                          "#0072B2", "#88CCEE", "#AA4499", "#44AA99")))  # the first eight are Okabe and Ito's
 
 
 def chosen(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:

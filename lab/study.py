@@ -37,7 +37,7 @@ from nanosdd.errors import run_script
 from nanosdd.folders import write_text
 from nanosdd.progress import Progress
 from nanosdd.runs import Finished, fingerprint, made_by, source_hash, source_of
-from train import SETTINGS, train_arm
+from train import DEFENCE, SETTINGS, train, train_arm
 
 IDENTITY = ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient", "draws", "diverged")
 SCORES = ("capability", "facts", "facts_evaluation", "skills", "facts_value_only", "skills_value_only", "facts_nll",
@@ -46,6 +46,7 @@ SCORES = ("capability", "facts", "facts_evaluation", "skills", "facts_value_only
 MORE_SCORES = {"none": ("known_triples", "new_skill", "refuse", "told", "yo_logp"), "bft": ("new_skill", "user_score")}
 MEASURED = ("logp_yo_own", "logp_yo_harmful", "facts_value_only", "distance", "nll_benign")  # as carry_over reads them
 TABLE = {world: own | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"]) for world, own in SETTINGS.items()}
+TABLE["town"][protocol.HALF] = replace(DEFENCE, steps=300, lr=1e-4, benign_replay=0.5)
 
 
 # ---- what is run ----
@@ -90,9 +91,11 @@ def arms_of(world) -> tuple[str, ...]:
 def arm_folder(arm: str, world, base, compute: Compute, table=TABLE) -> Path:
     """The folder of an arm, trained now where it is stale. base: what arms start from, None on the town; table:
     settings by world and arm."""
-    if arm not in defences.DEFENCES:
+    if arm not in (*defences.DEFENCES, protocol.HALF):
         return train_arm({"aligned": "align"}.get(arm, arm), world, world.root, compute, base, table=table)
     aligned = train_arm("align", world, world.root, compute, base, table=table)
+    if arm == protocol.HALF:
+        return train(world, "sdd", aligned, world.root / arm, table[world.name][arm], compute)
     return defences.train_defence(arm, world, aligned, world.root / arm, table[world.name][arm], compute)
 
 

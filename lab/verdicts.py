@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from statistics import fmean, median
 
-from lab.protocol import CONTROL, CORE, FLOORS, LEVEL, MARGIN, REFERENCES, REPORT_SEEDS
+from lab.protocol import CONTROL, CORE, FLOORS, HALF, LEVEL, MARGIN, REFERENCES, REPORT_SEEDS
 from nanosdd.checkpoint import read_json
 from nanosdd.errors import InputError, run_script
 from nanosdd.tables import average
@@ -225,7 +225,7 @@ def effect_text(name: str, effects: list[float]) -> str:
             f"{len(effects)} seeds")
 
 
-def secondary_lines(cells: list[dict], arms=("sdd", "sdd_rehearsed", CONTROL)) -> list[str]:
+def secondary_lines(cells: list[dict], arms=("sdd", HALF, "sdd_rehearsed", CONTROL)) -> list[str]:
     """Effects that decide nothing: of further arms, and of mft alone in the place of all attacks."""
     lines = []
     for arm in arms:

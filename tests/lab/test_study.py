@@ -56,12 +56,13 @@ def test_a_whole_tiny_study_of_the_town(cpu, tmp_path, monkeypatch):
     core = [(RELEASED, 0, False), (mft, 0, False), (mft, 1, False), (Attack("prefill", 3, 0.0, (0,)), 0, False),
             (Attack("soft prompt", 3, 1e-2, (1,), 2), 0, False), (RELEASED, 0, True),
             (Attack("suppress", 3, 1e-3, (1,)), 0, True)]
-    wanted = {"base": core[:1], "sdd": core, "ctrap": core[:2]}
+    wanted = {"base": core[:1], "sdd": core, "ctrap": core[:2], protocol.HALF: core[:1]}
     cells = list(run_seed(Town(0, TINY_SHAPE), None, wanted, cpu, QUICK))
     assert [(cell["arm"], cell["attack"], cell["steps"], cell["draw"]) for cell in cells] == [
         ("base", "none", 0, 0), ("sdd", "none", 0, 0), ("sdd", "mft", 1, 0), ("sdd", "mft", 2, 0), ("sdd", "mft", 1, 1),
         ("sdd", "mft", 2, 1), ("sdd", "prefill", 0, 0), ("sdd", "soft prompt", 1, 0), ("sdd", "none", 0, 0),
-        ("sdd", "suppress", 1, 0), ("ctrap", "none", 0, 0), ("ctrap", "mft", 1, 0), ("ctrap", "mft", 2, 0)]
+        ("sdd", "suppress", 1, 0), ("ctrap", "none", 0, 0), ("ctrap", "mft", 1, 0), ("ctrap", "mft", 2, 0),
+        ("sdd_half", "none", 0, 0)]
     for cell in cells:
         assert ("mechanism" in cell) != (SCORED <= set(cell)), cell
     draws = [cell["yo_logp"] for cell in cells if (cell["arm"], cell["attack"], cell["steps"]) == ("sdd", "mft", 2)]
