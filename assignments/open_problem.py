@@ -37,12 +37,14 @@ from data.chat import encode_rows
 from data.town import SHAPE, Town
 from eval import score
 from lab.mechanism import measure, probes
+from lab.protocol import HALF
+from lab.study import TABLE
 from nanosdd.chat_model import Chat, load_chat
 from nanosdd.checkpoint import why_unreadable, write_model
 from nanosdd.device import Compute
 from nanosdd.errors import escaped
 from nanosdd.tables import average
-from train import SETTINGS, train_arm
+from train import train_arm
 
 SCORES = ("content", "content_knowledge", "content_skill", "capability", "facts_evaluation")
 UNDONE = 0.9  # of the aligned model's scores, that an attack brings back when nothing of SDD is left
@@ -74,7 +76,7 @@ class Problem:
     lr: tuple[float, ...] = (3e-5, 1e-4, 3e-4)  # of the attacks on a defence, and of the reference
     budgets: tuple[int, ...] = (50, 200)
     shape: dict = field(default_factory=lambda: SHAPE)
-    settings: dict = field(default_factory=lambda: SETTINGS["town"])
+    settings: dict = field(default_factory=lambda: TABLE["town"] | {"sdd": TABLE["town"][HALF]})  # SDD: docs/map.md
 
 
 @dataclass(frozen=True)
