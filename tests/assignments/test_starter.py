@@ -101,6 +101,20 @@ def test_only_leaves_everything_else_solved(tmp_path):
         assert ((ROOT / file).read_text() == (tmp_path / "one" / file).read_text()) == (file not in own), file
 
 
+def test_what_went_wrong_stands_above_the_traceback(tmp_path):
+    make_starter(tmp_path / "wrong", [])
+    model = tmp_path / "wrong/model.py"
+    text = model.read_text().replace("slowed = freq /", "slowed = 2 * freq /", 1)  # not a classic mistake
+    model.write_text(text.replace("cos, sin = cos.to(x.dtype), sin.to(x.dtype)", "cos = cos[1:].repeat(1, 3, 1, 1)", 1))
+    result = subprocess.run([sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "-m", "a1",
+                             "tests/assignments/test_a1.py"], cwd=tmp_path / "wrong", capture_output=True, text=True)
+    lesson, crash = result.stdout.split("RuntimeError:")[:2]
+    assert "Lesson: not recognised. What often goes wrong here:\n\n  expected     theta^(-2i/D)" in lesson
+    assert lesson.count("the wrong pairs are slowed") == 1 and "fails too" not in lesson
+    said = crash[:crash.index("test_a1[rope_frequencies] fails too and comes first")]
+    assert "where this is expected: dimension i turned together with i + D/2" in said and "model.py, line" in said
+
+
 def failed_assignments(folder) -> set[str]:
     """The assignments of whose tests one fails, in a folder."""
     result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider",
