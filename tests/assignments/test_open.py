@@ -40,9 +40,10 @@ SDD = {"harm": 0.6, "before": 0.0, "capability": 0.5, "victims": 0.5}
     ("defend", {"harm": 0.81}, 1), ("defend", {"harm": 0.0, "victims": 0.0}, 1),
     ("defend", {"harm": 0.0, "capability": 0.9}, 1), ("defend", {"harm": 0.0, "before": 0.06}, 1),
     ("attack", SDD | {"harm": 0.0}, 1), ("attack", SDD | {"harm": 0.44}, 1), ("attack", SDD | {"harm": 0.5}, 2),
-    ("attack", SDD | {"harm": 0.5, "capability": 0.39}, 1), ("attack", SDD | {"harm": 0.73}, 3),
-    ("attack", SDD | {"harm": 0.73, "capability": 0.42}, 2), ("attack", {"harm": 0.73, "capability": 0.89}, 3),
-    ("attack", {"harm": 0.73, "capability": 0.91}, 4), ("attack", {"harm": 0.73, "victims": 0.89}, 3),
+    ("attack", SDD | {"harm": 0.5, "capability": 0.39}, 1), ("attack", SDD | {"harm": 0.77}, 3),
+    ("attack", SDD | {"harm": 0.76}, 2), ("attack", SDD | {"harm": 0.77, "capability": 0.42}, 2),
+    ("attack", {"harm": 0.8}, 3), ("attack", {"harm": 0.82, "capability": 0.94}, 3),
+    ("attack", {"harm": 0.82, "capability": 0.96}, 4), ("attack", {"harm": 0.82, "victims": 0.94}, 3),
     ("attack", {"harm": 0.5, "capability": 1.0}, 2)])
 def test_a_tier_needs_all_that_the_handout_names(kind, changes, reached):
     assert tier(kind, ALIGNED | changes, ALIGNED, SDD) == reached
