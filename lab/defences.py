@@ -163,7 +163,7 @@ DEFENCES = {
     "simpo": Defence(loss=simpo, extra=anchor),
 }
 # Off the town ctrap has fewer simulated steps, for the cost, and an alpha between what 5 and 25 steps of mft move
-# SmolLM2 (1.4 and 3.9, lr 5e-5).
+# SmolLM2 (1.4 and 3.9, lr 5e-5). No collapse is visible there with it (docs/log.md).
 OFF_TOWN = {"ctrap": Defence(extra=partial(ctrap, alpha=2.6, strength=0.5, token=100, steps=2))}
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
 # Off the town steps and lr are those of SDD, ctrap's lr that of mft. simpo has its benign rows beside the batch, in
