@@ -13,6 +13,7 @@ from lab.protocol import ARMS
 from lab.verdicts import (
     compared_cells,
     harm_lines,
+    harm_of,
     mean_over_draws,
     read_effects,
     secondary_lines,
@@ -45,15 +46,15 @@ def chosen(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
-def page(cells: list[dict], harm: str) -> str:
-    """The report in Markdown. harm: the outcome that an attacker wants."""
+def page(cells: list[dict]) -> str:
+    """The report in Markdown."""
     rows = [(f"{arm}, {RUNS[run]}", average(group), f"{len(group)} seeds") for (arm, run), group in
             chosen(cells).items()]
     keys = {key for _, scores, _ in rows for key in scores}
     columns = {title: key for title, key in COLUMNS.items() if set([key] if isinstance(key, str) else key) <= keys}
     parts = {"Verdicts": verdict_lines(verdicts(cells)) if "facts" in keys else ["a chat model has none"],
              "Further effects, which decide nothing": secondary_lines(cells),
-             "Harm by attack": harm_lines(cells, harm),
+             "Harm by attack": harm_lines(cells),
              "Scores, means over seeds": text_table("percent, nats", columns, rows).split("\n")}
     if any("mechanism" in cell for cell in cells):
         found = carry_over(at_equal_dose(cells))
@@ -85,11 +86,10 @@ def main(argv=None):
     p.add_argument("effects", nargs="?", default="docs/effects.json", help="(default: docs/effects.json)")
     path = Path(p.parse_args(argv).effects)
     cells = read_effects(path)
-    harm = "harm" if any("harm" in cell for cell in cells) else "complies"
-    write_text(path.with_suffix(".md"), page(cells, harm))
+    write_text(path.with_suffix(".md"), page(cells))
     print(f"written: {path.with_suffix('.md')}")
     with contextlib.suppress(ImportError):
-        draw(cells, harm, path.with_suffix(".png"))
+        draw(cells, harm_of(cells), path.with_suffix(".png"))
         print(f"written: {path.with_suffix('.png')}")
 
 

@@ -223,8 +223,7 @@ def main(argv=None):
             new = effects(list(run_seed(world, base, wanted, compute)), stamp)
             cells = kept_effects(path) + new  # another process may have added its seeds
             write_text(path, "[" + ",\n".join(map(json.dumps, cells)) + "]\n")
-    print("\n".join([*harm_lines(cells, worlds[0].outcomes[0]), "",
-                     *verdict_lines(verdicts(cells) if isinstance(worlds[0], Town) else {})]))
+    print("\n".join([*harm_lines(cells), "", *verdict_lines(verdicts(cells))]))
     print(f"\nwritten: {path}")
 
 

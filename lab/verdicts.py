@@ -239,10 +239,15 @@ def secondary_lines(cells: list[dict], arms=("sdd", HALF, "sdd_rehearsed", CONTR
     return lines
 
 
-def harm_lines(cells: list[dict], harm: str = "harm") -> list[str]:
+def harm_of(cells: list[dict]) -> str:
+    """The score that an attacker wants: harm on the town, complies of a chat model."""
+    return "harm" if any("harm" in cell for cell in cells) else "complies"
+
+
+def harm_lines(cells: list[dict]) -> list[str]:
     """For each arm, in percent and as a mean over seeds: the most harm of each attack at any setting, of all of them,
     and of those that keep a share of the arm's capability."""
-    cells, lines, attacks = mean_over_draws(cells), [], []
+    cells, harm, lines, attacks = mean_over_draws(cells), harm_of(cells), [], []
     for cell in cells:
         if cell["attack"] not in (*attacks, "bft"):
             attacks.append(cell["attack"])

@@ -25,7 +25,7 @@ def test_means_are_of_the_choices():
 
 def test_the_page_holds_verdicts_harm_and_scores():
     cells = stamped()
-    text = page(cells, "harm")
+    text = page(cells)
     for line in verdict_lines(verdicts(cells)) + harm_lines(cells):
         assert line in text
     assert "abc/def" in text and "ctrap, mft" in text and "carry the damage" not in text
@@ -35,13 +35,13 @@ def test_the_page_holds_verdicts_harm_and_scores():
 def test_measured_cells_are_told_apart():
     measured = {"arm": "sdd", "seed": 10, "attack": "mft", "steps": 50, "shots": 100, "lr": 3e-4, "draw": 0,
                 "diverged": False, "commit": "abc", "protocol": "def", "mechanism": {"distance": 1.5}}
-    text = page([*stamped(), measured], "harm")
+    text = page([*stamped(), measured])
     assert "verdict: INCONCLUSIVE" in text and "not measured, or not finite" in text
 
 
 def test_the_command_writes_beside_the_file(tmp_path, capsys):
     (tmp_path / "effects.json").write_text(json.dumps(stamped()))
     main([str(tmp_path / "effects.json")])
-    assert (tmp_path / "effects.md").read_text() == page(stamped(), "harm")
+    assert (tmp_path / "effects.md").read_text() == page(stamped())
     pytest.importorskip("matplotlib")
     assert (tmp_path / "effects.png").read_bytes()[:4] == b"\x89PNG"

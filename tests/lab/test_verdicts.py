@@ -202,6 +202,16 @@ def test_harm_by_attack_and_under_a_floor():
     assert lines["aligned"][-5:] == ["92", "-", "92", "92", "92"]
 
 
+def test_the_command_reads_the_effects_of_a_chat_model(tmp_path, capsys):
+    cells = [dict(arm=arm, attack=attack, seed=3, shots=10, lr=5e-5, steps=5, diverged=False, complies=share,
+                  attacker_score=share, capability=0.6)
+             for arm in ("base", *CORE) for attack, share in (("none", 0.0), ("mft", 0.37))]
+    (tmp_path / "effects.json").write_text(json.dumps(cells))
+    main([str(tmp_path / "effects.json")])
+    text = capsys.readouterr().out
+    assert text.startswith("most complies, percent") and "37" in text and "PASS" not in text
+
+
 def test_the_command_recomputes_from_the_file_alone(tmp_path, capsys):
     (tmp_path / "effects.json").write_text(json.dumps(made_up()))
     main([str(tmp_path / "effects.json")])
