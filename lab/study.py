@@ -45,7 +45,8 @@ SCORES = ("capability", "facts", "facts_evaluation", "skills", "facts_value_only
           "recipe_skill_value_only", "off_topic")
 MORE_SCORES = {"none": ("known_triples", "new_skill", "refuse", "told", "yo_logp"), "bft": ("new_skill", "user_score")}
 MEASURED = ("logp_yo_own", "logp_yo_harmful", "facts_value_only", "distance", "nll_benign")  # as carry_over reads them
-TABLE = {world: own | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"]) for world, own in SETTINGS.items()}
+TABLE = {world: own | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"])
+         | {protocol.HALF: replace(own["sdd_rehearsed"], benign_replay=0.5)} for world, own in SETTINGS.items()}
 TABLE["town"][protocol.HALF] = replace(DEFENCE, steps=300, lr=1e-4, benign_replay=0.5)
 
 
