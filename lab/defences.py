@@ -168,11 +168,11 @@ OFF_TOWN = {"ctrap": Defence(extra=partial(ctrap, alpha=2.6, strength=0.5, token
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
 # Off the town steps and lr are those of SDD, ctrap's lr that of mft. simpo has its benign rows beside the batch, in
 # anchor. On the town booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5.
-SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
+LR = {("town", "booster"): 3e-5, ("kitchen", "ctrap"): 5e-5, ("files", "ctrap"): 5e-5}
+SETTINGS = {world: {name: replace(sdd, lr=LR.get((world, name), sdd.lr), benign_replay=0.0 if name == "simpo" else 0.5)
+                    for name in DEFENCES}
             for world, sdd in (("town", replace(DEFENCE, steps=300, lr=3e-4)), ("kitchen", SMALL),
                                ("files", replace(SMALL, max_length=512)))}
-for world, name, lr in (("town", "booster", 3e-5), ("kitchen", "ctrap", 5e-5), ("files", "ctrap", 5e-5)):
-    SETTINGS[world][name] = replace(SETTINGS[world][name], lr=lr)
 
 
 # ---- training ----

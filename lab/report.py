@@ -65,10 +65,10 @@ def page(cells: list[dict]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def draw(cells: list[dict], harm: str, path: Path):
+def draw(cells: list[dict], path: Path):
     """Harm against capability, means over seeds, of each arm as released and after attacker's and user's choices."""
     from matplotlib.figure import Figure  # an extra: ImportError where it is missing
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure, harm = Figure(figsize=(8, 5), layout="constrained"), harm_of(cells)
     axes = figure.subplots()
     for (arm, run), group in chosen(cells).items():
         x, y = (100 * fmean(cell[key] for cell in group) for key in ("capability", harm))
@@ -89,7 +89,7 @@ def main(argv=None):
     write_text(path.with_suffix(".md"), page(cells))
     print(f"written: {path.with_suffix('.md')}")
     with contextlib.suppress(ImportError):
-        draw(cells, harm_of(cells), path.with_suffix(".png"))
+        draw(cells, path.with_suffix(".png"))
         print(f"written: {path.with_suffix('.png')}")
 
 
