@@ -316,8 +316,7 @@ def main(argv=None):
             if parent and (model is None or args.out is None):
                 start = train_arm(parent, world, world.root, compute, model, args.template)
             train(world, args.mode, start, out, settings, compute, args.template, args.fresh)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    device.leave_processes()
 
 
 if __name__ == "__main__":

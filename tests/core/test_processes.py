@@ -73,10 +73,9 @@ def test_weights_are_read_by_shares_so_memory_falls_with_the_number_of_processes
     (folder / "step.py").write_text("""
 import re
 from pathlib import Path
-import torch.distributed as dist
 from data.chat import encode_rows
 from nanosdd.chat_model import load_chat
-from nanosdd.device import Compute, join_processes, rank_and_world_size, shard_over_processes
+from nanosdd.device import Compute, join_processes, leave_processes, rank_and_world_size, shard_over_processes
 from nanosdd.optimizer import make_optimizer
 from train import train_step
 
@@ -94,8 +93,7 @@ rows = encode_rows(chat.tokenizer, chat.template, [{"prompt": "how", "response":
 for _ in range(2):
     train_step(chat.model, optimizer, rows, 1e-3, compute)
 Path(f"peak{rank_and_world_size()[0]}of{rank_and_world_size()[1]}").write_text(f"{peaks[0]} {peak() - idle}")
-if dist.is_initialized():
-    dist.destroy_process_group()
+leave_processes()
 """)
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed, to the system
     alone = subprocess.run([sys.executable, "step.py"], capture_output=True, text=True, timeout=240,
