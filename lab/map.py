@@ -101,14 +101,15 @@ def summary(cells: list[dict]) -> dict:
 
 def summarise(by_seed: list[dict[str, list[dict]]]) -> dict[str, dict]:
     """{setting: mean over seeds of its summary}, of the settings that every seed has; collapse: the cost of mft beyond
-    bft less that of new_refusal at the same setting."""
-    means = {}
-    for name in [name for name in by_seed[0] if all(name in of_seed for of_seed in by_seed)]:
-        means[name] = average([summary(of_seed[name]) for of_seed in by_seed])
+    bft less that of new_refusal at the same setting, also of each seed in `collapses`."""
+    names = [name for name in by_seed[0] if all(name in of_seed for of_seed in by_seed)]
+    each = {name: [summary(of_seed[name]) for of_seed in by_seed] for name in names}
+    means = {name: average(scores) for name, scores in each.items()}
     for name, scores in means.items():
-        control = means.get(name.replace("sdd", "new_refusal", 1))
-        if name.startswith("sdd") and control and "cost" in scores and "cost" in control:
-            scores["collapse"] = scores["cost"] - control["cost"]
+        control = name.replace("sdd", "new_refusal", 1)
+        if control != name and "cost" in scores and "cost" in means.get(control, {}):
+            scores["collapses"] = [one["cost"] - other["cost"] for one, other in zip(each[name], each[control])]
+            scores["collapse"] = fmean(scores["collapses"])
     return means
 
 
@@ -169,7 +170,9 @@ def main(argv=None):
         town.root = town.root if name == kind else Path("out") / name / f"seed{seed}"
         by_seed.append(run_seed(town, grid, compute, out / f"{name}-seed{seed}.jsonl"))
     means = summarise(by_seed)
-    print(text_table("arm, benign share, lr, steps", COLUMNS, [(name, scores, "") for name, scores in means.items()]))
+    rows = [(name, scores, " ".join(f"{100 * one:.0f}" for one in scores.get("collapses", ())))
+            for name, scores in means.items()]
+    print(text_table("arm, benign share, lr, steps", COLUMNS, rows, "by seed"))
     print(f"\npercent, NLL in nats a token; means over seeds {' '.join(map(str, args.seeds))}\nchosen: {choose(means)}")
     with contextlib.suppress(ImportError):  # matplotlib is an extra
         draw(means, out / f"{kind}-{args.width}.png")

@@ -35,6 +35,7 @@ def test_collapse_is_beyond_new_refusal_and_over_seeds():
              {"sdd 0 1e-05 300": cells([0.5]), "new_refusal 0 1e-05 300": cells([0.1]), "sdd 0 1e-06 300": []}]
     means = summarise(seeds)
     assert list(means) == ["sdd 0 1e-05 300", "new_refusal 0 1e-05 300"]  # of both seeds
+    assert means["sdd 0 1e-05 300"]["collapses"] == pytest.approx([0.2, 0.4])
     assert means["sdd 0 1e-05 300"]["collapse"] == pytest.approx(0.3)
     assert "collapse" not in means["new_refusal 0 1e-05 300"]
 
