@@ -69,22 +69,52 @@ def norm(parts: list[torch.Tensor]) -> torch.Tensor:
 
 # ---- the defences ----
 
-def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, token: int, steps: int):
-    """The gradient that plants a collapse: strength * c / max(1, ||c||), c = grad CE(token | benign) at theta_K.
+def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, steps: int, collapse, keep=None):
+    """The gradient that plants a collapse: strength * clip(c) + strength * clip(k), where clip(g) = g / max(1, ||g||).
 
-    theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K * s_k / ||s_k||, s_k the
-    signs of grad L(harmful) at theta_k, theta_0 = theta. CE is the mean cross-entropy of one fixed token at every
-    response position. First order: c is added as it is to the gradient of alignment at theta. Returns a list, as
-    `gradients`. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there K is 1, the step is along the gradient itself
-    and c is not clipped. Signs are the direction of the attacker's AdamW.
+    c is the gradient of the mean cross-entropy of collapse(benign, harmful), a batch, at theta_K; k, with `keep`, that
+    of keep(benign) at theta. theta_K is where K = steps simulated harmful steps lead: theta_(k+1) = theta_k - alpha / K
+    * s_k / ||s_k||, s_k the signs of grad L(harmful) at theta_k, theta_0 = theta. First order: c is added as it is to
+    the gradient of alignment at theta. Returns a list, as `gradients`. Source: CTRAP (Yi et al. 2025, arXiv
+    2505.16559); there K is 1, the step is along the gradient itself, c is of one_token and is not clipped. Signs are
+    the direction of the attacker's AdamW.
     """
-    collapsed = replace(benign, targets=torch.full_like(benign.targets, token))
     with restored(model):
         for _ in range(steps):
             move(model, [part.sign() for part in gradients(model, harmful)], alpha / steps)
-        found = gradients(model, collapsed)
-    scale = strength / norm(found).clamp(min=1)
-    return [scale * part for part in found]
+        found = clipped(gradients(model, collapse(benign, harmful)), strength)
+    if keep:
+        found = [one + other for one, other in zip(found, clipped(gradients(model, keep(benign)), strength))]
+    return found
+
+
+def clipped(parts: list[torch.Tensor], most: float) -> list[torch.Tensor]:
+    """most * g / max(1, ||g||)."""
+    scale = most / norm(parts).clamp(min=1)
+    return [scale * part for part in parts]
+
+
+def one_token(benign: Batch, harmful: Batch, token: int) -> Batch:
+    """The benign rows, with one fixed token as the target of every response position."""
+    return replace(benign, targets=torch.full_like(benign.targets, token))
+
+
+def beginnings(benign: Batch, harmful: Batch | None = None, count: int = 3) -> Batch:
+    """The benign rows with loss on the first `count` response tokens alone, or on as many as the shortest response has;
+    with `harmful`, these are those of harmful rows, row after row, as if every prompt asked for harm."""
+    count = min([count, *(int(part.loss_mask.sum(1).min()) for part in (benign, harmful) if part)])
+
+    def places(batch):
+        return batch.loss_mask.int().argmax(1)[:, None] + torch.arange(count, device=batch.tokens.device)  # (B,count)
+
+    at, row = places(benign), torch.arange(len(benign.tokens), device=benign.tokens.device)[:, None]
+    tokens, targets, mask = benign.tokens.clone(), benign.targets.clone(), torch.zeros_like(benign.loss_mask)
+    mask[row, at] = True
+    if harmful:
+        other = row % len(harmful.tokens)
+        targets[row, at] = harmful.targets[other, places(harmful)[other[:, 0]]]
+        tokens[row, at[:, 1:]] = targets[row, at[:, :-1]]
+    return Batch(tokens, targets, mask, benign.lengths)
 
 
 def booster(model, harmful: Batch, benign: Batch, alpha: float, strength: float) -> list[torch.Tensor]:
@@ -157,22 +187,24 @@ class Defence:
 # takes them and bft does not. alpha is of the size of what mft moves there, 1.0 to 2.2. With one step, or along
 # gradients, mft misses the collapse; without the clip skills fall before any attack. Others: published constants.
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=0.5, token=100, steps=4)),
+    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=0.5, steps=4, collapse=partial(one_token, token=100))),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
 }
-# Off the town ctrap has fewer simulated steps, for the cost, and an alpha between what 5 and 25 steps of mft move
-# SmolLM2 (1.4 and 3.9, lr 5e-5). No collapse is visible there with it (docs/log.md).
-OFF_TOWN = {"ctrap": Defence(extra=partial(ctrap, alpha=2.6, strength=0.5, token=100, steps=2))}
+# In a chat model a fixed token is out of reach (21 nats; docs/log.md), the beginning of a harmful answer is not: mft
+# teaches it anyway. alpha is what 5 steps of mft move SmolLM2 at lr 5e-5.
+OFF_TOWN = {"ctrap": Defence(extra=partial(ctrap, alpha=1.42, strength=1.0, steps=5, collapse=beginnings,
+                                           keep=beginnings))}
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
-# Off the town steps and lr are those of SDD, ctrap's lr that of mft. simpo has its benign rows beside the batch, in
-# anchor. On the town booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5.
-LR = {("town", "booster"): 3e-5, ("kitchen", "ctrap"): 5e-5, ("files", "ctrap"): 5e-5}
-SETTINGS = {world: {name: replace(sdd, lr=LR.get((world, name), sdd.lr), benign_replay=0.0 if name == "simpo" else 0.5)
-                    for name in DEFENCES}
+# Off the town steps and lr are those of SDD, but for ctrap. simpo has its benign rows beside the batch, in anchor. On
+# the town booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5.
+SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
             for world, sdd in (("town", replace(DEFENCE, steps=300, lr=3e-4)), ("kitchen", SMALL),
                                ("files", replace(SMALL, max_length=512)))}
+SETTINGS["town"]["booster"] = replace(SETTINGS["town"]["booster"], lr=3e-5)
+for world in ("kitchen", "files"):
+    SETTINGS[world]["ctrap"] = replace(SETTINGS[world]["ctrap"], steps=40, batch_size=8, lr=1e-4)
 
 
 # ---- training ----

@@ -72,8 +72,24 @@ def test_ctrap_is_the_gradient_of_one_token_after_the_simulated_attack(model):
         norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
         clipped.append(norm > 1)
         wanted = {name: 0.3 * g / max(1, norm) for name, g in wanted.items()}
-        assert_gradients(ctrap(model, harmful, benign, alpha=alpha, strength=0.3, token=17, steps=steps), wanted)
+        assert_gradients(ctrap(model, harmful, benign, alpha=alpha, strength=0.3, steps=steps,
+                              collapse=defences.partial(defences.one_token, token=17)), wanted)
     assert clipped == [True, True, False]
+
+
+def test_a_collapse_into_harmful_beginnings_keeps_those_before_the_attack(model):
+    harmful, long, wanted = collate(HARMFUL), BENIGN[:1] + BENIGN[2:] + [Example([21, 22, 23, 24, 25, 26], 2)], []
+    benign, signs = collate(long), {name: g.sign() for name, g in by_hand(model, harmful, harmful.targets).items()}
+    swapped = [Example(row.ids[:row.prompt_length] + answer, row.prompt_length)
+               for row, answer in zip(long, ([8, 9], [41, 42], [8, 9]))]  # the shorter harmful answer has two tokens
+    kept = [Example(row.ids[:row.prompt_length + 3], row.prompt_length) for row in long]
+    for there, rows in ((moved(model, signs, 0.7), swapped), (model, kept)):
+        batch = collate(rows)
+        found = by_hand(there, batch, batch.targets)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
+        wanted.append({name: 0.3 * g / max(1, norm) for name, g in found.items()})
+    assert_gradients(ctrap(model, harmful, benign, 0.7, 0.3, 1, defences.beginnings, defences.beginnings),
+                     {name: g + wanted[1][name] for name, g in wanted[0].items()})
 
 
 def test_booster_is_the_difference_of_two_harmful_gradients(model):
@@ -84,12 +100,13 @@ def test_booster_is_the_difference_of_two_harmful_gradients(model):
     assert_gradients(booster(model, harmful, collate(BENIGN), alpha=0.4, strength=5.0), wanted)
 
 
-@pytest.mark.parametrize("extra", [defence.extra for defence in DEFENCES.values() if defence.extra])
+@pytest.mark.parametrize("extra", [one.extra for one in (*DEFENCES.values(), *defences.OFF_TOWN.values()) if one.extra])
 def test_weights_and_gradients_are_as_they_were(model, extra):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.25)
-    extra = extra if "token" not in getattr(extra, "keywords", {}) else defences.partial(extra, token=17)
+    if extra is DEFENCES["ctrap"].extra:  # its token is beyond this vocabulary
+        extra = defences.partial(extra, collapse=defences.partial(defences.one_token, token=17))
     extra(model, collate(HARMFUL), collate(BENIGN))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(bool((weight.grad == 0.25).all()) for weight in model.parameters())
