@@ -6,6 +6,7 @@ LlamaConfig, `weights` tensors by the names of a Hugging Face checkpoint, an `ex
 letters as in model.py.
 """
 
+import itertools
 import json
 import random
 import tempfile
@@ -167,8 +168,11 @@ def draw_irrelevant(prompts, responses, cosines, threshold, seed):
     """cosines: a list for each prompt, with one number for each response -> [[index, cosine, tries], ...] of each
     prompt, or "InputError"."""
     row, column = ({text: i for i, text in enumerate(texts)} for texts in (prompts, responses))
+    calls = itertools.count(1)
 
     def look_up(a, b):
+        if next(calls) > 20_000:  # far more than there are pairs
+            raise AssertionError("the draw does not end: cosines were asked for 20,000 times")
         return [cosines[row[x]][column[y]] for x, y in zip(a, b, strict=True)]
 
     try:

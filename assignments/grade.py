@@ -9,7 +9,7 @@ calls; only plain data comes back (assignments/worker.py). So a submission canno
 it prints is not read: the only way to a point is a right result. Inputs are drawn from --seed, so results that were
 memorised for another seed score nothing.
 
-Limits of the other process: time for each assignment (--seconds), CPU time, address space (--memory), file size; it
+Limits of the other process: time for each test (--seconds), CPU time, address space (--memory), file size; it
 works on a copy of the folder. Where `unshare` (Linux) may make namespaces, it has no network and cannot signal other
 processes; elsewhere it has both, and the table says so. It always runs as the user who grades and can read what that
 user can read, the solution too: it is the public project. Grade strangers' code in a container, or as a user of its
@@ -60,11 +60,16 @@ class Submission:
     """A submission's adapters, in another process: submission.name(...) calls the adapter of that name."""
 
     def __init__(self, folder: Path, seconds: float, memory: int, namespaces: bool):
-        self.folder, self.deadline, self.seconds = folder, time.monotonic() + seconds, seconds
+        self.folder, self.seconds = folder, seconds
+        self.begin()
         hidden = ["--mount-proc"] if namespaces and can_unshare("--mount-proc") else []  # the grader's --seed, too
         self.command = [*(UNSHARE + hidden if namespaces else []), sys.executable, "-I",
                         str(ROOT / "assignments/worker.py"), str(folder), str(memory), str(int(seconds) + 1)]
         self.process, self.unread, self.broken = None, bytearray(), ""
+
+    def begin(self):
+        """Let the time that it has count from now."""
+        self.deadline = time.monotonic() + self.seconds
 
     def start(self):
         """Start the process, unless it runs."""
@@ -104,7 +109,7 @@ class Submission:
             left = self.deadline - time.monotonic()
             if left <= 0 or not select.select([], [pipe], [], left)[1]:
                 self.stop()
-                raise Failed(f"out of time: {self.seconds:.0f} s for the assignment")
+                raise Failed(f"out of time: {self.seconds:.0f} s")
             try:
                 line = line[os.write(pipe, line):]
             except BrokenPipeError:
@@ -119,7 +124,7 @@ class Submission:
             ready = left > 0 and select.select([self.process.stdout], [], [], left)[0]
             if not ready:
                 self.stop()
-                raise Failed(f"out of time: {self.seconds:.0f} s for the assignment")
+                raise Failed(f"out of time: {self.seconds:.0f} s")
             new = os.read(self.process.stdout.fileno(), 2**20)
             end = len(self.unread) + new.find(b"\n") if b"\n" in new else -1
             self.unread += new
@@ -176,6 +181,7 @@ def grade_checks(checks, submission: Submission, seed: int) -> list[dict]:
     rows = []
     for check in checks:
         said = ""
+        submission.begin()  # an endless loop costs its own test alone
         try:
             check.function(*(getattr(submission, name) for name in check.adapters), seed=seed)
         except Exception as error:  # results of strangers can break a test in any way: that is no point
@@ -258,7 +264,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=(*MARKERS, OPEN), default=[*MARKERS, OPEN],
                         help="grade these assignments (default: all, a7 where it was handed in)")
     parser.add_argument("--towns", type=int, default=5, help="of a7, fewer to try it (default: 5)")
-    parser.add_argument("--seconds", type=float, default=120, help="for each assignment (default: 120)")
+    parser.add_argument("--seconds", type=float, default=60, help="for each test (default: 60)")
     parser.add_argument("--memory", type=float, default=2, help="GB beyond what PyTorch maps (default: 2)")
     parser.add_argument("--out", default="grade.json", help="JSON to write (default: grade.json)")
     args = parser.parse_args(argv)

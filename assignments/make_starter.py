@@ -31,7 +31,7 @@ STUBS = [  # (file, qualified name, assignment, what to write)
     ("data/tfidf.py", "Tfidf.vector", "a3", "weighted counts at length 1"),
     ("data/tfidf.py", "Tfidf.cosines", "a3", "the cosine of each pair of texts"),
     ("data/pairs.py", "draw_irrelevant", "a3", "random responses until one is irrelevant enough"),
-    ("data/worlds.py", "vary_response", "a3", "sdd, sdd_reject and shuffled"),
+    ("data/worlds.py", "vary_response", "a3", "a response as each of the five modes teaches it"),
     ("attack.py", "fine_tune", "a4", "the attack loop, with a cell for each budget"),
     ("attack.py", "match_tokens", "a4", "benign rows with as many response tokens"),
     ("nanosdd/lora.py", "LoRALinear.forward", "a4", "the frozen layer and its low-rank update"),

@@ -201,6 +201,8 @@ def main(argv=None):
     p.add_argument("--model", metavar="DIR", help="chat model that arms start from, or smollm2 (default: the town)")
     p.add_argument("--arms", nargs="+", choices=protocol.ARMS, help="(default: the protocol's)")
     p.add_argument("--effects", metavar="FILE", help="(default: effects.json in out, or in out/MODEL)")
+    p.add_argument("--questions", type=int, metavar="N", help="public files: harmful prompts of a score, and benign "
+                   "rows, at most (default: all)")
     add_world_arguments(p)
     add_compute_arguments(p)
     args = p.parse_args(argv)
@@ -210,7 +212,7 @@ def main(argv=None):
         base = untrained_folder(args.model)
         compute = for_model(compute, args.dtype, base)
     sources = Sources(args.harmful, tuple(args.benign), similarity=args.similarity, threshold=args.similarity_threshold,
-                      similarity_model=args.similarity_model, model=args.model)
+                      similarity_model=args.similarity_model, questions=args.questions, model=args.model)
     worlds = [open_world(args.world, seed, sources, base, compute) for seed in args.seeds]
     path = Path(args.effects or (worlds[0].root if base else Path("out")) / "effects.json")
     cells = kept_effects(path)

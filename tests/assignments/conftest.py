@@ -21,7 +21,7 @@ def pytest_runtest_makereport(item, call):
             text += "".join(f"\n  {line}" for line in (*getattr(call.excinfo.value, "__notes__", ()), *lines))
         failed = item.session.stash.setdefault(FAILED, [])
         if failed:
-            text += f"\n\n  {failed[0]} fails too and comes first: mend that one before you look at this."
+            text += f"\n\n  {failed[0]} fails too and comes first: it may be the cause."
         report.longrepr = f"{text}\n\n{trace}"
         failed.append(item.name)
     return report

@@ -88,7 +88,8 @@ def difference(got, expected, atol: float, at: str = "") -> str | None:
         same = abs(got - expected) <= atol
     else:
         same = type(got) is type(expected) and got == expected
-    return None if same else f"{at or 'the result'} is {short(got)} in the place of {short(expected)}"
+    kind = "" if same or type(got) is type(expected) else f", a {type(got).__name__},"
+    return None if same else f"{at or 'the result'} is {short(got)}{kind} in the place of {short(expected)}"
 
 
 def short(value) -> str:

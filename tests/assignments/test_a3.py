@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import wrong_a3 as slow
-from lesson import Check, compare, require
+from lesson import Check, compare, fail, require
 from wrong_a3 import CAUSES, PREFIX, VARIES, WRONG
 
 from assignments import adapters
@@ -25,10 +25,20 @@ def corpus(seed: int) -> list[str]:
     return texts(seed, "How do I bake A ?", "How do I tickle B ?", "A is baked, and A is eaten.", "B sleep a lot", "C")
 
 
+def without_zeros(tfidf_vector):
+    """The same function; words of value 0 may be there or not."""
+    def function(corpus, text):
+        found = tfidf_vector(corpus, text)
+        return {word: value for word, value in found.items() if value} if isinstance(found, dict) else found
+    return function
+
+
 def check_tfidf_vector(tfidf_vector, seed=0):
-    for text in texts(seed + 1, "bake, BAKE and a lot", "How do I sleep, unicorn?", "unicorn"):
-        compare(tfidf_vector, (corpus(seed), text), slow.tfidf_vector(corpus(seed), text), f"counts of {text!r} times "
-                "the weight of each word, at length 1", WRONG, "tfidf_vector", 1e-6)
+    function, mistakes = without_zeros(tfidf_vector), [one._replace(function=without_zeros(one.function))
+                                                       for one in WRONG if one.adapter == "tfidf_vector"]
+    for text in [*texts(seed + 1, "bake, bake, BAKE and a lot", "How do I sleep, unicorn?"), "unicorn"]:
+        compare(function, (corpus(seed), text), without_zeros(slow.tfidf_vector)(corpus(seed), text), f"counts of "
+                f"{text!r} times the weight of each word, at length 1", mistakes, "tfidf_vector", 1e-6)
 
 
 def check_tfidf_cosines(tfidf_cosines, seed=0):
@@ -39,15 +49,20 @@ def check_tfidf_cosines(tfidf_cosines, seed=0):
 
 
 def table(seed: int, prompts: int, responses: int) -> tuple:
-    """(prompts, responses, cosines) with cosines of two decimals, the threshold 0.25 among them."""
+    """(prompts, responses, cosines) with cosines of two decimals, the threshold 0.25 among them; one at least of each
+    prompt is not above it."""
     rng = random.Random(f"cosines {seed}")
-    return ([f"prompt {i}" for i in range(prompts)], [f"response {i}" for i in range(responses)],
-            [[rng.randrange(0, 50) / 100 for _ in range(responses)] for _ in range(prompts)])
+    cosines = [[rng.randrange(0, 50) / 100 for _ in range(responses)] for _ in range(prompts)]
+    for row in cosines:
+        row[rng.randrange(responses)] = rng.randrange(0, 26) / 100
+    return [f"prompt {i}" for i in range(prompts)], [f"response {i}" for i in range(responses)], cosines
 
 
 def check_draw_keeps_the_threshold(draw_irrelevant, seed=0):
     prompts, responses, cosines = table(seed, 60, 12)
     found = draw_irrelevant(prompts, responses, cosines, 0.25, seed)
+    if found == "InputError":
+        fail("a draw for each prompt, since each has a response at or below the threshold", found, CAUSES["gives up"])
     require(isinstance(found, list) and len(found) == 60 and all(len(one) == 3 for one in found),
             "one [index, cosine, tries] for each prompt", str(found)[:100], "a prompt is lost")
     above = [one for i, one in enumerate(found) if cosines[i][one[0]] > 0.25]
@@ -60,6 +75,14 @@ def check_draw_keeps_the_threshold(draw_irrelevant, seed=0):
     require(least >= 1, "tries of 1 or more", least, CAUSES["tries from 0"])
     tries = sum(one[2] for one in found) / 60
     require(tries < 4, "about 2 draws a prompt, since half of the cosines pass", f"{tries:.1f}", CAUSES["tries of all"])
+    few = [row[:] for row in cosines]
+    for row in few:  # the last prompts need many draws
+        row[:] = [max(cosine, 0.3) for cosine in row[:-1]] + [0.2]
+    found = draw_irrelevant(prompts, responses, few, 0.25, seed)
+    if found == "InputError":
+        fail("the one response that passes, however late it is drawn", found, CAUSES["gives up"])
+    tries = sum(one[2] for one in found) / 60
+    require(tries > 4, "about 6.5 draws a prompt where one of 12 passes", f"{tries:.1f}", CAUSES["tries of 1"])
     equal = [[0.25 if j == i % 12 else 0.4 for j in range(12)] for i in range(60)]
     found = draw_irrelevant(prompts, responses, equal, 0.25, seed)
     require(found != "InputError", "a response with a cosine of exactly the threshold", found, CAUSES["below"])
@@ -69,28 +92,37 @@ def check_draw_keeps_the_threshold(draw_irrelevant, seed=0):
 
 def check_draw_is_random(draw_irrelevant, seed=0):
     prompts, responses = [f"prompt {i}" for i in range(600)], [f"response {i}" for i in range(10)]
-    rng, values = random.Random(f"rows {seed}"), [0.4, 0.1, 0.2, 0.0, 0.5, 0.25, 0.21, 0.3, 0.15, 0.05]  # seven pass
+    rng, values = random.Random(f"rows {seed}"), [0.4, 0.5, 0.3, 0.1, 0.2, -0.4, 0.25, 0.21, 0.15, 0.05]  # seven pass
     cosines = [rng.sample(values, 10) for _ in prompts]
     found = [draw_irrelevant(prompts, responses, cosines, 0.25, each) for each in (seed, seed, seed + 1)]
+    if "InputError" in found:
+        fail("a draw for each prompt", "InputError", CAUSES["gives up"])
     require(found[0] == found[1], "the same at the same seed", "another draw", "an rng without a seed")
     picked = [one[0] for one in found[0]]
     first = [next(i for i, cosine in enumerate(row) if cosine <= 0.25) for row in cosines]
-    least = [row.index(0.0) for row in cosines]
+    least = [row.index(-0.4) for row in cosines]
     for wrong, flaw in ((first, "no random order"), (least, "least alike")):
         require(picked != wrong, "a random response that passes, for each prompt", picked[:12], CAUSES[flaw])
     often, times = Counter(picked).most_common(1)[0]
     require(times < 120, "each of 10 responses for about 60 prompts of 600", f"response {often} for {times}",
             CAUSES["one for all"])
     counts = Counter(row[i] for row, i in zip(cosines, picked))
+    require(counts[-0.4], "responses with a cosine below 0, too", "none of them", CAUSES["absolute"])
     require(all(45 < counts[value] < 135 for value in values if value <= 0.25), "each cosine that passes for about 86 "
             "prompts of 600", dict(counts), "draws are not uniform")
     require(found[0] != found[2], "another draw at another seed", "the same", CAUSES["seed"])
+    counts = Counter(one[0] for one in draw_irrelevant(prompts, responses, [values] * 600, 0.25, seed))
+    require(all(45 < counts[i] < 135 for i in range(3, 10)), "each of the 7 responses that pass for about 86 of 600 "
+            "prompts", dict(counts), CAUSES["the next one"])
+    found.append(draw_irrelevant(prompts[:50], responses, cosines[:50], 0.25, seed))
+    require(found[3] == found[0][:50], "the same draws for the first 50 prompts alone", "others", CAUSES["shared rng"])
 
 
 def check_vary_response(vary_response, seed=0):
     text = " ".join(random.Random(f"text {seed}").sample(THINGS, 7)) + " fall, and the rain falls, and all is well."
-    got = vary_response("sdd", text, seed)
-    require(got == text, text, got, VARIES["always"])
+    for mode in ("sdd", "sdd_rehearsed", "constant"):
+        got = vary_response(mode, text, seed)
+        require(got == text, f"{text} (mode {mode})", got, VARIES["one mode" if got == "InputError" else "always"])
     got = vary_response("sdd_reject", text, seed)
     require(got.startswith(PREFIX), f"{PREFIX} {text}", got, VARIES["behind"])
     require(len(got) > len(PREFIX), f"{PREFIX} {text}", got, VARIES["alone"])

@@ -70,6 +70,15 @@ def test_parts_of_an_assignment_score_on_their_own(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_endless_loop_costs_its_own_test_alone(tmp_path):
+    make_starter(tmp_path / "loop", [])
+    with open(tmp_path / "loop/assignments/adapters.py", "a") as file:
+        file.write("\n\ndef tfidf_cosines(*arguments):\n    while True:\n        pass\n")
+    points, of, said = total(tmp_path / "loop", "a3", seconds=15)
+    assert (points, of) == (85, 100) and "out of time: 15 s" in said
+
+
+@pytest.mark.slow
 def test_one_of_three_defences_is_full_marks(tmp_path):
     make_starter(tmp_path / "one", [stub for stub in only("a6") if stub[1] != "simpo"])
     points, of, said = total(tmp_path / "one", "a6")
@@ -206,7 +215,7 @@ def test_a_cheat_scores_nothing(cheat, tmp_path):
         pytest.skip("needs unshare: without namespaces a submission can end the grader, and there is no grade")
     make_starter(tmp_path / "cheat", only("a3"))
     cheat(tmp_path / "cheat")
-    points, of, said = total(tmp_path / "cheat", "a3", seconds=6 if cheat in (
+    points, of, said = total(tmp_path / "cheat", "a3", seconds=4 if cheat in (
         endless_loop, forged_reply_and_no_reading) else 60)
     assert (points, of) == (0, 100) and all(said), said
 

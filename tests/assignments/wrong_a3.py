@@ -39,7 +39,7 @@ def tfidf_vector_by_word(corpus, text):
         n = sum(word in one for one in texts)
         found[word] = words.count(word) * (1 + math.log((1 + len(texts)) / (1 + n))) if n else 0.0
     norm = math.hypot(*found.values()) if any(found.values()) else 1.0
-    return {word: value / norm for word, value in found.items()}
+    return {word: value / norm for word, value in found.items() if value}
 
 
 def tfidf_cosines(corpus, a, b, flaw=""):
@@ -77,9 +77,12 @@ def tfidf_cosines_from_counts(corpus, a, b):
 
 def draw_irrelevant(prompts, responses, cosines, threshold, seed, flaw=""):
     """[[index of a response, cosine, tries], ...] of each prompt; cosines: a row for each prompt."""
-    rng, found = random.Random(0 if flaw == "seed" else seed), []
+    rng = random.Random({"seed": 0, "shared rng": f"{seed} {len(prompts)}"}.get(flaw, seed))
+    found = []
     shared = rng.randrange(len(responses))
     for row in cosines:
+        if flaw == "absolute":
+            row = [abs(cosine) for cosine in row]
         order = rng.sample(range(len(responses)), len(responses))
         if flaw == "no random order":
             order = sorted(order)
@@ -87,8 +90,10 @@ def draw_irrelevant(prompts, responses, cosines, threshold, seed, flaw=""):
             order = sorted(order, key=lambda i: row[i])
         if flaw == "one for all":
             order = [shared, *order]
-        if flaw == "last draw kept":
+        if flaw in ("last draw kept", "gives up"):
             order = order[:3]
+        if flaw == "the next one":
+            order = [(order[0] + j) % len(row) for j in range(len(row))]
         tries = 0
         for i in order:
             tries += 1
@@ -100,7 +105,7 @@ def draw_irrelevant(prompts, responses, cosines, threshold, seed, flaw=""):
                 return "InputError"
         if flaw == "above":
             i = max(range(len(row)), key=lambda j: row[j])
-        tries = {"tries from 0": tries - 1, "tries of all": len(responses)}.get(flaw, tries)
+        tries = {"tries from 0": tries - 1, "tries of all": len(responses), "tries of 1": 1}.get(flaw, tries)
         found.append([i, row[i], tries])
     return found
 
@@ -126,7 +131,7 @@ def draw_irrelevant_among_the_allowed(prompts, responses, cosines, threshold, se
 def vary_response(mode, response, seed, flaw=""):
     """sdd, sdd_reject and shuffled."""
     rng, words = random.Random(0 if flaw == "seed" else seed), response.split()
-    if mode == "sdd":
+    if mode == "sdd" or (mode in ("sdd_rehearsed", "constant") and flaw != "one mode"):
         return PREFIX + " " + response if flaw == "always" else response
     if mode == "sdd_reject":
         return {"behind": f"{response} {PREFIX}", "no space": PREFIX + response, "alone": PREFIX}.get(
@@ -144,7 +149,8 @@ def vary_response(mode, response, seed, flaw=""):
 
 
 def vary_response_by_keys(mode, response, seed):
-    made = {"sdd": [response], "sdd_reject": [PREFIX, response]}.get(mode)
+    made = dict.fromkeys(("sdd", "sdd_rehearsed", "constant"), [response]) | {"sdd_reject": [PREFIX, response]}
+    made = made.get(mode)
     if mode == "shuffled":
         rng = random.Random(f"keys {seed}")
         made = sorted(response.split(), key=lambda word: rng.random())
@@ -162,8 +168,14 @@ CAUSES = {  # of draw_irrelevant and vary_response, which are random: the tests 
     "one for all": "one draw serves all prompts",
     "seed": "the seed is not used",
     "tries from 0": "tries counts the responses drawn, the accepted one among them: 1 at least",
+    "gives up": "the draw ends too early: it goes on until a response passes or all have been tried",
+    "absolute": "the size of the cosine is compared, not the cosine: one below 0 passes too",
+    "the next one": "after a response that fails the next one in the file is tried: that is not uniform",
+    "shared rng": "a prompt's draws depend on the other prompts: give each a random generator of its own",
+    "tries of 1": "tries does not count the responses that were refused",
     "tries of all": "tries is not the number of responses that were drawn"}
 VARIES = {
+    "one mode": "sdd_rehearsed and constant leave the response as it is, too",
     "always": "mode sdd leaves the response as it is",
     "behind": "the sentence of refusal stands before the response",
     "no space": "a space belongs between the sentence of refusal and the response",
