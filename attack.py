@@ -98,7 +98,8 @@ def fine_tune(chat: Chat, batches, lr: float, budgets, scores, loss=sdd_loss) ->
     """Fine-tune all weights that require gradients, in place, at a constant lr; returns a cell for each budget.
 
     batches: global batches (lists of Example) for ever. scores: a function that returns those of the model as it is.
-    The cells of a run that diverges say so.
+    A cell has steps, diverged (False), the loss of its last step, tokens and response_tokens since the start, the
+    scores, and seconds. From a divergence on, a budget's cell has steps and diverged (True) alone.
     """
     optimizer = make_optimizer(chat.model, chat.compute)
     cells, tokens, response_tokens, began = [], 0, 0, time.perf_counter()

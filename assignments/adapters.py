@@ -220,13 +220,14 @@ def lora(base, A, B, alpha, x):
     linear.weight = nn.Parameter(base)
     layer = LoRALinear(linear, len(A), alpha, torch.Generator())
     layer.A, layer.B = nn.Parameter(A), nn.Parameter(B)
-    return [layer(x).detach(), layer.merged()]
+    merged = layer.merged()
+    return [layer(x).detach(), merged]
 
 
 def outcomes(answers, threshold):
-    """Answers [text, ids, cosine] -> the outcome of each, as data.answers.outcome."""
-    return [data.answers.outcome(data.answers.Answer(ids, text, True), cosine, threshold)
-            for text, ids, cosine in answers]
+    """Answers [text, ids, cosine] -> the outcome of each, as data.answers.outcome; every other one did not end."""
+    return [data.answers.outcome(data.answers.Answer(ids, text, i % 2 == 0), cosine, threshold)
+            for i, (text, ids, cosine) in enumerate(answers)]
 
 
 def town_outcomes(seed, cases):

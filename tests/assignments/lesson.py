@@ -101,15 +101,17 @@ def short(value) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong], adapter: str, atol=0.0):
+def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong], adapter: str, atol=0.0,
+            view=lambda found: found):
     """Call function(*arguments) and compare its result with the expected one.
 
     Where they differ, the classic mistakes of this adapter are tried: if one of them has the same result, the Lesson
     says so; otherwise it lists them, since one that is made in another way, or beside a second one, has another result.
-    what: the expected result, in words. atol: of floats, as `difference`.
+    what: the expected result, in words. atol: of floats, as `difference`. view: a function of a result, to what of it
+    is compared.
     """
     try:
-        got = function(*copy.deepcopy(arguments))
+        got, expected = view(function(*copy.deepcopy(arguments))), view(expected)
     except Exception as error:
         error.add_note(f"where this is expected: {what}")
         raise
@@ -119,7 +121,7 @@ def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong],
     mistakes = [mistake for mistake in wrong if mistake.adapter == adapter]
     for mistake in mistakes:
         try:
-            same = difference(mistake.function(*copy.deepcopy(arguments)), got, atol) is None
+            same = difference(view(mistake.function(*copy.deepcopy(arguments))), got, atol) is None
         except Exception:  # a mistake may not run on every input
             continue
         if same:

@@ -25,20 +25,15 @@ def corpus(seed: int) -> list[str]:
     return texts(seed, "How do I bake A ?", "How do I tickle B ?", "A is baked, and A is eaten.", "B sleep a lot", "C")
 
 
-def without_zeros(tfidf_vector):
-    """The same function; words of value 0 may be there or not."""
-    def function(corpus, text):
-        found = tfidf_vector(corpus, text)
-        return {word: value for word, value in found.items() if value} if isinstance(found, dict) else found
-    return function
+def without_zeros(vector):
+    """Words of value 0 may be there or not."""
+    return {word: value for word, value in vector.items() if value} if isinstance(vector, dict) else vector
 
 
 def check_tfidf_vector(tfidf_vector, seed=0):
-    function, mistakes = without_zeros(tfidf_vector), [one._replace(function=without_zeros(one.function))
-                                                       for one in WRONG if one.adapter == "tfidf_vector"]
     for text in [*texts(seed + 1, "bake, bake, BAKE and a lot", "How do I sleep, unicorn?"), "unicorn"]:
-        compare(function, (corpus(seed), text), without_zeros(slow.tfidf_vector)(corpus(seed), text), f"counts of "
-                f"{text!r} times the weight of each word, at length 1", mistakes, "tfidf_vector", 1e-6)
+        compare(tfidf_vector, (corpus(seed), text), slow.tfidf_vector(corpus(seed), text), f"counts of {text!r} times "
+                "the weight of each word, at length 1", WRONG, "tfidf_vector", 1e-6, without_zeros)
 
 
 def check_tfidf_cosines(tfidf_cosines, seed=0):
