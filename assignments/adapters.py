@@ -253,12 +253,14 @@ def round_stochastically(x, seed):
     return nanosdd.split_adamw.round_stochastically(x, torch.Generator().manual_seed(seed))
 
 
-def adamw(values, grads, lr, betas, eps, weight_decay):
-    """bf16 weights (n,) and the gradients of some steps, each (n,) -> the fp32 master (n,) after them."""
+def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None):
+    """bf16 weights (n,) and the gradients of some steps, each (n,) and clipped to max_norm -> the fp32 master (n,)."""
     weight = nn.Parameter(values)
     optimizer = SplitAdamW([weight], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     for grad in grads:
         weight.grad = grad
+        if max_norm is not None:
+            optimizer.clip(max_norm)
         optimizer.step()
     return optimizer.master(weight)
 

@@ -1,10 +1,12 @@
 """Assignment 5: bf16 weights, the update that vanishes, and split weights that keep it."""
 
+import copy
+
 import pytest
 import torch
 import wrong_a5 as slow
 from lesson import Check, compare, generator, require
-from wrong_a5 import ROUNDS, WRONG
+from wrong_a5 import MOMENTS, ROUNDS, WRONG
 
 from assignments import adapters
 
@@ -19,13 +21,20 @@ def numbers(seed: int, n: int = 4000) -> torch.Tensor:
 
 def check_split(split, seed=0):
     x = numbers(seed)
-    compare(split, (x,), slow.split(x), "[the nearest bf16, ties away from zero, and the 16 bits between the two]",
-            WRONG, "split")
+    compare(split, (x,), slow.split(x), "[the nearest bf16, ties away from zero, its bits read as an integer here, and "
+            "the 16 bits between the two]", WRONG, "split", view=lambda found: [as_bits(part) for part in found])
+
+
+def as_bits(tensor):
+    """The bits of a float tensor as integers, for a message that can be read."""
+    sizes = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+    return tensor.view(sizes[tensor.dtype]) if getattr(tensor, "dtype", None) in sizes else tensor
 
 
 def check_join(join, seed=0):
     x = numbers(seed)
-    compare(join, tuple(slow.split(x)), x, "the fp32 number that was split, bit by bit", WRONG, "join")
+    compare(join, tuple(slow.split(x)), x, "the bits of the fp32 number that was split, read as an integer here", WRONG,
+            "join", view=as_bits)
 
 
 def check_round_stochastically(round_stochastically, seed=0):
@@ -42,8 +51,11 @@ def check_round_stochastically(round_stochastically, seed=0):
     if ups.std(0).max() == 0:
         require(False, "either neighbour, at random", "always the same one", ROUNDS[
             "cut" if ups.sum() == 0 else "nearest"])
-    require((share - true).abs().mean() < 0.06, "the upper neighbour as often as the number is near to it",
-            f"off by {(share - true).abs().mean():.2f} on average", ROUNDS["coin"])
+    off = (share - true).abs().mean()
+    cause = ("reversed" if (share + true - 1).abs().mean() < 0.06 else
+             "few bits" if share[true < 0.45].max() == 0 else "coin")
+    require(off < 0.06, "the upper neighbour as often as the number is near to it", f"off by {off:.2f} on average",
+            ROUNDS[cause])
     require(ups.mean(1).std() < 0.1, "a draw of its own for each element", "all rise or fall together",
             ROUNDS["one draw"])
 
@@ -56,6 +68,25 @@ def check_adamw(adamw, seed=0):
         arguments = (values, [power.bfloat16()] * 5, 3e-3, [0.5, 0.5], 1e-3, decay)
         compare(adamw, arguments, slow.adamw(*arguments), "the fp32 master after 5 steps of AdamW, weight decay "
                 f"{decay}", WRONG, "adamw", 3e-6)
+    quarter = float(power.double().norm()) / 4  # a gradient scaled by 1/4 stays exact
+    arguments = (values, [power.bfloat16()] * 5, 3e-3, [0.5, 0.5], 1e-3, 0.0, quarter)
+    compare(adamw, arguments, slow.adamw(*arguments), "the fp32 master after 5 steps with clipped gradients", WRONG,
+            "adamw", 3e-6)
+
+
+def check_second_moment(adamw, seed=0):
+    """Gradients of 1 and then of 0.1: a second moment that cannot fall makes all later steps too short."""
+    draw = generator(seed, "second moment")
+    values = torch.randn(60, generator=draw).bfloat16()
+    grads = [torch.full((60,), 1.0 if step < 50 else 0.1).bfloat16() for step in range(400)]
+    arguments = (values, grads, 1e-3, [0.9, 0.999], 1e-8, 0.0)
+
+    def moved(master):
+        return float((master - values.float()).abs().mean()) if isinstance(master, torch.Tensor) else master
+
+    wanted, got = moved(slow.adamw(*arguments)), moved(adamw(*copy.deepcopy(arguments)))
+    require(abs(got / wanted - 1) < 0.02, f"weights that move {wanted:.4f} on average in 400 steps", f"{got:.4f}",
+            MOMENTS if 0.5 < got / wanted < 0.98 else "moments or their storage; see what adamw says")
 
 
 def check_drift(drift, seed=0):
@@ -68,8 +99,8 @@ def check_drift(drift, seed=0):
 
 
 CHECKS = [Check(check_split, ("split",), 20), Check(check_join, ("join",), 15),
-          Check(check_round_stochastically, ("round_stochastically",), 20), Check(check_adamw, ("adamw",), 30),
-          Check(check_drift, ("drift",), 15)]
+          Check(check_round_stochastically, ("round_stochastically",), 20), Check(check_adamw, ("adamw",), 25),
+          Check(check_second_moment, ("adamw",), 10), Check(check_drift, ("drift",), 10)]
 
 
 @pytest.mark.a5

@@ -1,5 +1,6 @@
 """Classic mistakes of assignment 5, and right solutions written differently. Spoilers: read it after your own try."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -74,6 +75,10 @@ def round_stochastically(x, seed, flaw=""):
         noise = noise * 0 + 2**15
     if flaw == "cut":
         noise = noise * 0
+    if flaw == "reversed":
+        noise = np.where(rng.integers(2**16, size=bits.shape) < bits % 2**16, 0, 2**16 - 1)
+    if flaw == "few bits":
+        noise = noise // 2
     if flaw == "coin":
         noise = np.where(bits % 2**16 > 0, rng.integers(2, size=bits.shape) * (2**16 - 1), 0)
     if flaw == "one draw":
@@ -95,7 +100,7 @@ def round_by_share(x, seed):
 
 # ---- AdamW ----
 
-def adamw(values, grads, lr, betas, eps, weight_decay, flaw=""):
+def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None, flaw=""):
     """bf16 weights (n,) and the gradients (n,) of some steps -> the fp32 master (n,), moments kept in bf16.
 
     The second moment is rounded stochastically: pass gradients for which its bf16 numbers are exact.
@@ -103,9 +108,13 @@ def adamw(values, grads, lr, betas, eps, weight_decay, flaw=""):
     master, m, v = values.float(), torch.zeros(len(values)), torch.zeros(len(values))
     for t, grad in enumerate(grads, 1):
         grad = grad.float()
+        if max_norm is not None and flaw != "not scaled":
+            grad = grad * min(1.0, max_norm / (float(grad.double().norm()) + 1e-6))
+        if flaw == "moments lost":
+            m, v = m * 0, v * 0
         if flaw == "coupled":
             grad = grad + weight_decay * master
-        elif flaw != "no decay":
+        elif flaw not in ("no decay", "decay after the step"):
             master = master * (1 - weight_decay * (lr if flaw != "decay without lr" else 1))
         m, v = betas[0] * m + (1 - betas[0]) * grad, betas[1] * v + (1 - betas[1]) * grad * grad
         first = m if flaw in ("no correction", "no first correction") else m / (1 - betas[0]**t)
@@ -113,23 +122,33 @@ def adamw(values, grads, lr, betas, eps, weight_decay, flaw=""):
         root = (second + eps).sqrt() if flaw == "eps inside" else second.sqrt() + eps
         if flaw == "no root":
             root = second + eps
+        if flaw == "eps before correction":
+            root = (v.sqrt() + eps) / math.sqrt(1 - betas[1]**t)
         master = master - lr * first / root * (-1 if flaw == "uphill" else 1)
+        if flaw == "decay after the step":
+            master = master * (1 - weight_decay * lr)
         if flaw == "rounded":
             master = master.bfloat16().float()
-    return master
+        if flaw == "v to nearest":
+            v = v.bfloat16().float()
+    return values.float() if flaw == "not in place" else master
 
 
-def adamw_of_torch(values, grads, lr, betas, eps, weight_decay):
+def adamw_of_torch(values, grads, lr, betas, eps, weight_decay, max_norm=None):
     master = torch.nn.Parameter(values.float())
     optimizer = torch.optim.AdamW([master], lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
     for grad in grads:
         master.grad = grad.float()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([master], max_norm)
         optimizer.step()
     return master.detach()
 
 
-def adamw_in_scalars(values, grads, lr, betas, eps, weight_decay):
+def adamw_in_scalars(values, grads, lr, betas, eps, weight_decay, max_norm=None):
     found = []
+    if max_norm is not None:
+        grads = [grad.float() * min(1.0, max_norm / math.hypot(*grad.tolist())) for grad in grads]
     for i, weight in enumerate(values.tolist()):
         m = v = 0.0
         for t, grad in enumerate(grads, 1):
@@ -146,14 +165,17 @@ def drift(values, grad, lr, steps, flaw=""):
     With a constant gradient AdamW moves lr a step.
     """
     master = adamw(values, [grad] * (1 if flaw == "one step" else steps), lr, (0.5, 0.5), 1e-12, 0.0,
-                   "rounded" if flaw == "rounded" else "")
+                   flaw="rounded" if flaw == "rounded" else "")
     moved = float((split(master)[0] != values).float().mean())
     return [float((master - values.float()).abs().mean()) / lr, moved]
 
 
+MOMENTS = "the second moment is rounded to nearest: a change of 1/1000 is lost, so it never falls"
 ROUNDS = {  # the tests check properties
     "nearest": "rounded to nearest: a change below half a step is lost every time",
     "cut": "rounded towards zero: the mean shrinks",
+    "reversed": "the farther neighbour is the more likely one",
+    "few bits": "the noise has less than 16 bits: what lies below the middle never rises",
     "coin": "both neighbours are equally likely: the nearer one has to be more likely",
     "one draw": "one draw of noise serves all elements",
     "twice": "noise is added and then rounded to nearest: half a step too much",
@@ -172,6 +194,12 @@ WRONG += [Wrong("round_stochastically", partial(round_stochastically, flaw=flaw)
           for flaw, cause in ROUNDS.items()]
 WRONG += [Wrong("adamw", partial(adamw, flaw=flaw), message) for flaw, message in {
     "coupled": "weight decay is added to the gradient: that is Adam with L2; AdamW shrinks the weight itself",
+    "not scaled": "gradients are not multiplied by `scale`: clipping does nothing",
+    "moments lost": "the moments are not stored for the next step",
+    "not in place": "nothing is left of the step: write into weight, low and moments in place, with copy_",
+    "eps before correction": "eps is added before the second moment is corrected for its start at 0",
+    "decay after the step": "weight decay comes before the step, not after it",
+    "v to nearest": MOMENTS,
     "no decay": "weight decay is missing", "decay without lr": "weight decay is not multiplied by lr",
     "no correction": "moments are not corrected for their start at 0",
     "no first correction": "the first moment is not divided by 1 - beta1^t",
