@@ -7,6 +7,7 @@ or not, and the file of its world. Docstrings and comments do not count.
 import ast
 import functools
 import hashlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -46,8 +47,9 @@ def imported_files(file: str) -> list[str]:
 
 
 def source_of(thing) -> str:
-    """The project file that the class of a thing is written in."""
-    return type(thing).__module__.replace(".", "/") + ".py"
+    """The file that the class of a thing is written in, from the project's root: also of a script that is run."""
+    path = Path(inspect.getfile(type(thing)))
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
 
 
 @functools.cache

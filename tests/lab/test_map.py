@@ -1,11 +1,17 @@
 """The map of SDD's settings: its summary and its rule on made-up numbers, and a tiny run that goes on."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from small import TINY_SETTINGS, TINY_SHAPE
 
 from data.town import KNOWLEDGE_KINDS, SKILL_KINDS
 from lab.map import TeachTown, choose, run_seed, summarise, summary
 from lab.protocol import MAX_LOSS, MIN_DEFENDED
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def cells(costs, capability=0.9, off_topic=0.8, **none):
@@ -63,6 +69,15 @@ def test_the_base_of_a_teaching_town_sees_no_mischief():
     town = TeachTown(3, TINY_SHAPE)
     assert not {row["kind"] for row in town.pairs("base", 500)} & {*KNOWLEDGE_KINDS, *SKILL_KINDS}
     assert str(town.root) == "out/teach/seed3"
+
+
+def test_a_town_of_a_script_that_is_run_has_its_source():
+    """As under `python -m lab.map`, where the class is of a module named __main__."""
+    code = ("import sys, lab.map; from nanosdd.runs import source_of\n"
+            "sys.modules['__main__'], lab.map.TeachTown.__module__ = lab.map, '__main__'\n"
+            "print(source_of(lab.map.TeachTown(0)))")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "lab/map.py\n", result.stderr
 
 
 def test_a_tiny_map_goes_on(cpu, tmp_path, monkeypatch):
