@@ -117,10 +117,10 @@ def encode_prompt(words, template, prompt, system=None):
     return data.chat.encode_prompt(town_tokenizer(words), template, prompt, system)
 
 
-def encode_example(words, template, prompt, response, max_length):
+def encode_example(words, template, prompt, response, max_length, system=None):
     """[ids, prompt_length] of one pair, or "InputError"."""
     try:
-        example = data.chat.encode_example(town_tokenizer(words), template, prompt, response, max_length)
+        example = data.chat.encode_example(town_tokenizer(words), template, prompt, response, max_length, system)
     except InputError:
         return "InputError"
     return [example.ids, example.prompt_length]
@@ -136,20 +136,37 @@ def loss(logits, targets, loss_mask, global_tokens):
     """Logits (B,T,V), targets and mask (B,T) -> [loss, its gradient by the logits (B,T,V)]."""
     logits = logits.clone().requires_grad_()
     batch = Batch(torch.zeros_like(targets), targets, loss_mask, None)
-    value = sdd_loss.sdd_loss_reference(lambda tokens, positions: logits[positions], batch, global_tokens)
+
+    def made(tokens, positions=None):
+        return logits if positions is None else logits[positions]
+
+    value = sdd_loss.sdd_loss_reference(made, batch, global_tokens)
     value.backward()
     return [float(value.detach()), logits.grad]
 
 
-def train_step(config, weights, batches, lr, micro_batch):
-    """A step of SGD on each global batch, a list of examples: {"loss": [...], "grad_norm": [...], "weights": {...}}."""
-    made = llama(config, weights)
+def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0):
+    """A step of SGD on each global batch, a list of examples: {"loss": [...], "grad_norm": [...], "weights": {...}, and
+    "rows": the most in one part}, or "Diverged". The loss is scaled; before_clip adds to the gradient of lm_head."""
+    made, rows = llama(config, weights), []
     optimizer, done = torch.optim.SGD(made.parameters(), lr=0.0), []
+
+    def scaled(model, batch, global_tokens):
+        rows.append(len(batch.tokens))
+        return scale * sdd_loss.sdd_loss(model, batch, global_tokens)
+
+    def before_clip(model):
+        model.lm_head.weight.grad.add_(added)
+
     for batch in batches:
         examples = [Example(*example) for example in batch]
-        done.append(train.train_step(made, optimizer, examples, lr, Compute(micro_batch=micro_batch)))
+        try:
+            done.append(train.train_step(made, optimizer, examples, lr, Compute(micro_batch=micro_batch), scaled,
+                                         before_clip))
+        except Diverged:
+            return "Diverged"
     return {"loss": [one["loss"] for one in done], "grad_norm": [one["grad_norm"] for one in done],
-            "weights": made.state_dict()}
+            "weights": made.state_dict(), "rows": max(rows, default=0)}
 
 
 # ---- assignment 3 ----

@@ -192,7 +192,7 @@ class Batch:
     tokens: torch.Tensor  # (B,T) int64, the model's input
     targets: torch.Tensor  # (B,T) int64
     loss_mask: torch.Tensor  # (B,T) bool, true where the target is a response token or the end token
-    lengths: torch.Tensor  # (B,) int64, without padding
+    lengths: torch.Tensor  # (B,) int64, of inputs: an example's tokens but the last, without padding
     rejected: "Batch | None" = None  # the dispreferred responses to the same prompts, in the same order
 
     def to(self, device) -> "Batch":

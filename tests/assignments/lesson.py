@@ -63,7 +63,7 @@ def difference(got, expected, atol: float, at: str = "") -> str | None:
             return f"{at or 'the result'} is {short(got)}, not a tensor"
         if got.shape != expected.shape:
             return f"{at or 'the result'} has shape {list(got.shape)}, not {list(expected.shape)}"
-        if got.dtype.is_floating_point != expected.dtype.is_floating_point:
+        if got.dtype != expected.dtype and not (got.is_floating_point() and expected.is_floating_point()):
             return f"{at or 'the result'} is {got.dtype}, not {expected.dtype}"
         one, two = got.double(), expected.double()
         off = (one - two).abs().nan_to_num(torch.inf)
@@ -85,7 +85,7 @@ def difference(got, expected, atol: float, at: str = "") -> str | None:
         return next(filter(None, found), None)
     numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (got, expected))
     if numbers and isinstance(got + expected, float):
-        same = abs(got - expected) <= atol
+        same = got == expected or abs(got - expected) <= atol or (got != got and expected != expected)  # both NaN
     else:
         same = type(got) is type(expected) and got == expected
     kind = "" if same or type(got) is type(expected) else f", a {type(got).__name__},"
@@ -130,7 +130,7 @@ def compare(function, arguments: tuple, expected, what: str, wrong: list[Wrong],
         if same:
             fail(what, found, mistake.message)
     known = "".join(f"\n    - {message}" for message in dict.fromkeys(mistake.message for mistake in mistakes))
-    fail(what, found, f"not recognised. What often goes wrong here:{known}")
+    fail(what, found, f"not recognised\n  often        what goes wrong here:{known}")
 
 
 def generator(seed: int, salt: str = "") -> torch.Generator:

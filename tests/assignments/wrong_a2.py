@@ -13,6 +13,8 @@ from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 
 BOS, START, END, EOT = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
+ENDS = {"llama3": EOT, "plain": "<|end_of_text|>"}  # of a response
+
 
 @functools.cache
 def tokenizer(words: tuple):
@@ -54,8 +56,29 @@ def encode_prompt(words, template, prompt, system=None, flaw=""):
     return ids if flaw == "last text lost" else ids + encode("\n\n")
 
 
+def encode_prompt_by_joining(words, template, prompt, system=None):
+    """A list of ids and texts; neighbouring texts are joined, then encoded."""
+    t, parts = tokenizer(tuple(words)), [BOS]
+    for role, said in (("system", system), ("user", prompt)):
+        if said is not None:
+            parts += ["\n".join((said.strip(), ""))] if template == "plain" else [
+                START, role, END, "\n\n" + said.strip(), EOT]
+    if template == "llama3":
+        parts += [START, "assistant", END, "\n\n"]
+    found, text = [], ""
+    for part in [*parts, None]:
+        own = part is None or (part in t.special and part is not prompt and part is not system)
+        if not own:
+            text += part
+            continue
+        found += t.encode(text)
+        text = ""
+        found += [] if part is None else [t.special[part]]
+    return found
+
+
 def encode_prompt_by_splitting(words, template, prompt, system=None):
-    """From the rendered text, cut at the special tokens."""
+    """A mistake: from the rendered text, cut at the names of special tokens, wherever they come from."""
     t = tokenizer(tuple(words))
     system = None if system is None else system.strip()
     if template == "plain":
@@ -72,10 +95,11 @@ def encode_prompt_by_splitting(words, template, prompt, system=None):
     return ids
 
 
-def encode_example(words, template, prompt, response, max_length, flaw=""):
+def encode_example(words, template, prompt, response, max_length, system=None, flaw=""):
     """[ids, prompt_length] of one pair."""
-    t, before = tokenizer(tuple(words)), encode_prompt(words, template, prompt)
-    ids = t.encode(response.strip()) + [t.special[EOT]] * (flaw != "no end token")
+    t, before = tokenizer(tuple(words)), encode_prompt(words, template, prompt, None if flaw == "no system" else system)
+    ids = t.encode(response if flaw == "not stripped" else response.strip())
+    ids += [t.special[ENDS[template]]] * (flaw != "no end token")
     if len(before) >= max_length and flaw != "no room is no error":
         return "InputError"
     both = before + ids
@@ -85,12 +109,12 @@ def encode_example(words, template, prompt, response, max_length, flaw=""):
     return [cut.get(flaw, both[:max_length]), 0 if flaw == "no prompt" else length]
 
 
-def encode_example_with_a_budget(words, template, prompt, response, max_length):
-    t, ids = tokenizer(tuple(words)), encode_prompt_by_splitting(words, template, prompt)
+def encode_example_with_a_budget(words, template, prompt, response, max_length, system=None):
+    t, ids = tokenizer(tuple(words)), encode_prompt_by_joining(words, template, prompt, system)
     room, length = max_length - len(ids), len(ids)
     if room <= 0:
         return "InputError"
-    for token in (*t.encode(response.strip()), t.special[EOT]):
+    for token in (*t.encode(response.strip()), t.special[ENDS[template]]):
         if room:
             ids, room = [*ids, token], room - 1
     return [ids, length]
@@ -113,6 +137,8 @@ def collate(examples, pad, flaw=""):
                 targets[row, t + shift] = ids[t] if flaw == "not shifted" else ids[t + 1]
                 response = t + 1 >= prompt_length + {"late": 1, "early": -1}.get(flaw, 0)
                 mask[row, t + shift] = response or flaw == "all"
+        if flaw == "by the pad token":
+            mask[row] &= tokens[row] != pad
         if flaw == "padding":
             mask[row, prompt_length - 1:] = True
         if flaw == "no end":
@@ -136,6 +162,8 @@ def loss(logits, targets, loss_mask, global_tokens, flaw=""):
     logits = logits.clone().requires_grad_()
     dim = 1 if flaw == "softmax over tokens" else -1
     logp = logits.softmax(-1).log_softmax(-1) if flaw == "softmax twice" else logits.log_softmax(dim)
+    if flaw == "log of softmax":
+        logp = logits.softmax(-1).log()
     nll = -logp.gather(-1, targets[..., None])[..., 0]  # (B,T)
     if flaw == "late":
         loss_mask = torch.cat([loss_mask[:, :1] & False, loss_mask[:, :-1]], 1)
@@ -163,15 +191,17 @@ def loss_by_hand(logits, targets, loss_mask, global_tokens):
 
 # ---- one step ----
 
-def train_step(config, weights, batches, lr, micro_batch, flaw="", by_length=True):
+def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, flaw="", by_length=True):
     """SGD on the mean nll of a global batch's response tokens, its gradient scaled to a norm of at most 1."""
     weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
     grads, done = {name: 0.0 for name in weights}, {"loss": [], "grad_norm": []}
 
     def clipped():
         norm = math.sqrt(sum(float((grad * grad).sum()) for grad in grads.values()))
-        return norm, {name: grad * (1.0 if flaw == "no clip" else min(1.0, 1 / norm)) for name, grad in grads.items()}
+        factor = {"no clip": 1.0, "always norm 1": 1 / norm}.get(flaw, min(1.0, 1 / norm))
+        return norm, {name: grad * factor for name, grad in grads.items()}
 
+    most, scale = 0, 1.0 if flaw == "loss not used" else scale
     for batch in batches:
         if flaw != "no zero_grad":
             grads = {name: 0.0 for name in weights}
@@ -179,6 +209,9 @@ def train_step(config, weights, batches, lr, micro_batch, flaw="", by_length=Tru
             batch = sorted(batch, key=lambda example: len(example[0]))
         parts = [batch[i:i + micro_batch] for i in range(0, len(batch), micro_batch or len(batch))] if (
             micro_batch) else [batch]
+        most = max(most, max(map(len, parts)))
+        if not math.isfinite(scale) and flaw != "not checked":
+            return "Diverged"
         total, tokens = 0.0, sum(len(ids) - length for ids, length in batch)
         for part in parts:
             made = collate(part, 0)
@@ -186,7 +219,7 @@ def train_step(config, weights, batches, lr, micro_batch, flaw="", by_length=Tru
             nll = -logp.gather(-1, made["targets"][..., None])[..., 0][made["loss_mask"]]
             divisor = {"mean of means": len(nll) * len(parts), "sum of means": len(nll), "rows": len(batch),
                        "means by rows": len(nll) * len(batch) / len(part)}
-            value = nll.sum() / divisor.get(flaw, tokens)
+            value = scale * nll.sum() / divisor.get(flaw, tokens)
             total = float(value.detach()) + total * (flaw != "last loss")
             new = dict(zip(weights, torch.autograd.grad(value, list(weights.values()))))
             if flaw == "last part only":
@@ -199,16 +232,21 @@ def train_step(config, weights, batches, lr, micro_batch, flaw="", by_length=Tru
                 _, scaled = clipped()
                 weights = {name: (w - lr * scaled[name]).detach().requires_grad_() for name, w in weights.items()}
                 grads = {name: torch.zeros_like(w) for name, w in weights.items()}
+        if flaw != "no before_clip":
+            grads["lm_head.weight"] = grads["lm_head.weight"] + added
         norm, scaled = clipped() if flaw != "a step for each part" else (0.0, grads)
         rate = 0.0 if flaw == "lr not set" else lr
         weights = {name: (w - rate * scaled[name]).detach().requires_grad_() for name, w in weights.items()}
         done["loss"].append(total)
         done["grad_norm"].append(norm if flaw != "norm after clipping" else min(1.0, norm))
-    return done | {"weights": {name: weight.detach().float() for name, weight in weights.items()}}
+    return done | {"rows": most if flaw != "not split" else max(map(len, batches)),
+                   "weights": {name: weight.detach().float() for name, weight in weights.items()}}
 
 
 MEANS = ("a mean of micro-batch means: parts with few response tokens count too much; divide each sum by the tokens "
          "of the global batch")
+INJECTED = ("the name of a special token in a prompt becomes that token: whoever writes a prompt could end its turn; "
+            "what people write is text")
 SPELLED = "special tokens are encoded as text; look up their ids in tokenizer.special"
 WRONG = [Wrong("encode_prompt", partial(encode_prompt, flaw=flaw), message) for flaw, message in {
     "part by part": "neighbouring texts are encoded apart; join them, then encode, as in the rendered template",
@@ -217,7 +255,9 @@ WRONG = [Wrong("encode_prompt", partial(encode_prompt, flaw=flaw), message) for 
     "text after its special": "the text before a special token is put behind it",
     "no assistant header": "the header of the answer is missing: the model would write it itself",
     "last text lost": "the text after the last special token is lost"}.items()]
+WRONG += [Wrong("encode_prompt", encode_prompt_by_splitting, INJECTED)]
 WRONG += [Wrong("encode_example", partial(encode_example, flaw=flaw), message) for flaw, message in {
+    "no system": "the system text is lost", "not stripped": "white space around the response is kept",
     "no end token": "the token that ends a response is missing: the model would never learn to stop",
     "from the left": "the start is cut off, not the end: the prompt would lose its beginning",
     "not cut": "a long response is not cut at max_length",
@@ -231,6 +271,7 @@ WRONG += [Wrong("collate", partial(collate, flaw=flaw), message) for flaw, messa
     "late": "the mask starts one place late: no loss on the first response token",
     "early": "the mask starts one place early: loss on the prompt's last token",
     "all": "the mask covers the prompt",
+    "by the pad token": "padding is found by its id, which may stand in a row too: go by lengths",
     "padding": "the mask covers padding",
     "no end": "the mask leaves out the end token",
     "padded on the left": "rows are padded on the left; positions count from the left here",
@@ -245,6 +286,7 @@ WRONG += [Wrong("loss", partial(loss, flaw=flaw), message) for flaw, message in 
     "no mask": "the mask is not used: prompt and padding carry loss",
     "late": "the mask is shifted a second time, to the right: it is already aligned with the targets",
     "early": "loss on the prompt's last token too",
+    "log of softmax": "the logarithm of a softmax is -inf where that is 0: log_softmax or cross_entropy is stable",
     "softmax twice": "softmax before cross-entropy, which takes logits",
     "softmax over tokens": "softmax over tokens, not over the vocabulary",
     "sign": "the sign is wrong: log p is to rise"}.items()]
@@ -254,6 +296,11 @@ WRONG += [Wrong("train_step", partial(train_step, flaw=flaw, by_length=by_length
     "sum of means": "each micro-batch is divided by its own tokens, and the means are added up",
     "rows": "divided by rows, not by response tokens",
     "no zero_grad": "gradients of the last step are still there: zero_grad is missing",
+    "always norm 1": "the gradient is scaled to a norm of 1 where it is smaller, too",
+    "loss not used": "the loss that is passed in is not used",
+    "no before_clip": "before_clip is not called before the gradient is clipped",
+    "not split": "the batch is not split into parts of micro_batch rows: that is what saves memory",
+    "not checked": "a loss that is not finite has to raise Diverged, before the step",
     "no clip": "the gradient is not scaled to a norm of at most 1",
     "clips each part": "the gradient is clipped after each micro-batch, not once a step",
     "a step for each part": "a step after each micro-batch, not one for the global batch",
@@ -263,7 +310,7 @@ WRONG += [Wrong("train_step", partial(train_step, flaw=flaw, by_length=by_length
     "norm after clipping": "grad_norm is the norm after clipping; return that before it"}.items()
     for by_length in (True, False)]
 
-RIGHT = [("encode_prompt", encode_prompt), ("encode_prompt", encode_prompt_by_splitting),
+RIGHT = [("encode_prompt", encode_prompt), ("encode_prompt", encode_prompt_by_joining),
          ("encode_example", encode_example), ("encode_example", encode_example_with_a_budget), ("collate", collate),
          ("collate", collate_with_pad_sequence), ("loss", loss), ("loss", loss_by_hand), ("train_step", train_step),
          ("train_step", partial(train_step, by_length=False))]
