@@ -296,12 +296,15 @@ def drift(values, grad, lr, steps):
 # ---- assignment 6: one of three ----
 
 def booster(config, weights, harmful, benign, alpha, strength):
-    """Two batches of examples -> {"gradients": {name: what is added}, "weights": the weights afterwards}."""
+    """Two batches of examples -> {"gradients": {name: what is added}, "weights": the weights afterwards, "grad": what
+    .grad of lm_head holds afterwards, where it held 0.25}."""
     made = llama(config, weights)
     batches = (data.chat.collate([Example(*one) for one in rows]) for rows in (harmful, benign))
+    for weight in made.parameters():
+        weight.grad = torch.full_like(weight, 0.25)
     found = lab.defences.booster(made, *batches, alpha=alpha, strength=strength)
     return {"gradients": dict(zip([name for name, _ in made.named_parameters()], found, strict=True)),
-            "weights": made.state_dict()}
+            "weights": made.state_dict(), "grad": made.lm_head.weight.grad}
 
 
 def preferences(pairs):

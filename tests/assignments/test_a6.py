@@ -1,5 +1,6 @@
 """Assignment 6: one more defence, the choice of three. `pytest -m a6 -k simpo` runs the tests of one."""
 
+import copy
 import random
 
 import pytest
@@ -14,9 +15,12 @@ from assignments import adapters
 def check_booster(booster, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
     rows = examples(seed, (9, 4), (6, 2), (11, 5)), examples(seed + 7, (8, 3), (7, 5))
-    arguments = (config, weights, *rows, 0.4 + seed % 3 / 10, 5.0)
-    compare(booster, arguments, slow.booster(*arguments), "strength * (g - g after the simulated step), and the "
-            "weights as they were", WRONG, "booster", 1e-3)
+    arguments = (config, weights, *rows, 0.4 + seed % 3 / 10, 3.0 + seed % 4 / 2)
+    expected = slow.booster(*arguments)
+    compare(booster, arguments, expected, "strength * (g - g after the simulated step), and weights and .grad as they "
+            "were", WRONG, "booster", 1e-3)
+    compare(booster, arguments, expected["weights"], "the weights as they were, bit by bit", WRONG, "booster",
+            view=lambda found: found.get("weights", found))
 
 
 def triples(seed: int, answer: int, count: int) -> list:
@@ -50,7 +54,10 @@ def put_in(given: list, got: list) -> int:
 
 def check_deepalign(deepalign, seed=0):
     rows = triples(seed, 5, 1200)
-    found = deepalign(rows, 90, 50, seed)
+    given = copy.deepcopy(rows)
+    found = deepalign(given, 90, 50, seed)
+    require(given == rows, "the rows that were passed in as they were", "others", DEEP["in place"])
+    require(len(found) <= len(rows), f"{len(rows)} examples", len(found), DEEP["both"])
     require(len(found) == len(rows), f"{len(rows)} examples", len(found), DEEP["benign lost"])
     require([one for one, (_, _, harmful) in zip(found, rows) if harmful is None] == [row[:2] for row in rows
                                                                                       if row[2] is None],
@@ -65,7 +72,8 @@ def check_deepalign(deepalign, seed=0):
     require(changed != counts[5], "lengths of 1 to 5", seen, DEEP["whole"])
     require(changed != counts[1], "lengths of 1 to 5", seen, DEEP["one token"])
     require(counts[5] < 0.5 * changed, "lengths of 1 to 5, all alike", seen, DEEP["published cut"])
-    require(350 < changed < 450, "400 of 800 pairs changed, or near", seen, DEEP["from zero"])
+    require(changed < 450, "400 of 800 pairs changed, or near", seen, "more than one pair in two gets a harmful start")
+    require(changed > 350, "400 of 800 pairs changed, or near", seen, DEEP["from zero"])
     require(min(counts[1:]) > 45 and max(counts[1:]) < 115, "80 of each length from 1 to 5, or near", seen,
             "lengths are not uniform")
     require(deepalign(rows, 90, 50, seed) == found and deepalign(rows, 90, 50, seed + 1) != found,
@@ -80,15 +88,26 @@ def check_deepalign_limits(deepalign, seed=0):
                 max(len(one[0]) for _, one in found), DEEP["limit"])
         lengths = [put_in(*pair) for pair in found]
         require(max(lengths) <= most, f"at most {most} tokens put in", max(lengths), DEEP[cause])
-        require(max(lengths) >= most - 1, f"up to {most} tokens put in", max(lengths), "the longest starts are missing")
+        full = [k for k, (row, _) in zip(lengths, found) if k == min(longest, limit - len(row[0]))]
+        require(full, f"up to {most} tokens put in", max(lengths), "the longest starts are missing")
+        put = sum(k > 0 for k in lengths)
+        require(len(full) < 0.4 * put, "lengths from 1 to what fits, all alike",
+                f"{len(full)} of {put} are the longest", DEEP["cut at the limit"])
+    full = [[*range(10, 13), 100, 7], 3, [*range(10, 13), 200, 201, 7]]
+    empty = [[*range(10, 13), 100, 7], 3, [*range(10, 13), 7]]
+    for row, limit, what in ((full, 5, "that fills `limit`"), (empty, 90, "whose harmful answer is empty")):
+        found = [deepalign([row], limit, 50, seed + i)[0] for i in range(8)]
+        require(found == [row[:2]] * 8, f"an example {what} as it was", found, "nothing can be put in: leave it alone")
 
 
 def check_simpo(simpo, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
     pairs = [[*one, one[0][:one[1]] + other[0]] for one, other in zip(
         examples(seed, (9, 4), (5, 2), (8, 5)), examples(seed + 9, (6, 1), (4, 1), (7, 1)))]
-    arguments = (config, weights, pairs, 23, 2.5, 1.375)
-    compare(simpo, arguments, slow.simpo(*arguments), "[the loss, its gradient by lm_head]", WRONG, "simpo", 1e-4)
+    for beta, gamma in ((2.0 + seed % 3, 0.5 + seed % 2), (2.0, 150.0)):  # at a margin near -150 exp overflows in fp32
+        arguments = (config, weights, pairs, 23, beta, gamma)
+        compare(simpo, arguments, slow.simpo(*arguments), f"[the loss, its gradient by lm_head] at beta {beta}, gamma "
+                f"{gamma}", WRONG, "simpo", 2e-4)
 
 
 def check_simpo_needs_pairs(simpo, seed=0):

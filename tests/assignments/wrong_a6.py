@@ -41,8 +41,15 @@ def booster(config, weights, harmful, benign, alpha, strength, flaw=""):
     if flaw == "own gradient":
         found = {name: strength * here[name] for name in here}
     kept = there if flaw == "moved" else weights
+    if flaw == "moved back":  # rounded on the way
+        kept = {name: (weight.float() - step[name].float()) + step[name].float() for name, weight in weights.items()}
+    if flaw == "outside":
+        found = {name: 0 * part for name, part in found.items()}
+    grad = torch.full_like(weights["lm_head.weight"], 0.25)
+    if flaw == "backward":
+        grad = grad + (here["lm_head.weight"] + after["lm_head.weight"]).float()
     return {"gradients": {name: part.float() for name, part in found.items()},
-            "weights": {name: weight.float() for name, weight in kept.items()}}
+            "weights": {name: weight.float() for name, weight in kept.items()}, "grad": grad}
 
 
 def booster_in_one_vector(config, weights, harmful, benign, alpha, strength):
@@ -60,7 +67,8 @@ def booster_in_one_vector(config, weights, harmful, benign, alpha, strength):
     start = torch.cat([weight.double().flatten() for weight in weights.values()])
     here = gradient(start)
     found = strength * here - strength * gradient(start - torch.nn.functional.normalize(here, dim=0) * alpha)
-    return {"gradients": {name: part.float() for name, part in named(found).items()}, "weights": weights}
+    return {"gradients": {name: part.float() for name, part in named(found).items()}, "weights": weights,
+            "grad": torch.full_like(weights["lm_head.weight"], 0.25)}
 
 
 # ---- deepalign ----
@@ -68,6 +76,8 @@ def booster_in_one_vector(config, weights, harmful, benign, alpha, strength):
 def deepalign(examples, limit, longest, seed, flaw=""):
     """Examples [ids, prompt_length, ids with the harmful answer or None] -> [[ids, prompt_length], ...]."""
     rng, found = random.Random(seed if flaw != "seed" else None), []
+    if flaw == "in place" and examples:
+        examples[0][0] = examples[0][0] + [7]
     for ids, prompt_length, rejected in examples:
         answer = (rejected or [])[prompt_length:]
         if flaw == "prompt twice":
@@ -80,6 +90,7 @@ def deepalign(examples, limit, longest, seed, flaw=""):
                    limit - len(ids) if flaw != "limit" else 10**9)
         if flaw == "cut afterwards":
             most = min(len(answer), longest)
+        whole = len(answer)
         put = flaw == "always" or (rng.random() < 0.5 and flaw != "never")
         if most > 0 and put:
             k = rng.randint(0 if flaw == "from zero" else 1, most)
@@ -87,6 +98,10 @@ def deepalign(examples, limit, longest, seed, flaw=""):
                 k = most
             if flaw == "one token":
                 k = 1
+            if flaw == "cut at the limit":
+                k = min(rng.randint(1, whole), most)
+            if flaw == "both":
+                found.append([ids, prompt_length])
             if flaw == "published cut":
                 k = min(rng.randint(1, longest), most)
             start, refusal = answer[:k], ids[prompt_length:]
@@ -96,7 +111,9 @@ def deepalign(examples, limit, longest, seed, flaw=""):
             ids = (ids[:prompt_length] + start + refusal)[:limit if flaw == "cut afterwards" else None]
             prompt_length += 0 if flaw == "loss on harm" else k
         found.append([ids, prompt_length])
-    return [one for one, (_, _, rejected) in zip(found, examples) if rejected] if flaw == "benign lost" else found
+    if flaw == "benign lost":
+        return [one for one, (_, _, rejected) in zip(found, examples) if rejected]
+    return found
 
 
 def deepalign_by_choice(examples, limit, longest, seed):
@@ -131,15 +148,22 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma, flaw=""):
     total = 0
     for ids, first, rejected in pairs:
         chosen, other = logp(ids, first), logp(rejected, first)
+        other = other.detach() if flaw == "detached" else other
         difference = other - chosen if flaw == "swapped" else chosen - other
         margin = beta * (difference - gamma) if flaw == "gamma times beta" else beta * difference - gamma
         if flaw in ("no gamma", "plus gamma"):
             margin = beta * difference + (gamma if flaw == "plus gamma" else 0)
         if flaw == "no beta":
             margin = difference - gamma
+        if flaw == "beta on one":
+            margin = beta * chosen - other - gamma
         value = -torch.sigmoid(margin) if flaw == "no log" else torch.nn.functional.softplus(-margin)
         if flaw == "likelihood":
             value = -chosen
+        if flaw == "log of sigmoid":
+            value = -torch.sigmoid(margin.float()).log().double()
+        if flaw == "sign":
+            value = -value
         total = total + value * (1 if flaw in ("rows", "unweighted") else len(ids) - first)
     own = sum(len(ids) - first for ids, first, _ in pairs)
     total = total / {"own tokens": own, "rows": len(pairs), "sum of pairs": 1}.get(flaw, global_tokens)
@@ -158,13 +182,16 @@ def simpo_by_sigmoid(config, weights, pairs, global_tokens, beta, gamma):
             logps = wrong_a1.logits(config, weights, torch.tensor([row]))[0].double().log_softmax(-1)
             means.append(logps[torch.arange(first - 1, len(row) - 1), torch.tensor(row[first:])].mean())
         margin, share = float(beta * (means[0] - means[1]).detach() - gamma), (len(ids) - first) / global_tokens
-        total += share * math.log1p(math.exp(-margin))
+        total += share * (math.log1p(math.exp(-abs(margin))) + max(0.0, -margin))
         by_head = torch.autograd.grad(means[0] - means[1], head)[0]
-        gradient = gradient - share * beta / (1 + math.exp(margin)) * by_head
+        gradient = gradient - share * beta / (1 + math.exp(min(margin, 700))) * by_head
     return [total, gradient.float()]
 
 
 DEEP = {  # deepalign is random: the tests check properties
+    "in place": "the rows that are passed in are changed: make new ones",
+    "both": "an example and its changed version are both there: one takes the place of the other",
+    "cut at the limit": "a length is drawn from more than fits and then cut: most starts are the longest that fits",
     "always": "every pair gets a harmful start: one in two stays as it is",
     "never": "no pair gets a harmful start",
     "loss on harm": "the harmful start carries loss: the prompt has to end behind it",
@@ -190,6 +217,9 @@ WRONG = [Wrong("booster", partial(booster, flaw=flaw), message) for flaw, messag
     "benign after": "the second gradient is that of the benign rows: both are of the harmful ones",
     "no strength": "strength is not used", "sum": "the two gradients are added",
     "own gradient": "the gradient after the simulated step is missing",
+    "moved back": "the weights are moved back by the same step, which rounds: `restored` keeps a copy",
+    "outside": "both gradients are taken at the same weights, so that nothing is left",
+    "backward": ".grad is changed: it holds the gradient of alignment, to which yours is added",
     "moved": "the weights stay where the simulated step led: put them back"}.items()]
 WRONG += [Wrong("deepalign", partial(deepalign, flaw=flaw), message) for flaw, message in DEEP.items()]
 WRONG += [Wrong("simpo", partial(simpo, flaw=flaw), message) for flaw, message in {
@@ -198,6 +228,9 @@ WRONG += [Wrong("simpo", partial(simpo, flaw=flaw), message) for flaw, message i
     "swapped": "refusal and harmful answer are swapped",
     "no gamma": "the margin gamma is missing", "plus gamma": "gamma is added; it is subtracted",
     "gamma times beta": "gamma is multiplied by beta: it stands outside of beta's bracket",
+    "detached": "the harmful answer's log p carries no gradient: that is only half of the preference",
+    "beta on one": "beta multiplies both log p", "sign": "the sign is wrong: minus log sigmoid",
+    "log of sigmoid": "the logarithm of a sigmoid is -inf where that is 0: logsigmoid is stable",
     "no beta": "beta is missing", "no log": "the sigmoid has no logarithm",
     "likelihood": "only the refusal's likelihood is there: that is plain alignment, without a preference",
     "rows": "divided by the number of rows: micro-batches of unequal rows do not add up",
