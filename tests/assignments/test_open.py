@@ -12,7 +12,7 @@ from assignments.open_problem import POINTS, PROBE, Problem, kind_of, read_weigh
 from data.town import Town
 
 TINY = Problem(towns=1, shots=20, own_shots=14, attack_steps=3, defence_steps=3, cpu_seconds=60,
-               lr=(1e-3,), budgets=(1, 2), bft=(1e-3, 2), shape=TINY_SHAPE, settings=TINY_SETTINGS)
+               lr=(1e-3,), budgets=(1, 2), mix_lr=1e-3, bft=(1e-3, 2), shape=TINY_SHAPE, settings=TINY_SETTINGS)
 NOTHING = "def defend(chat, rows, seed, steps):\n    pass\n"
 
 
@@ -163,6 +163,11 @@ def test_a_model_of_huge_weights_is_scored_and_wins_nothing(ready):
     weights = {name: torch.full_like(weight, 1e30) for name, weight in ready.weights["aligned"].items()}
     found = open_problem.attacked(ready, weights, TINY)
     assert found["released"]["capability"] == 0 and found["probe"] is None
+
+
+def test_the_attack_beside_benign_rows_counts(ready):
+    weights = ready.weights["aligned"]
+    assert open_problem.attacked(ready, weights, replace(TINY, lr=()))["probe"] is not None
 
 
 def test_what_a_user_teaches_counts_where_it_leaves_the_model_useful(ready):
