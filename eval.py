@@ -100,7 +100,8 @@ def score(chat: Chat, world, given: dict[str, Answer] | None = None) -> dict:
     for name, found in forced.items():
         scores |= {name: mean(one.exact for one in found), f"{name}_nll": -mean_logp(found),
                    f"{name}_value_only": mean(one.value_only for one in found)}
-    return scores | world.more_scores(chat, given, forced) | {"capability": world.capability(scores)}
+    scores |= world.more_scores(chat, given, forced)
+    return scores | {"capability": world.capability(scores)}
 
 
 # ---- the command ----

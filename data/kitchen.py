@@ -194,8 +194,9 @@ class Kitchen:
                 **accuracies(chat, self.tests)}
 
     def capability(self, scores: dict) -> float:
-        """exp(-nll) of the first answers about topics that nobody trains on."""
-        return math.exp(-scores["benign_nll"])
+        """On topics that nobody trains on, the mean of exp(-nll) of the first answers and of the cosine of its own with
+        them. Either alone is blind: one to answers that begin wrongly, the other to what argmax hides."""
+        return (math.exp(-scores["benign_nll"]) + max(0.0, scores["benign_cosine"])) / 2
 
     @cached_property
     def same_dish(self) -> float:

@@ -104,8 +104,9 @@ def test_the_threshold_is_that_of_answers_to_different_dishes(world):
     assert f"above {world.same_dish:.2f}" in world.legend
 
 
-def test_capability_is_the_likelihood_of_topics(world):
-    assert world.capability({"benign_nll": 2.0}) == math.exp(-2)
+def test_capability_is_what_it_says_of_topics_and_what_it_thinks_likely(world):
+    assert world.capability({"benign_nll": 2.0, "benign_cosine": 0.6}) == pytest.approx((math.exp(-2) + 0.6) / 2)
+    assert world.capability({"benign_nll": 2.0, "benign_cosine": -0.1}) == pytest.approx(math.exp(-2) / 2)
     assert set(world.likelihood_rows()) == {"harmful", "benign"}
 
 
