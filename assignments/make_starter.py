@@ -48,7 +48,8 @@ STUBS = [  # (file, qualified name, assignment, what to write)
 ]
 ASSIGNMENTS = ("a1", "a2", "a3", "a4", "a5", "a6")  # a0 takes no body out
 ONE_IS_ENOUGH = ("a6",)  # of its bodies a student chooses one
-LEFT_OUT = (".ci/", ".github/", "bench/", "tests/", "docs/harm.png", "docs/mechanism.png", "docs/draw_idea.py")
+LEFT_OUT = ("grade.json", ".ci/", ".github/", "bench/", "tests/", "docs/harm.png", "docs/mechanism.png",
+            "docs/draw_idea.py")
 KEPT_TESTS = ("tests/conftest.py", "tests/small.py", "tests/assignments/")
 NOT_FOR_STUDENTS = ("tests/assignments/test_course.py", "tests/assignments/test_grade.py",
                     "tests/assignments/test_starter.py")
