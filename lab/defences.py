@@ -203,8 +203,8 @@ SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else
             for world, sdd in (("town", replace(DEFENCE, steps=300, lr=3e-4)), ("kitchen", SMALL),
                                ("files", replace(SMALL, max_length=512)))}
 SETTINGS["town"]["booster"] = replace(SETTINGS["town"]["booster"], lr=3e-5)
-for world in ("kitchen", "files"):
-    SETTINGS[world]["ctrap"] = replace(SETTINGS[world]["ctrap"], steps=40, batch_size=8, lr=1e-4)
+SETTINGS |= {world: SETTINGS[world] | {"ctrap": replace(SETTINGS[world]["ctrap"], steps=40, batch_size=8, lr=1e-4)}
+             for world in ("kitchen", "files")}
 
 
 # ---- training ----
