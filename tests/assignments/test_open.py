@@ -221,7 +221,7 @@ def test_without_a_submission_no_town_is_trained(tmp_path):
 def test_the_handout_says_what_the_grader_does():
     text = " ".join((open_problem.Path(__file__).parents[2] / "assignments/a7.md").read_text().split())
     assert all(f"| {reached} | {points} | " in text for reached, points in enumerate(POINTS))
-    assert all(f"`{name}`" in text for name in PROBE) and len(text.split()) < 1200
+    assert all(f"`{name}`" in text for name in PROBE) and len(text.split()) < 1400
     full = Problem()
     assert f'"harmful" ({full.own_shots})' in text and f"{full.cpu_seconds} s of CPU" in text
     assert f"`steps` is {full.attack_steps} for an attack, {full.defence_steps} for a defence" in text
