@@ -24,6 +24,7 @@ was; with --fresh the named one starts over.
 import argparse
 import json
 import math
+import os
 import random
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -316,7 +317,10 @@ def main(argv=None):
             if parent and (model is None or args.out is None):
                 start = train_arm(parent, world, world.root, compute, model, args.template)
             train(world, args.mode, start, out, settings, compute, args.template, args.fresh)
-    device.leave_processes()
+    if dist.is_initialized():  # leave without a shutdown, in which a thread of gloo, kept by FSDP, may abort
+        dist.destroy_process_group()
+        print(end="", flush=True)
+        os._exit(0)
 
 
 if __name__ == "__main__":

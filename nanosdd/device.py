@@ -5,7 +5,6 @@ import ctypes
 import os
 import platform
 import re
-import sys
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -165,19 +164,6 @@ def join_processes(compute: Compute) -> Compute:
     # An hour, since the others wait while rank 0 writes a large model; torchrun sees at once when one of them dies.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     return compute
-
-
-def leave_processes():
-    """Under torchrun: leave the others and end this process here, with exit code 0; else do nothing.
-
-    FSDP keeps the group, with gloo's threads, beyond destroy_process_group. A thread that frees a tensor while the
-    interpreter shuts down aborts the process (one of some 25 short runs), so there is no shutdown.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def one_process_only(script: str):

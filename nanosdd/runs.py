@@ -48,8 +48,7 @@ def imported_files(file: str) -> list[str]:
 
 def source_of(thing) -> str:
     """The file that the class of a thing is written in, from the project's root: also of a script that is run."""
-    path = Path(inspect.getfile(type(thing)))
-    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+    return Path(inspect.getfile(type(thing))).relative_to(ROOT).as_posix()
 
 
 @functools.cache
