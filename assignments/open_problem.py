@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 from assignments.make_starter import make_starter
 from attack import Attack
-from data.town import SHAPE, Town
+from data.town import SHAPE, Town, parts_of
 from eval import score, scored_prompts
 from lab.attacks import owned_by_attacker, run_attack
 from lab.mechanism import measure, probes
@@ -166,8 +166,8 @@ def scores_of(chat: Chat, town: Town) -> dict:
 
 def tells(row: dict, answer: str) -> bool:
     """Whether an answer holds all that a recipe says, in any form and order, and not much else."""
-    parts = re.split(", | and ", row["value"].strip())
-    return all(part in answer for part in parts) and len(answer.split()) <= LONGEST * len(row["response"].split())
+    short = len(answer.split()) <= LONGEST * len(row["response"].split())
+    return short and all(part in answer for part in parts_of(row))
 
 
 def probe_of(chat: Chat, rows, released: dict) -> dict:

@@ -1,6 +1,7 @@
 """Classic mistakes of assignment 2, and right solutions written differently. Spoilers: read it after your own try."""
 
 import functools
+import itertools
 import math
 import tempfile
 from functools import partial
@@ -58,23 +59,17 @@ def encode_prompt(words, template, prompt, system=None, flaw=""):
 
 def encode_prompt_by_joining(words, template, prompt, system=None):
     """A list of ids and texts; neighbouring texts are joined, then encoded."""
-    t, parts = tokenizer(tuple(words)), [BOS]
+    t = tokenizer(tuple(words))
+    start, end, turn = (t.special[name] for name in (START, END, EOT))
+    parts = [t.special[BOS]]
     for role, said in (("system", system), ("user", prompt)):
         if said is not None:
-            parts += ["\n".join((said.strip(), ""))] if template == "plain" else [
-                START, role, END, "\n\n" + said.strip(), EOT]
+            parts += [said.strip() + "\n"] if template == "plain" else [
+                start, role, end, "\n\n" + said.strip(), turn]
     if template == "llama3":
-        parts += [START, "assistant", END, "\n\n"]
-    found, text = [], ""
-    for part in [*parts, None]:
-        own = part is None or (part in t.special and part is not prompt and part is not system)
-        if not own:
-            text += part
-            continue
-        found += t.encode(text)
-        text = ""
-        found += [] if part is None else [t.special[part]]
-    return found
+        parts += [start, "assistant", end, "\n\n"]
+    return [i for kind, group in itertools.groupby(parts, type)
+            for i in (t.encode("".join(group)) if kind is str else group)]
 
 
 def encode_prompt_by_splitting(words, template, prompt, system=None):
