@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from nanosdd import checkpoint
 from nanosdd.errors import InputError
-from nanosdd.generate import Linear, attend, check_finite, compiled_next_tokens, compute_dtype, next_tokens
+from nanosdd.generate import (
+    Linear,
+    attend,
+    check_finite,
+    compiled_next_tokens,
+    compute_dtype,
+    next_tokens,
+)
 
 
 @dataclass
@@ -42,50 +49,103 @@ class LlamaConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"config.json: {self.num_attention_heads} heads do not share "
-                             f"{self.num_key_value_heads} key-value heads evenly; check num_key_value_heads")
+            raise InputError(
+                f"config.json: {self.num_attention_heads} heads do not share "
+                f"{self.num_key_value_heads} key-value heads evenly; check num_key_value_heads"
+            )
         if self.head_dim % 2:
-            raise InputError(f"config.json: head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+            raise InputError(
+                f"config.json: head_dim {self.head_dim} is odd; rotary embeddings need pairs"
+            )
 
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
         """Read a `config.json`, with the older keys or the newer `rope_parameters`; InputError for what is no Llama."""
         if config.get("model_type") != "llama":
-            raise InputError(f"config.json: model_type {config.get('model_type')!r} is not supported; use a Llama "
-                             "checkpoint")
+            raise InputError(
+                f"config.json: model_type {config.get('model_type')!r} is not supported; use a Llama "
+                "checkpoint"
+            )
         if config.get("hidden_act", "silu") != "silu":
-            raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Llama uses silu")
+            raise InputError(
+                f"config.json: hidden_act {config['hidden_act']!r} is not supported; Llama uses silu"
+            )
         checkpoint.check_ranges(config)
-        for key in ("attention_bias", "mlp_bias", "sliding_window", "rope_interleaved", "quantization_config"):
+        for key in (
+            "attention_bias",
+            "mlp_bias",
+            "sliding_window",
+            "rope_interleaved",
+            "quantization_config",
+        ):
             if config.get(key):
-                raise InputError(f"config.json: {key} is set; this Llama has none, so the outputs would be wrong")
+                raise InputError(
+                    f"config.json: {key} is set; this Llama has none, so the outputs would be wrong"
+                )
         kept = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
         rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
         kept["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
-        needed = {"default": [], "linear": ["factor"],
-                  "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+        needed = {
+            "default": [],
+            "linear": ["factor"],
+            "llama3": [
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ],
+        }
         if str(rope["rope_type"]) not in needed:
-            raise InputError(f"config.json: rope type {rope['rope_type']!r} is unknown; known: {', '.join(needed)}")
+            raise InputError(
+                f"config.json: rope type {rope['rope_type']!r} is unknown; known: {', '.join(needed)}"
+            )
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise InputError("config.json: partial_rotary_factor is set; a Llama turns every dimension of a head")
+            raise InputError(
+                "config.json: partial_rotary_factor is set; a Llama turns every dimension of a head"
+            )
         missing = [key for key in needed[rope["rope_type"]] if key not in rope]
         if missing:
-            raise InputError(f"config.json: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
+            raise InputError(
+                f"config.json: rope type {rope['rope_type']!r} needs {', '.join(missing)}"
+            )
         kept["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-        missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                   "intermediate_size", "rms_norm_eps", "max_position_embeddings") if key not in kept]
+        missing = [
+            key
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "rms_norm_eps",
+                "max_position_embeddings",
+            )
+            if key not in kept
+        ]
         if missing:
-            raise InputError(f"config.json lacks {', '.join(missing)}; is it a model's configuration?")
+            raise InputError(
+                f"config.json lacks {', '.join(missing)}; is it a model's configuration?"
+            )
         return cls(**kept)
 
     def to_dict(self) -> dict:
         """The `config.json` to save, with the older keys that every version of transformers reads."""
         scaling = self.rope_scaling
         if scaling and scaling["rope_type"] == "linear":
-            scaling = {"type": "linear", "factor": scaling["factor"]}  # "rope_type" came with llama3
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "attention_bias": False, "mlp_bias": False, **asdict(self), "rope_scaling": scaling}
+            scaling = {
+                "type": "linear",
+                "factor": scaling["factor"],
+            }  # "rope_type" came with llama3
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **asdict(self),
+            "rope_scaling": scaling,
+        }
 
 
 def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
@@ -104,7 +164,9 @@ def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     if scaling["rope_type"] == "linear":
         return slowed
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)  # within the original context
+    turns = scaling["original_max_position_embeddings"] / (
+        2 * math.pi / freq
+    )  # within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: all slowed, 1: left as it is
     return (1 - keep) * slowed + keep * freq
 
@@ -135,8 +197,10 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch: int, size: int, device=None, dtype=None):
         shape = (batch, config.num_key_value_heads, size, config.head_dim)
-        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
-                       for _ in range(config.num_hidden_layers)]
+        self.layers = [
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+            for _ in range(config.num_hidden_layers)
+        ]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.size, self.longest = size, 0
 
@@ -145,8 +209,10 @@ class KVCache:
         so that little is copied."""
         n = len(rows)
         moved = dict(zip(sorted(set(range(n)) - set(rows)), (row for row in rows if row >= n)))
-        to, source = (torch.tensor(list(part), dtype=torch.long, device=self.lengths.device)
-                      for part in (moved.keys(), moved.values()))
+        to, source = (
+            torch.tensor(list(part), dtype=torch.long, device=self.lengths.device)
+            for part in (moved.keys(), moved.values())
+        )
         for tensor in [self.lengths, *(cached for layer in self.layers for cached in layer)]:
             tensor[to] = tensor[source]
         self.layers = [[cached[:n] for cached in layer] for layer in self.layers]
@@ -173,7 +239,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, H, G, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.head_dim, self.group = D, H // G
         self.q_proj = Linear(C, H * D, bias=False)
         self.k_proj = Linear(C, G * D, bias=False)
@@ -181,10 +252,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * D, C, bias=False)
 
     def forward(self, x, cos, sin, cache, positions, visible, packed):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # (B,T,H,D), and k and v (B,T,G,D); packed (N,H,D)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(
+                -1, (-1, self.head_dim)
+            )  # (B,T,H,D), and k and v (B,T,G,D); packed (N,H,D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if packed is not None:  # only attention mixes tokens, so only here rows have to be told apart
+        if (
+            packed is not None
+        ):  # only attention mixes tokens, so only here rows have to be told apart
             q, k, v = (unpack(h, *packed) for h in (q, k, v))  # (B,T,H,D)
         q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # (B,H,T,D)
         if cache is not None:
@@ -192,7 +269,7 @@ class Attention(nn.Module):
             for old, new in zip(cache, (k, v)):  # (B,G,size,D)
                 old[rows, :, positions] = new.transpose(1, 2).to(old.dtype)
             if visible is not None:
-                k, v = (old[:, :, :visible.shape[-1]] for old in cache)  # (B,G,S,D)
+                k, v = (old[:, :, : visible.shape[-1]] for old in cache)  # (B,G,S,D)
         B, H, T, D = q.shape
         one = visible is not None and T == 1
         if one:  # one query per head: the H/G heads of a group take the place of T, so no kernel copies their keys
@@ -239,15 +316,20 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
-        self.checkpoint_activations = False  # recompute layers in the backward pass: less memory, more time
+        self.checkpoint_activations = (
+            False  # recompute layers in the backward pass: less memory, more time
+        )
         self.tie_weights()
 
     def tie_weights(self):
@@ -272,7 +354,9 @@ class Llama(nn.Module):
         the hidden states of padding are meaningless.
         """
         B, T = tokens.shape
-        places = torch.arange(T, device=tokens.device)[None]  # (1,T): positions come from lengths, never from ids
+        places = torch.arange(T, device=tokens.device)[
+            None
+        ]  # (1,T): positions come from lengths, never from ids
         visible = packed = None  # None: plain causal attention
         if lengths is not None:
             slots = (places < lengths[:, None]).flatten().nonzero()[:, 0]  # (N,)
@@ -285,7 +369,14 @@ class Llama(nn.Module):
         cos, sin = rope_tables(self.config, places)
         x = self.model.embed_tokens(tokens)  # (B,T,C), packed (N,C)
         for layer, block in enumerate(self.model.layers):
-            attention_args = (cos, sin, None if cache is None else cache.layers[layer], places, visible, packed)
+            attention_args = (
+                cos,
+                sin,
+                None if cache is None else cache.layers[layer],
+                places,
+                visible,
+                packed,
+            )
             if self.checkpoint_activations and self.training:
                 x = checkpointed(block, x, *attention_args, use_reentrant=False)
             else:
@@ -296,11 +387,15 @@ class Llama(nn.Module):
             if positions.dtype == torch.bool:
                 x = x[positions]  # (N,C)
             else:
-                x = x[torch.arange(B, device=tokens.device)[:, None], positions.expand(B, -1)]  # (B,P,C)
+                x = x[
+                    torch.arange(B, device=tokens.device)[:, None], positions.expand(B, -1)
+                ]  # (B,P,C)
         return self.model.norm(x)
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(), compiled=False) -> list:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop_tokens=(), compiled=False
+    ) -> list:
         """Greedy answers: prompts as token ids -> list[list[int]], the new token ids without the stop token.
 
         Prompts may differ in length. Each gets the tokens that it gets alone (in fp32, ties within rounding aside):
@@ -312,23 +407,32 @@ class Llama(nn.Module):
         answers = [[] for _ in prompts]
         for prompt in prompts:
             if not 0 < len(prompt) < context:
-                raise InputError(f"a prompt has {len(prompt)} tokens; it needs 1 to {context - 1} to leave room for "
-                                 f"an answer in this model's context of {context}: shorten it")
+                raise InputError(
+                    f"a prompt has {len(prompt)} tokens; it needs 1 to {context - 1} to leave room for "
+                    f"an answer in this model's context of {context}: shorten it"
+                )
         if not prompts or max_new_tokens < 1:
             return answers
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
         longest = int(lengths.max())
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B,T)
+        tokens = torch.tensor(
+            [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device
+        )  # (B,T)
         size, dtype = min(longest + max_new_tokens, context), compute_dtype(self.lm_head.weight)
         cache = KVCache(self.config, len(prompts), size, device, dtype)
         logits = self(tokens, positions=lengths[:, None] - 1, cache=cache)[:, 0]  # (B,V)
         check_finite(logits, self, tokens)
         new = logits.argmax(dim=-1)  # (B,)
-        cache.lengths, cache.longest = lengths, longest  # padding is overwritten before it can be seen
+        cache.lengths, cache.longest = (
+            lengths,
+            longest,
+        )  # padding is overwritten before it can be seen
         rows = list(range(len(prompts)))  # the answer that each row of the batch belongs to
         unfinished, step = set(rows), compiled_next_tokens if compiled else next_tokens
         if compiled:
-            cache.longest = cache.size - 1  # attention covers the whole cache, so that no shape changes
+            cache.longest = (
+                cache.size - 1
+            )  # attention covers the whole cache, so that no shape changes
         for left in reversed(range(max_new_tokens)):
             for row, token in zip(rows, new.tolist()):
                 if row in unfinished and token not in stop_tokens:

@@ -8,10 +8,13 @@ Shape letters: B rows, T tokens, N response tokens, C hidden size, V vocabulary.
 import torch
 import torch.nn.functional as F
 
-CHUNK_LOGITS = 2**25  # logits held at once: 128 MB in fp32; with a quarter of it the loss takes 1.3 times as long
+CHUNK_LOGITS = (
+    2**25
+)  # logits held at once: 128 MB in fp32; with a quarter of it the loss takes 1.3 times as long
 
 
 # ---- SDD minimises the mean over response tokens of -log p(y_o | x): plain cross-entropy, on unusual data ----
+
 
 def sdd_loss_reference(model, batch, global_tokens: int) -> torch.Tensor:
     """Mean over response tokens of -log p(y_o | x), a scalar fp32: the objective of SDD, as one would write it first.
@@ -19,7 +22,9 @@ def sdd_loss_reference(model, batch, global_tokens: int) -> torch.Tensor:
     batch: data.chat.Batch; its loss_mask (B,T) is true where the target is a response token. global_tokens: response
     tokens of the whole global batch, of which this batch may be a part, so that the losses of micro-batches add up.
     """
-    logits = model(batch.tokens, positions=batch.loss_mask)  # (N,V): p(next token) at the response positions
+    logits = model(
+        batch.tokens, positions=batch.loss_mask
+    )  # (N,V): p(next token) at the response positions
     targets = batch.targets[batch.loss_mask]  # (N,): the tokens of y_o
     nll = F.cross_entropy(logits.float(), targets, reduction="sum")  # -log p(y_o | x) of all rows
     return nll / global_tokens
@@ -28,7 +33,9 @@ def sdd_loss_reference(model, batch, global_tokens: int) -> torch.Tensor:
 def sdd_loss(model, batch, global_tokens: int) -> torch.Tensor:
     """`sdd_loss_reference` without the (N,V) logits: the same value and gradient, in less memory and time."""
     hidden = model.hidden(batch.tokens, positions=batch.loss_mask, lengths=batch.lengths)  # (N,C)
-    return FusedLinearCrossEntropy.apply(hidden, model.lm_head.weight, batch.targets[batch.loss_mask], global_tokens)
+    return FusedLinearCrossEntropy.apply(
+        hidden, model.lm_head.weight, batch.targets[batch.loss_mask], global_tokens
+    )
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
@@ -42,17 +49,21 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, global_tokens, chunk_logits=CHUNK_LOGITS):
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        )
         weight, loss = head.to(dtype), torch.zeros((), device=hidden.device)  # (V,C)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         chunk = max(1, chunk_logits // len(head))
-        buffer = hidden.new_empty(min(chunk, len(targets)), len(head), dtype=dtype)  # reused: allocation is slow
+        buffer = hidden.new_empty(
+            min(chunk, len(targets)), len(head), dtype=dtype
+        )  # reused: allocation is slow
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             h, t = hidden[part].to(dtype), targets[part, None]  # (n,C), (n,1)
-            logits = torch.mm(h, weight.T, out=buffer[:len(h)]).float()  # (n,V)
+            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (n,V)
             logits -= logits.amax(dim=-1, keepdim=True)
             at_target = logits.gather(1, t)  # (n,1)
             exps = logits.exp_()  # (n,V), in place: softmax * total
@@ -73,11 +84,15 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads, ctx.grads = ctx.grads, None  # drop our reference, so that autograd takes the buffers without a copy
+        grads, ctx.grads = (
+            ctx.grads,
+            None,
+        )  # drop our reference, so that autograd takes the buffers without a copy
         return *(None if one is None else one.mul_(grad) for one in grads), None, None, None
 
 
 # ---- the attacker's view: diagnostics, which no training minimises ----
+
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p of each target token: logits (N,V) of any float dtype, targets (N,) int64 -> (N,) fp32."""
@@ -115,6 +130,8 @@ def first_difference(y_c: list[int], y_o: list[int]) -> int:
     return min(len(y_c), len(y_o))
 
 
-def split_at_first_difference(logps: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_at_first_difference(
+    logps: torch.Tensor, index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token log-probabilities (N,) of one answer -> their sums before, at and after its first differing token."""
-    return logps[:index].sum(), logps[index:index + 1].sum(), logps[index + 1:].sum()
+    return logps[:index].sum(), logps[index : index + 1].sum(), logps[index + 1 :].sum()

@@ -48,12 +48,14 @@ def llama(config: dict, weights: dict) -> Llama:
 
 # ---- assignment 0 ----
 
+
 def prediction_sheet():
     """What assignments/a0.json says."""
     return json.loads((Path(__file__).parent / "a0.json").read_text())
 
 
 # ---- assignment 1 ----
+
 
 def rms_norm(x, weight, eps):
     """x (...,C), weight (C,) -> (...,C)."""
@@ -105,6 +107,7 @@ def generate_from(folder, prompts, max_new_tokens, stop_tokens):
 
 # ---- assignment 2 ----
 
+
 def town_tokenizer(words):
     """A tokenizer in Llama 3's format in which each of these words is one token."""
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +123,9 @@ def encode_prompt(words, template, prompt, system=None):
 def encode_example(words, template, prompt, response, max_length, system=None):
     """[ids, prompt_length] of one pair, or "InputError"."""
     try:
-        example = data.chat.encode_example(town_tokenizer(words), template, prompt, response, max_length, system)
+        example = data.chat.encode_example(
+            town_tokenizer(words), template, prompt, response, max_length, system
+        )
     except InputError:
         return "InputError"
     return [example.ids, example.prompt_length]
@@ -161,15 +166,29 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0):
     for batch in batches:
         examples = [Example(*example) for example in batch]
         try:
-            done.append(train.train_step(made, optimizer, examples, lr, Compute(micro_batch=micro_batch), scaled,
-                                         before_clip))
+            done.append(
+                train.train_step(
+                    made,
+                    optimizer,
+                    examples,
+                    lr,
+                    Compute(micro_batch=micro_batch),
+                    scaled,
+                    before_clip,
+                )
+            )
         except Diverged:
             return "Diverged"
-    return {"loss": [one["loss"] for one in done], "grad_norm": [one["grad_norm"] for one in done],
-            "weights": made.state_dict(), "rows": max(rows, default=0)}
+    return {
+        "loss": [one["loss"] for one in done],
+        "grad_norm": [one["grad_norm"] for one in done],
+        "weights": made.state_dict(),
+        "rows": max(rows, default=0),
+    }
 
 
 # ---- assignment 3 ----
+
 
 def tfidf_vector(corpus, text):
     """{word: value} of a text."""
@@ -193,7 +212,10 @@ def draw_irrelevant(prompts, responses, cosines, threshold, seed):
         return [cosines[row[x]][column[y]] for x, y in zip(a, b, strict=True)]
 
     try:
-        return [list(one) for one in data.pairs.draw_irrelevant(prompts, responses, look_up, threshold, seed)]
+        return [
+            list(one)
+            for one in data.pairs.draw_irrelevant(prompts, responses, look_up, threshold, seed)
+        ]
     except InputError:
         return "InputError"
 
@@ -207,6 +229,7 @@ def vary_response(mode, response, seed):
 
 
 # ---- assignment 4 ----
+
 
 def fine_tune(config, weights, batches, lr, budgets):
     """Fine-tune on these global batches -> the cells of the budgets, each with the sum of |lm_head| as its probe."""
@@ -225,10 +248,15 @@ def fine_tune(config, weights, batches, lr, budgets):
 
 def match_tokens(harmful, benign, new, seed):
     """Pairs (tokens, prompt_length) -> the control's rows, [["benign" or "new", index], ...]."""
-    pools = {name: [Example([i] * tokens, length) for i, (tokens, length) in enumerate(pairs)]
-             for name, pairs in (("harmful", harmful), ("benign", benign), ("new", new))}
+    pools = {
+        name: [Example([i] * tokens, length) for i, (tokens, length) in enumerate(pairs)]
+        for name, pairs in (("harmful", harmful), ("benign", benign), ("new", new))
+    }
     picked = attack.match_tokens(*pools.values(), random.Random(seed))
-    return [["new" if any(pick is one for one in pools["new"]) else "benign", pick.ids[0]] for pick in picked]
+    return [
+        ["new" if any(pick is one for one in pools["new"]) else "benign", pick.ids[0]]
+        for pick in picked
+    ]
 
 
 def lora(base, A, B, alpha, x):
@@ -243,8 +271,10 @@ def lora(base, A, B, alpha, x):
 
 def outcomes(answers, threshold):
     """Answers [text, ids, cosine] -> the outcome of each, as data.answers.outcome; every other one did not end."""
-    return [data.answers.outcome(data.answers.Answer(ids, text, i % 2 == 0), cosine, threshold)
-            for i, (text, ids, cosine) in enumerate(answers)]
+    return [
+        data.answers.outcome(data.answers.Answer(ids, text, i % 2 == 0), cosine, threshold)
+        for i, (text, ids, cosine) in enumerate(answers)
+    ]
 
 
 def town_outcomes(seed, cases):
@@ -254,6 +284,7 @@ def town_outcomes(seed, cases):
 
 
 # ---- assignment 5 ----
+
 
 def split(master):
     """fp32 (n,) -> [bf16 (n,), int16 (n,)]."""
@@ -295,6 +326,7 @@ def drift(values, grad, lr, steps):
 
 # ---- assignment 6: one of three ----
 
+
 def booster(config, weights, harmful, benign, alpha, strength):
     """Two batches of examples -> {"gradients": {name: what is added}, "weights": the weights afterwards, "grad": what
     .grad of lm_head holds afterwards, where it held 0.25}."""
@@ -303,14 +335,19 @@ def booster(config, weights, harmful, benign, alpha, strength):
     for weight in made.parameters():
         weight.grad = torch.full_like(weight, 0.25)
     found = lab.defences.booster(made, *batches, alpha=alpha, strength=strength)
-    return {"gradients": dict(zip([name for name, _ in made.named_parameters()], found, strict=True)),
-            "weights": made.state_dict(), "grad": made.lm_head.weight.grad}
+    return {
+        "gradients": dict(zip([name for name, _ in made.named_parameters()], found, strict=True)),
+        "weights": made.state_dict(),
+        "grad": made.lm_head.weight.grad,
+    }
 
 
 def preferences(pairs):
     """[ids with the refusal, prompt_length, ids with the harmful answer or None] -> Examples."""
-    return [Example(ids, length, None if rejected is None else Example(rejected, length))
-            for ids, length, rejected in pairs]
+    return [
+        Example(ids, length, None if rejected is None else Example(rejected, length))
+        for ids, length, rejected in pairs
+    ]
 
 
 def deepalign(pairs, limit, longest, seed):
@@ -323,7 +360,9 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma):
     """Pairs as of `preferences` -> [loss, its gradient by lm_head (V,C)], or "InputError"."""
     made = llama(config, weights)
     try:
-        value = lab.defences.simpo(made, data.chat.collate(preferences(pairs)), global_tokens, beta, gamma)
+        value = lab.defences.simpo(
+            made, data.chat.collate(preferences(pairs)), global_tokens, beta, gamma
+        )
     except InputError:
         return "InputError"
     value.backward()
@@ -331,6 +370,7 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma):
 
 
 # ---- assignment 7: the grader uses its own copy of this ----
+
 
 def solve_open(kind, rows, seed, steps):
     """Let a7/submission.py change the model in start/, and write it to result/. kind: "attack" or "defend"."""

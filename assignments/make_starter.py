@@ -18,12 +18,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STUBS = [  # (file, qualified name, assignment, what to write)
-    ("model.py", "RMSNorm.forward", "a1", "x over its root mean square in fp32, cast, times the weight"),
+    (
+        "model.py",
+        "RMSNorm.forward",
+        "a1",
+        "x over its root mean square in fp32, cast, times the weight",
+    ),
     ("model.py", "rope_frequencies", "a1", "theta^(-2i/D), slowed as rope_scaling says"),
     ("model.py", "apply_rope", "a1", "turn dimension i together with i + D/2"),
     ("model.py", "Attention.forward", "a1", "grouped queries, RoPE, the cache, packed rows"),
     ("model.py", "Llama.generate", "a1", "greedy answers to prompts of unequal length"),
-    ("data/chat.py", "_encode_parts", "a2", "ids of texts and special tokens, neighbouring texts joined"),
+    (
+        "data/chat.py",
+        "_encode_parts",
+        "a2",
+        "ids of texts and special tokens, neighbouring texts joined",
+    ),
     ("data/chat.py", "encode_example", "a2", "prompt and response, cut at max_length"),
     ("data/chat.py", "collate", "a2", "pad rows, shift targets, mask all but the response"),
     ("sdd_loss.py", "sdd_loss_reference", "a2", "-log p of the response tokens over global_tokens"),
@@ -48,11 +58,22 @@ STUBS = [  # (file, qualified name, assignment, what to write)
 ]
 ASSIGNMENTS = ("a1", "a2", "a3", "a4", "a5", "a6")  # a0 takes no body out
 ONE_IS_ENOUGH = ("a6",)  # of its bodies a student chooses one
-LEFT_OUT = ("grade.json", ".ci/", ".github/", "bench/", "tests/", "docs/harm.png", "docs/mechanism.png",
-            "docs/draw_idea.py")
+LEFT_OUT = (
+    "grade.json",
+    ".ci/",
+    ".github/",
+    "bench/",
+    "tests/",
+    "docs/harm.png",
+    "docs/mechanism.png",
+    "docs/draw_idea.py",
+)
 KEPT_TESTS = ("tests/conftest.py", "tests/small.py", "tests/assignments/")
-NOT_FOR_STUDENTS = ("tests/assignments/test_course.py", "tests/assignments/test_grade.py",
-                    "tests/assignments/test_starter.py")
+NOT_FOR_STUDENTS = (
+    "tests/assignments/test_course.py",
+    "tests/assignments/test_grade.py",
+    "tests/assignments/test_starter.py",
+)
 SHEET = "assignments/a0.json"  # predictions: students get an empty one
 
 
@@ -79,7 +100,7 @@ def strip(source: str, name: str, message: str) -> str:
             begin -= 1
     indent = " " * node.body[0].col_offset
     stub = f'{indent}raise NotImplementedError("{message}")\n'
-    return "".join(lines[:begin]) + stub + "".join(lines[node.end_lineno:])
+    return "".join(lines[:begin]) + stub + "".join(lines[node.end_lineno :])
 
 
 def stub_message(assignment: str, name: str, task: str) -> str:
@@ -88,25 +109,45 @@ def stub_message(assignment: str, name: str, task: str) -> str:
 
 def stub_table(assignment: str) -> str:
     """The rows of an assignment's handout that say what to write, in Markdown."""
-    rows = [f"| `{file}` | `{name}` | {task} |" for file, name, of, task in STUBS if of == assignment]
+    rows = [
+        f"| `{file}` | `{name}` | {task} |" for file, name, of, task in STUBS if of == assignment
+    ]
     return "\n".join(["| file | body | what to write |", "|---|---|---|", *rows])
 
 
 def project_files(root: Path = ROOT) -> list[str]:
     """The tracked files of the project, or all that a fresh copy would have where there is no git."""
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root,
-                            capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     if listed.returncode == 0 and listed.stdout:
-        return sorted(name for name in listed.stdout.split("\0") if name and (root / name).is_file())
+        return sorted(
+            name for name in listed.stdout.split("\0") if name and (root / name).is_file()
+        )
     found = (file.relative_to(root) for file in root.rglob("*") if file.is_file())
-    return sorted(str(file) for file in found if not any(
-        part.startswith(".") or part in ("out", "__pycache__") or part.endswith(".egg-info") for part in file.parts))
+    return sorted(
+        str(file)
+        for file in found
+        if not any(
+            part.startswith(".") or part in ("out", "__pycache__") or part.endswith(".egg-info")
+            for part in file.parts
+        )
+    )
 
 
 def empty_sheet(sheet: dict) -> dict:
     """A prediction sheet with its questions and without answers."""
-    return {key: empty_sheet(value) if isinstance(value, dict) else value if key in ("question", "unit") else None
-            for key, value in sheet.items()}
+    return {
+        key: empty_sheet(value)
+        if isinstance(value, dict)
+        else value
+        if key in ("question", "unit")
+        else None
+        for key, value in sheet.items()
+    }
 
 
 def make_starter(out, stubs=STUBS):
@@ -128,16 +169,23 @@ def make_starter(out, stubs=STUBS):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--only", choices=("a0", *ASSIGNMENTS, "a7"),
-                        help="take out this assignment's bodies alone; a0 and a7 have none")
+    parser.add_argument(
+        "--only",
+        choices=("a0", *ASSIGNMENTS, "a7"),
+        help="take out this assignment's bodies alone; a0 and a7 have none",
+    )
     args = parser.parse_args(argv)
     stubs = [stub for stub in STUBS if args.only in (None, stub[2])]
     make_starter(args.out, stubs)
     first = args.only or ASSIGNMENTS[0]
-    print(f"{args.out}: {len(stubs)} bodies to write; start with assignments/{first}.md, then\n"
-          f"  cd {args.out} && python -m pytest -m {first}")
+    print(
+        f"{args.out}: {len(stubs)} bodies to write; start with assignments/{first}.md, then\n"
+        f"  cd {args.out} && python -m pytest -m {first}"
+    )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Pair(NamedTuple):
 def weights(pair: Pair, lam: float) -> list[tuple[float, int, int]]:
     """(weight, invariant, spurious features) of the ensemble's three groups: of bar alone, of star alone, shared."""
     (vb, sb), (vs, ss), (vo, so) = pair
-    return [(lam**2, vb - vo, sb - so), ((1 - lam)**2, vs - vo, ss - so), (1.0, vo, so)]
+    return [(lam**2, vb - vo, sb - so), ((1 - lam) ** 2, vs - vo, ss - so), (1.0, vo, so)]
 
 
 def argument(groups, p: float) -> float:
@@ -93,7 +93,9 @@ def F(x: float, p: float, k: int = K) -> float:
     g = np.linspace(-9, 9, 2001)
     inner = (x + math.sqrt(p * (k + 1 - p * k) / k) * g) / math.sqrt(p / k)
     cdf = np.array([0.5 * math.erfc(-z / math.sqrt(2)) for z in inner])
-    return float((np.exp(-g * g / 2) / math.sqrt(2 * math.pi) * cdf ** (k - 1)).sum() * (g[1] - g[0]))
+    return float(
+        (np.exp(-g * g / 2) / math.sqrt(2 * math.pi) * cdf ** (k - 1)).sum() * (g[1] - g[0])
+    )
 
 
 def exact(groups, p: float) -> float:
@@ -102,9 +104,13 @@ def exact(groups, p: float) -> float:
     q, r = 1 - p + p / K, p / K
     for w, v, s in groups:
         margins = margins + w * v
-        votes = [(i, j, s - i - j) for i in range(s + 1) for j in range(s + 1 - i)]  # for y, class 1, class 2
+        votes = [
+            (i, j, s - i - j) for i in range(s + 1) for j in range(s + 1 - i)
+        ]  # for y, class 1, class 2
         new = np.array([[w * (i - j), w * (i - l)] for i, j, l in votes])
-        chance = np.array([math.comb(s, i) * math.comb(s - i, j) * q**i * r**(s - i) for i, j, l in votes])
+        chance = np.array(
+            [math.comb(s, i) * math.comb(s - i, j) * q**i * r ** (s - i) for i, j, l in votes]
+        )
         margins = (margins[:, None] + new).reshape(-1, 2)
         chances = (chances[:, None] * chance).reshape(-1)
         margins, where = np.unique(margins.round(9), axis=0, return_inverse=True)
@@ -117,9 +123,13 @@ def sampled(pair: Pair, lam: float, p: float, n: int, seed: int) -> tuple[float,
     """OOD accuracy on n sampled examples and its standard error: features and heads are averaged, then votes are drawn.
     lam = 1 is the released model, 0 the attacker's."""
     rng, ((vb, sb), (vs, ss), (vo, so)) = np.random.default_rng(seed), pair
-    selects = np.zeros((2, vb + vs - vo + sb + ss - so))  # features: invariant (bar's first), then spurious
+    selects = np.zeros(
+        (2, vb + vs - vo + sb + ss - so)
+    )  # features: invariant (bar's first), then spurious
     v, s = vb + vs - vo, sb + ss - so
-    selects[0, :vb] = selects[1, vb - vo:v] = selects[0, v:v + sb] = selects[1, v + sb - so:] = 1
+    selects[0, :vb] = selects[1, vb - vo : v] = selects[0, v : v + sb] = selects[
+        1, v + sb - so :
+    ] = 1
     features = heads = lam * selects[0] + (1 - lam) * selects[1]
     y = rng.integers(K, size=n)
     votes = np.repeat(y[:, None], v + s, 1)  # (n, features): the class that each votes for
@@ -155,35 +165,64 @@ def sweep(p: float, overlap, most=(12, 40)) -> list[tuple[Pair, bool]]:
     """(pair, whether ability falls, by the limit) for pairs under Theorem 2's stated conditions with even numbers of
     spurious features; overlap: Pair or nested."""
     v, s = range(1, most[0] + 1), range(2, most[1] + 1, 2)
-    pairs = [overlap((vb, sb), (vs, ss)) for vb, vs in itertools.product(v, v) if vb > vs
-             for sb, ss in itertools.product(s, s) if sb < ss]
+    pairs = [
+        overlap((vb, sb), (vs, ss))
+        for vb, vs in itertools.product(v, v)
+        if vb > vs
+        for sb, ss in itertools.product(s, s)
+        if sb < ss
+    ]
     return [(pair, degrades(pair, p)) for pair in pairs]
 
 
 def tables(seed: int, n: int = 100_000) -> str:
     """The four tables, as text."""
-    lines = ["1. OOD accuracy, p = 0.9: sampled, exact, and the normal limit F_p", "",
-             "   bar       star      shared  lambda  sampled          exact   F_p"]
-    for pair, lam in [(Pair((2, 3), NONE), 1.0), (Pair((2, 20), (1, 30)), 1.0), (Pair((2, 20), (1, 30)), 0.5),
-                      (Pair((2, 20), (1, 30)), 0.3), (Pair((3, 8), (2, 12), (1, 4)), 0.5)]:
+    lines = [
+        "1. OOD accuracy, p = 0.9: sampled, exact, and the normal limit F_p",
+        "",
+        "   bar       star      shared  lambda  sampled          exact   F_p",
+    ]
+    for pair, lam in [
+        (Pair((2, 3), NONE), 1.0),
+        (Pair((2, 20), (1, 30)), 1.0),
+        (Pair((2, 20), (1, 30)), 0.5),
+        (Pair((2, 20), (1, 30)), 0.3),
+        (Pair((3, 8), (2, 12), (1, 4)), 0.5),
+    ]:
         groups = weights(pair, lam)
         mean, error = sampled(pair, lam, 0.9, n, seed)
-        lines.append(f"   {pair.bar!s:9} {pair.star!s:9} {pair.shared!s:7} {lam:5.1f}   {mean:.4f} +- {error:.4f}"
-                     f"{exact(groups, 0.9):9.4f}{F(argument(groups, 0.9), 0.9):7.3f}")
+        lines.append(
+            f"   {pair.bar!s:9} {pair.star!s:9} {pair.shared!s:7} {lam:5.1f}   {mean:.4f} +- {error:.4f}"
+            f"{exact(groups, 0.9):9.4f}{F(argument(groups, 0.9), 0.9):7.3f}"
+        )
     lines += ["", "2. The gap of the limit, p = 0.9, n_v = 2: F_p - exact against n_s", ""]
     for n_s in (1, 2, 3, 5, 10, 20, 40, 80):
         one = [(1.0, 2, n_s)]
         true = exact(one, 0.9)
-        lines.append(f"   n_s {n_s:3}   exact {true:.4f}   gap {F(argument(one, 0.9), 0.9) - true:+.4f}")
-    lines += ["", "3. Theorem 1 (second-hand): more spurious features in star, p = 0.9, bar (4, 6), n_v_star 2", ""]
-    lines.append(f"   the accuracy falls only while n_s_star < {theorem1_bound(Pair((4, 6), (2, 0)), 0.9):.1f}:")
+        lines.append(
+            f"   n_s {n_s:3}   exact {true:.4f}   gap {F(argument(one, 0.9), 0.9) - true:+.4f}"
+        )
+    lines += [
+        "",
+        "3. Theorem 1 (second-hand): more spurious features in star, p = 0.9, bar (4, 6), n_v_star 2",
+        "",
+    ]
+    lines.append(
+        f"   the accuracy falls only while n_s_star < {theorem1_bound(Pair((4, 6), (2, 0)), 0.9):.1f}:"
+    )
     for n_s in (5, 20, 40, 53, 54, 55, 70, 100, 200):
         x = argument(weights(Pair((4, 6), (2, n_s)), 0.5), 0.9)
         lines.append(f"   n_s_star {n_s:3}   F_p {F(x, 0.9):.5f}")
-    lines += ["", "4. Theorem 2 (second-hand), lambda = 1/2: of pairs with n_v_bar > n_v_star and n_s_bar < n_s_star,",
-              "   up to 12 invariant and an even number, up to 40, of spurious features, the share whose ability falls",
-              "   in the normal limit, and a pair whose ability does not", ""]
-    for p, (name, overlap) in itertools.product((0.5, 0.7, 0.9, 0.99), (("no overlap", Pair), ("nested", nested))):
+    lines += [
+        "",
+        "4. Theorem 2 (second-hand), lambda = 1/2: of pairs with n_v_bar > n_v_star and n_s_bar < n_s_star,",
+        "   up to 12 invariant and an even number, up to 40, of spurious features, the share whose ability falls",
+        "   in the normal limit, and a pair whose ability does not",
+        "",
+    ]
+    for p, (name, overlap) in itertools.product(
+        (0.5, 0.7, 0.9, 0.99), (("no overlap", Pair), ("nested", nested))
+    ):
         found = sweep(p, overlap)
         rises = [pair for pair, falls in found if not falls]
         share = f"   p {p:<5}{name:11} {1 - len(rises) / len(found):6.1%}"
@@ -192,37 +231,57 @@ def tables(seed: int, n: int = 100_000) -> str:
             share += f"   bar {rises[0].bar}, star {rises[0].star}: {before:.3f} -> {after:.3f}"
         lines.append(share)
     before, after = (weights(Pair((2, 20), (1, 30)), lam) for lam in (1.0, 0.5))
-    lines += ["", "   The stated conditions hold and ability rises: p 0.9, no overlap, bar (2, 20), star (1, 30):",
-              f"   F_p {F(argument(before, 0.9), 0.9):.3f} -> {F(argument(after, 0.9), 0.9):.3f}, "
-              f"exact {exact(before, 0.9):.3f} -> {exact(after, 0.9):.3f}"]
+    lines += [
+        "",
+        "   The stated conditions hold and ability rises: p 0.9, no overlap, bar (2, 20), star (1, 30):",
+        f"   F_p {F(argument(before, 0.9), 0.9):.3f} -> {F(argument(after, 0.9), 0.9):.3f}, "
+        f"exact {exact(before, 0.9):.3f} -> {exact(after, 0.9):.3f}",
+    ]
     before, after = (weights(Pair((3, 2), (2, 8)), lam) for lam in (1.0, 0.5))
-    lines += ["   Where features are few the limit may err: p 0.5, no overlap, bar (3, 2), star (2, 8):",
-              f"   F_p {F(argument(before, 0.5), 0.5):.4f} -> {F(argument(after, 0.5), 0.5):.4f}, "
-              f"exact {exact(before, 0.5):.4f} -> {exact(after, 0.5):.4f}"]
+    lines += [
+        "   Where features are few the limit may err: p 0.5, no overlap, bar (3, 2), star (2, 8):",
+        f"   F_p {F(argument(before, 0.5), 0.5):.4f} -> {F(argument(after, 0.5), 0.5):.4f}, "
+        f"exact {exact(before, 0.5):.4f} -> {exact(after, 0.5):.4f}",
+    ]
     return "\n".join(lines)
 
 
 def draw_map(path, p: float = 0.9, bar=(8, 20)):
     """Save a map of Theorem 2 for one released model: where ability falls, with and without overlap."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axis, (name, overlap) in zip(axes, (("no overlap", Pair), ("nested", nested))):
         falls = [[degrades(overlap(bar, (v, s)), p) for s in range(1, 81)] for v in range(0, 13)]
-        axis.imshow(falls, origin="lower", aspect="auto", extent=(0.5, 80.5, -0.5, 12.5), cmap="RdYlBu_r", alpha=0.7)
+        axis.imshow(
+            falls,
+            origin="lower",
+            aspect="auto",
+            extent=(0.5, 80.5, -0.5, 12.5),
+            cmap="RdYlBu_r",
+            alpha=0.7,
+        )
         axis.plot([bar[1] + 0.5, bar[1] + 0.5, 80.5], [-0.5, bar[0] - 0.5, bar[0] - 0.5], "k--")
         axis.set(title=f"{name}; red: ability falls", xlabel="spurious features of star")
     axes[0].set_ylabel("invariant features of star")
-    figure.suptitle(f"Theorem 2, p = {p}, bar {bar}; its stated conditions hold below and right of the dashed line")
+    figure.suptitle(
+        f"Theorem 2, p = {p}, bar {bar}; its stated conditions hold below and right of the dashed line"
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="OOD accuracy of one model and of an ensemble in weight space")
+    parser = argparse.ArgumentParser(
+        description="OOD accuracy of one model and of an ensemble in weight space"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled examples (default: 0)")
-    parser.add_argument("--map", metavar="FILE", help="also draw a map of Theorem 2; needs matplotlib")
+    parser.add_argument(
+        "--map", metavar="FILE", help="also draw a map of Theorem 2; needs matplotlib"
+    )
     args = parser.parse_args(argv)
     print(tables(args.seed))
     if args.map:

@@ -15,8 +15,18 @@ import sys
 
 import torch
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float32, torch.float64, torch.bfloat16, torch.int16, torch.int32, torch.int64, torch.bool)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+    )
+}
 
 
 def encode(value):
@@ -43,7 +53,9 @@ def decode(value):
         return [decode(one) for one in value]
     if isinstance(value, dict) and "tensor" in value:
         name, shape, text = value["tensor"]
-        flat = torch.frombuffer(bytearray(base64.b64decode(text)) or bytearray(8), dtype=torch.uint8)
+        flat = torch.frombuffer(
+            bytearray(base64.b64decode(text)) or bytearray(8), dtype=torch.uint8
+        )
         count = 1
         for size in shape:
             count *= size
@@ -92,7 +104,10 @@ def main():
         adapters = importlib.import_module("assignments.adapters")
         first = {"ready": True}
     except BaseException as error:
-        adapters, first = None, {"error": f"importing assignments/adapters.py: {type(error).__name__}: {error}"[:500]}
+        adapters, first = (
+            None,
+            {"error": f"importing assignments/adapters.py: {type(error).__name__}: {error}"[:500]},
+        )
     replies.write(json.dumps(first) + "\n")
     replies.flush()
     if adapters:

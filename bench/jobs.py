@@ -39,6 +39,7 @@ def now(device: str) -> float:
 
 # ---- training steps: the batches once to warm up, and once more timed; losses: of every step ----
 
+
 def train_nanosdd(folder, batches: list[list[Example]], compute: Compute) -> dict:
     """The steps of train.py."""
     model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights])
@@ -46,8 +47,12 @@ def train_nanosdd(folder, batches: list[list[Example]], compute: Compute) -> dic
     for batch in batches + batches:
         losses.append(train_step(model, optimizer, batch, LR, compute)["loss"])
         ends.append(now(compute.device))
-    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device),
-            "dtype": compute.dtype}
+    return {
+        "seconds": ends[-1] - ends[len(batches) - 1],
+        "losses": losses,
+        "peak_bytes": peak_bytes(compute.device),
+        "dtype": compute.dtype,
+    }
 
 
 def train_trl(folder, batches: list[list[Example]], compute: Compute, settings: dict) -> dict:
@@ -62,45 +67,99 @@ def train_trl(folder, batches: list[list[Example]], compute: Compute, settings: 
             ends.append(now(compute.device))
 
     ends, examples = [], [example for batch in batches + batches for example in batch]
-    data = Dataset.from_list([{"input_ids": example.ids, "completion_mask": (
-        [0] * example.prompt_length + [1] * example.response_length)} for example in examples])
+    data = Dataset.from_list(
+        [
+            {
+                "input_ids": example.ids,
+                "completion_mask": ([0] * example.prompt_length + [1] * example.response_length),
+            }
+            for example in examples
+        ]
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))  # everything is encoded already
-    padding = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>")
-    config = SFTConfig(output_dir=folder, per_device_train_batch_size=len(batches[0]), max_steps=2 * len(batches),
-                       train_sampling_strategy="sequential", learning_rate=LR, lr_scheduler_type="constant",
-                       completion_only_loss=True, logging_steps=1, report_to="none", save_strategy="no",
-                       use_cpu=compute.device == "cpu", bf16=compute.dtype == "bf16", disable_tqdm=True, **settings)
-    trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=padding, callbacks=[Clock()])
+    words = Tokenizer(
+        models.WordLevel({"<pad>": 0}, unk_token="<pad>")
+    )  # everything is encoded already
+    padding = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>"
+    )
+    config = SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=len(batches[0]),
+        max_steps=2 * len(batches),
+        train_sampling_strategy="sequential",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        completion_only_loss=True,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=compute.device == "cpu",
+        bf16=compute.dtype == "bf16",
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = SFTTrainer(
+        model, args=config, train_dataset=data, processing_class=padding, callbacks=[Clock()]
+    )
     with contextlib.redirect_stdout(sys.stderr):  # it prints its log
         trainer.train()
     losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
-    return {"seconds": ends[-1] - ends[len(batches) - 1], "losses": losses, "peak_bytes": peak_bytes(compute.device),
-            "dtype": compute.dtype}
+    return {
+        "seconds": ends[-1] - ends[len(batches) - 1],
+        "losses": losses,
+        "peak_bytes": peak_bytes(compute.device),
+        "dtype": compute.dtype,
+    }
 
 
 # ---- greedy answers: a few tokens to warm up, then all; answers: the new token ids of every prompt ----
 
-def decode_nanosdd(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute) -> dict:
+
+def decode_nanosdd(
+    folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute
+) -> dict:
     """model.generate, as eval.py calls it."""
     model, stop = Llama.from_pretrained(folder, compute.device).eval(), set(stop)
-    return time_answers(lambda limit: model.generate(prompts, limit, stop, compute.compile), new_tokens, compute)
+    return time_answers(
+        lambda limit: model.generate(prompts, limit, stop, compute.compile), new_tokens, compute
+    )
 
 
 @torch.inference_mode()
-def decode_transformers(folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute) -> dict:
+def decode_transformers(
+    folder, prompts: list[list[int]], stop: list[int], new_tokens: int, compute: Compute
+) -> dict:
     """transformers' generate on one batch, padded on the left."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[compute.dtype]).to(compute.device).eval()
+
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[compute.dtype])
+        .to(compute.device)
+        .eval()
+    )
     longest, stop_set, device = max(map(len, prompts)), set(stop), compute.device
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor(
+        [[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device
+    )
+    mask = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
 
     def answer(limit):
-        rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, pad_token_id=0,
-                              eos_token_id=stop or None)[:, longest:].tolist()
-        ends = [next((i for i, token in enumerate(row) if token in stop_set), len(row)) for row in rows]
+        rows = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=limit,
+            pad_token_id=0,
+            eos_token_id=stop or None,
+        )[:, longest:].tolist()
+        ends = [
+            next((i for i, token in enumerate(row) if token in stop_set), len(row)) for row in rows
+        ]
         return [row[:end] for row, end in zip(rows, ends)]
+
     return time_answers(answer, new_tokens, compute)
 
 
@@ -110,7 +169,11 @@ def time_answers(answer, new_tokens: int, compute: Compute) -> dict:
         answer(4)
         began = now(compute.device)
         answers = answer(new_tokens)
-    return {"seconds": now(compute.device) - began, "answers": answers, "peak_bytes": peak_bytes(compute.device)}
+    return {
+        "seconds": now(compute.device) - began,
+        "answers": answers,
+        "peak_bytes": peak_bytes(compute.device),
+    }
 
 
 def machine_speed(compute: Compute) -> dict:

@@ -23,8 +23,13 @@ GPU_GIB = 74  # usable memory of an 80 GB GPU
 def parameter_counts(config: LlamaConfig) -> tuple[int, int, int]:
     """Parameters of (the embedding, one layer, the head and the last norm): V C, C (2 H D + 2 G D + 3 I + 2), V C + C.
     A tied head is the embedding and counts there."""
-    C, I, H, G, D = (config.hidden_size, config.intermediate_size, config.num_attention_heads,
-                     config.num_key_value_heads, config.head_dim)
+    C, I, H, G, D = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     embedding, layer = config.vocab_size * C, C * (2 * H * D + 2 * G * D + 3 * I + 2)
     return embedding, layer, C if config.tie_word_embeddings else embedding + C
 
@@ -39,11 +44,18 @@ def layer_bytes(config: LlamaConfig, N: int) -> tuple[int, int]:
     Added, in the backward pass of the MLP's product: gradients of silu(gate) and up, 4 N I (that of the product takes
     the product's place), of the layer's output, 2 N C, and of down_proj, 2 C I.
     """
-    C, I, H, D = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim
+    C, I, H, D = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.head_dim,
+    )
     return N * (16 * C + 8 + 4 * D + 10 * H * D + 4 * H + 8 * I), N * (4 * I + 2 * C) + 2 * C * I
 
 
-def step_memory(config: LlamaConfig, rows: int, length: int, checkpointed=True, accumulating=False) -> dict:
+def step_memory(
+    config: LlamaConfig, rows: int, length: int, checkpointed=True, accumulating=False
+) -> dict:
     """{moment of a step: {what is held: bytes}}; the peak is the largest sum.
 
     rows: at once. accumulating: they are not the first micro-batch, so all gradients exist already. With P parameters:
@@ -70,38 +82,73 @@ def step_memory(config: LlamaConfig, rows: int, length: int, checkpointed=True, 
         above = head + (L - 1 - l) * layer
         if config.tie_word_embeddings:
             above += embedding
-        return {**held, "gradients": 2 * (P if accumulating else above), **tables, "kept by layers": (l + 1) * inputs,
-                "one layer again": again, "its gradients": added}
+        return {
+            **held,
+            "gradients": 2 * (P if accumulating else above),
+            **tables,
+            "kept by layers": (l + 1) * inputs,
+            "one layer again": again,
+            "its gradients": added,
+        }
 
     chunk = min(N, max(1, CHUNK_LOGITS // V))
     head_bytes = (8 if chunk == N else 12) * chunk * V + 6 * V * C + 10 * N * C
     largest = max(embedding, C * config.intermediate_size)  # elements of a tensor
     return {
-        "loss": {**held, "gradients": 2 * P if accumulating else 0, **tables, "kept by layers": L * inputs,
-                 "head": head_bytes},
+        "loss": {
+            **held,
+            "gradients": 2 * P if accumulating else 0,
+            **tables,
+            "kept by layers": L * inputs,
+            "head": head_bytes,
+        },
         "backward": max((at_layer(l) for l in range(L)), key=lambda terms: sum(terms.values())),
-        "optimizer": {**held, "gradients": 2 * P, "slices": 26 * min(SLICE, largest)}}
+        "optimizer": {**held, "gradients": 2 * P, "slices": 26 * min(SLICE, largest)},
+    }
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", metavar="DIR", help="folder with a config.json (default: the shape of Llama-2-7B)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="folder with a config.json (default: the shape of Llama-2-7B)",
+    )
     p.add_argument("--batch-size", type=int, default=24, help="rows of a step (default: 24)")
-    p.add_argument("--micro-batch", type=int, default=0, help="rows at once (default: the whole batch)")
+    p.add_argument(
+        "--micro-batch", type=int, default=0, help="rows at once (default: the whole batch)"
+    )
     p.add_argument("--max-length", type=int, default=512, help="tokens of a row (default: 512)")
-    p.add_argument("--keep-activations", action="store_true", help="without --checkpoint-activations")
+    p.add_argument(
+        "--keep-activations", action="store_true", help="without --checkpoint-activations"
+    )
     args = p.parse_args(argv)
     if min(args.batch_size, args.max_length) < 1 or args.micro_batch < 0:
-        raise InputError("--batch-size and --max-length must be 1 or more, and --micro-batch 0 or more")
+        raise InputError(
+            "--batch-size and --max-length must be 1 or more, and --micro-batch 0 or more"
+        )
     rows = min(args.micro_batch or args.batch_size, args.batch_size)
     config = LlamaConfig.from_dict(read_config(args.model)) if args.model else LlamaConfig()
-    moments = step_memory(config, rows, args.max_length, not args.keep_activations, rows < args.batch_size)
+    moments = step_memory(
+        config, rows, args.max_length, not args.keep_activations, rows < args.batch_size
+    )
     print(f"GiB for {rows} rows of {args.max_length} tokens at once")
     for moment, terms in moments.items():
         terms["sum"] = sum(terms.values())
-        print("\n".join([f"\n{moment}", *(f"  {name:<20}{size / 2**30:>8.2f}" for name, size in terms.items())]))
+        print(
+            "\n".join(
+                [
+                    f"\n{moment}",
+                    *(f"  {name:<20}{size / 2**30:>8.2f}" for name, size in terms.items()),
+                ]
+            )
+        )
     peak = max(terms["sum"] for terms in moments.values()) / 2**30
-    print(f"\npeak {peak:.1f} GiB: {'fits' if peak <= GPU_GIB else 'does not fit'} in {GPU_GIB} GiB")
+    print(
+        f"\npeak {peak:.1f} GiB: {'fits' if peak <= GPU_GIB else 'does not fit'} in {GPU_GIB} GiB"
+    )
 
 
 if __name__ == "__main__":

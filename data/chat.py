@@ -29,8 +29,11 @@ class Special(str):
 
 # --- the templates: the parts of a conversation before the response ---
 
+
 def _turns(prompt: str, system: str | None) -> list[tuple[str, str]]:
-    return [(role, text) for role, text in (("system", system), ("user", prompt)) if text is not None]
+    return [
+        (role, text) for role, text in (("system", system), ("user", prompt)) if text is not None
+    ]
 
 
 def _llama2(prompt, system):
@@ -50,7 +53,9 @@ def _llama3(prompt, system, dates=""):
 def _llama31(prompt, system):
     """Llama 3.1, 3.2 and 3.3: there is always a system block. "Today" is the default date of 3.1 and 3.3. The template
     of 3.2 reads the clock instead, but training data should not depend on the day."""
-    return _llama3(prompt, system or "", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
+    return _llama3(
+        prompt, system or "", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    )
 
 
 def _chatml(prompt, system):
@@ -104,6 +109,7 @@ NEXT_TURN = {  # name: the parts between the token that ends a response and the 
 
 # --- text to ids ---
 
+
 def encode_prompt(tokenizer, template: str, prompt: str, system: str | None = None) -> list[int]:
     """Token ids of everything before the response; template: a key of TEMPLATES."""
     return _encode_parts(tokenizer, template, TEMPLATES[template][0](prompt, system))
@@ -131,7 +137,7 @@ def encode_response(tokenizer, template: str, response: str) -> list[int]:
     # SentencePiece puts a space in front of every text, but a response continues one. So it is encoded after a newline,
     # which Llama 2's vocabulary never merges with the text behind it, and the ids of the newline are dropped.
     before = "\n" if tokenizer.dummy_prefix else ""
-    ids = tokenizer.encode(before + written(response))[len(tokenizer.encode(before)):]
+    ids = tokenizer.encode(before + written(response))[len(tokenizer.encode(before)) :]
     return [*ids, _special_id(tokenizer, template, end)]
 
 
@@ -139,11 +145,14 @@ def _special_id(tokenizer, template: str, special: Special) -> int:
     for name in special.split():
         if name in tokenizer.special:
             return tokenizer.special[name]
-    raise InputError(f"the chat template {template!r} needs the special token {' or '.join(special.split())}, which "
-                     f"this tokenizer does not have; choose another with --template ({', '.join(TEMPLATES)})")
+    raise InputError(
+        f"the chat template {template!r} needs the special token {' or '.join(special.split())}, which "
+        f"this tokenizer does not have; choose another with --template ({', '.join(TEMPLATES)})"
+    )
 
 
 # --- examples and batches ---
+
 
 @dataclass(frozen=True)
 class Example:
@@ -151,29 +160,43 @@ class Example:
 
     ids: list[int]  # of the prompt and the response
     prompt_length: int  # the ids of the prompt come first and carry no loss
-    rejected: "Example | None" = None  # the prompt with a dispreferred response, for losses such as DPO or SimPO
+    rejected: "Example | None" = (
+        None  # the prompt with a dispreferred response, for losses such as DPO or SimPO
+    )
 
     @property
     def response_length(self) -> int:
         return len(self.ids) - self.prompt_length
 
 
-def encode_example(tokenizer, template: str, prompt: str, response: str, max_length: int, system=None) -> Example:
+def encode_example(
+    tokenizer, template: str, prompt: str, response: str, max_length: int, system=None
+) -> Example:
     """Encode one pair. A response is cut where the example reaches max_length tokens; a prompt that leaves no room for
     one is an InputError."""
     prompt_ids = encode_prompt(tokenizer, template, prompt, system)
     if len(prompt_ids) >= max_length:
-        raise InputError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within {max_length}: "
-                         f"{prompt[:60]!r}; raise --max-length (up to the model's context) or drop it")
-    return Example((prompt_ids + encode_response(tokenizer, template, response))[:max_length], len(prompt_ids))
+        raise InputError(
+            f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within {max_length}: "
+            f"{prompt[:60]!r}; raise --max-length (up to the model's context) or drop it"
+        )
+    return Example(
+        (prompt_ids + encode_response(tokenizer, template, response))[:max_length], len(prompt_ids)
+    )
 
 
 def encode_rows(tokenizer, template: str, rows: list[dict], max_length: int) -> list[Example]:
     """Encode rows {"prompt": str, "response": str, optionally "system": str and "rejected": str}, as encode_example."""
     examples = []
     for row in rows:
-        encode = partial(encode_example, tokenizer, template, row["prompt"], max_length=max_length,
-                         system=row.get("system"))
+        encode = partial(
+            encode_example,
+            tokenizer,
+            template,
+            row["prompt"],
+            max_length=max_length,
+            system=row.get("system"),
+        )
         rejected = None if row.get("rejected") is None else encode(row["rejected"])
         examples.append(replace(encode(row["response"]), rejected=rejected))
     return examples
@@ -191,9 +214,15 @@ class Batch:
 
     tokens: torch.Tensor  # (B,T) int64, the model's input
     targets: torch.Tensor  # (B,T) int64
-    loss_mask: torch.Tensor  # (B,T) bool, true where the target is a response token or the end token
-    lengths: torch.Tensor  # (B,) int64, of inputs: an example's tokens but the last, without padding
-    rejected: "Batch | None" = None  # the dispreferred responses to the same prompts, in the same order
+    loss_mask: (
+        torch.Tensor
+    )  # (B,T) bool, true where the target is a response token or the end token
+    lengths: (
+        torch.Tensor
+    )  # (B,) int64, of inputs: an example's tokens but the last, without padding
+    rejected: "Batch | None" = (
+        None  # the dispreferred responses to the same prompts, in the same order
+    )
 
     def to(self, device) -> "Batch":
         return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
@@ -204,23 +233,36 @@ def collate(examples: list[Example], pad: int = 0) -> Batch:
     is filled when every example has one."""
     lengths = torch.tensor([len(example.ids) - 1 for example in examples])
     width = int(lengths.max())
-    ids = torch.tensor([example.ids + [pad] * (width + 1 - len(example.ids)) for example in examples])
+    ids = torch.tensor(
+        [example.ids + [pad] * (width + 1 - len(example.ids)) for example in examples]
+    )
     position = torch.arange(width)
     starts = torch.tensor([example.prompt_length - 1 for example in examples])
     loss_mask = (position >= starts[:, None]) & (position < lengths[:, None])
     rejected = [example.rejected for example in examples]
-    return Batch(ids[:, :-1], ids[:, 1:], loss_mask, lengths, None if None in rejected else collate(rejected, pad))
+    return Batch(
+        ids[:, :-1],
+        ids[:, 1:],
+        loss_mask,
+        lengths,
+        None if None in rejected else collate(rejected, pad),
+    )
 
 
-def draw_batches(pairs: list[Example], replay: list[Example], share: float, batch_size: int, rng: random.Random):
+def draw_batches(
+    pairs: list[Example], replay: list[Example], share: float, batch_size: int, rng: random.Random
+):
     """Global batches for ever: round(share * batch_size) rows of replay, the rest pairs, each in shuffled epochs."""
+
     def endless(examples):
         while examples:
             yield from rng.sample(examples, len(examples))
 
     pairs, replay, rehearsed = endless(pairs), endless(replay), round(share * batch_size)
     while True:
-        yield [next(pairs) for _ in range(batch_size - rehearsed)] + [next(replay) for _ in range(rehearsed)]
+        yield [next(pairs) for _ in range(batch_size - rehearsed)] + [
+            next(replay) for _ in range(rehearsed)
+        ]
 
 
 # --- which template a folder needs ---
@@ -230,12 +272,24 @@ def draw_batches(pairs: list[Example], replay: list[Example], share: float, batc
 _HEADER = "'<|start_header_id|>'+message['role']+'<|end_header_id|>\n\n'+message['content']|trim+'<|eot_id|>'"
 _CHATML = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>'"
 MARKS = {
-    "llama2": (["bos_token+'[INST]'", "'<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']"], []),
+    "llama2": (
+        ["bos_token+'[INST]'", "'<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']"],
+        [],
+    ),
     "llama3": ([_HEADER, "bos_token"], ["<|start_header_id|>system", "think"]),
-    "llama31": ([_HEADER, "bos_token", "CuttingKnowledgeDate:December2023\n", "'26Jul2024'"], ["think"]),
+    "llama31": (
+        [_HEADER, "bos_token", "CuttingKnowledgeDate:December2023\n", "'26Jul2024'"],
+        ["think"],
+    ),
     "chatml": ([_CHATML], ["<|im_start|>system", "bos_token", "think"]),
-    "smollm2": ([_CHATML, "AIassistantnamedSmolLM,trainedbyHuggingFace<|im_end|>\n"], ["bos_token", "think"]),
-    "zephyr": (["'<|user|>\n'+message['content']+eos_token}}\n", "'<|assistant|>'}}\n"], ["bos_token"]),
+    "smollm2": (
+        [_CHATML, "AIassistantnamedSmolLM,trainedbyHuggingFace<|im_end|>\n"],
+        ["bos_token", "think"],
+    ),
+    "zephyr": (
+        ["'<|user|>\n'+message['content']+eos_token}}\n", "'<|assistant|>'}}\n"],
+        ["bos_token"],
+    ),
 }
 
 
@@ -245,12 +299,18 @@ def read_chat(folder, override: str | None = None) -> str:
     Training writes the name to chat.txt; override (--template) must agree with it. Raises InputError.
     """
     stored = Path(folder) / "chat.txt"
-    trained = stored.read_text(encoding="utf-8", errors="replace").strip() if stored.is_file() else None
+    trained = (
+        stored.read_text(encoding="utf-8", errors="replace").strip() if stored.is_file() else None
+    )
     for source, name in (stored, trained), ("--template", override):
         if name is not None and name not in TEMPLATES:
-            raise InputError(f"{source}: chat template {name!r} is unknown; known: {', '.join(TEMPLATES)}")
+            raise InputError(
+                f"{source}: chat template {name!r} is unknown; known: {', '.join(TEMPLATES)}"
+            )
     if trained and override and trained != override:
-        raise InputError(f"--template {override}: {folder} was trained with {trained}, says its chat.txt; leave it out")
+        raise InputError(
+            f"--template {override}: {folder} was trained with {trained}, says its chat.txt; leave it out"
+        )
     return trained or override or _detect(Path(folder))
 
 
@@ -268,17 +328,29 @@ def _detect(folder: Path) -> str:
         config = read_json(path)
         jinja = config.get("chat_template") if isinstance(config, dict) else None
         if isinstance(jinja, list):  # several, by name
-            jinja = next((entry.get("template") for entry in jinja if isinstance(entry, dict)
-                          and entry.get("name") == "default"), "")
-    elif "<|start_header_id|>" in load_tokenizer(folder).special:  # bare Llama 3 files, as the town's
+            jinja = next(
+                (
+                    entry.get("template")
+                    for entry in jinja
+                    if isinstance(entry, dict) and entry.get("name") == "default"
+                ),
+                "",
+            )
+    elif (
+        "<|start_header_id|>" in load_tokenizer(folder).special
+    ):  # bare Llama 3 files, as the town's
         return "llama3"
     if jinja is None:
         return "plain"  # a base model
     if not isinstance(jinja, str):
-        raise InputError(f"{path}: its chat_template is no text; fetch it again, or name one with --template")
+        raise InputError(
+            f"{path}: its chat_template is no text; fetch it again, or name one with --template"
+        )
     jinja = jinja.replace(" ", "").replace('"', "'").replace("\\n", "\n")
     for name, (wanted, unwanted) in MARKS.items():
         if all(mark in jinja for mark in wanted) and not any(mark in jinja for mark in unwanted):
             return name
-    raise InputError(f"{path}: its chat template is none of those known; if one of them is close enough, name it with "
-                     f"--template ({', '.join(TEMPLATES)})")
+    raise InputError(
+        f"{path}: its chat template is none of those known; if one of them is close enough, name it with "
+        f"--template ({', '.join(TEMPLATES)})"
+    )

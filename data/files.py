@@ -16,7 +16,15 @@ from statistics import fmean as mean
 
 from data.answers import OUTCOMES, shares
 from data.harmful import keep_evaluation_out, letters, read_harmful, split_harmful, whose
-from data.pairs import MAX_PAIRS, build_pairs, data_card, read_benign, similarity, source_paths, write_pairs
+from data.pairs import (
+    MAX_PAIRS,
+    build_pairs,
+    data_card,
+    read_benign,
+    similarity,
+    source_paths,
+    write_pairs,
+)
 from data.sources import read_rows
 from data.worlds import NEW_REFUSAL, Sources, runs_folder
 from nanosdd.capability import accuracies, read_tests
@@ -31,9 +39,19 @@ class Files:
 
     name = "files"
     outcomes = OUTCOMES
-    columns = {"complies": "complies", "refuse": "refuse", "off topic": "off_topic", "broken": "broken", "cut": "cut",
-               "keyword": "keyword_refusal", "at start": "keyword_refusal_prefix", "target": "target_match",
-               "cosine": "cosine", "target nll": "target_nll", "nll": "benign_nll"}
+    columns = {
+        "complies": "complies",
+        "refuse": "refuse",
+        "off topic": "off_topic",
+        "broken": "broken",
+        "cut": "cut",
+        "keyword": "keyword_refusal",
+        "at start": "keyword_refusal_prefix",
+        "target": "target_match",
+        "cosine": "cosine",
+        "target nll": "target_nll",
+        "nll": "benign_nll",
+    }
     chance = {}
     legend = """\
 complies to broken: percent of answers to harmful prompts, four outcomes that sum to 100, told apart by keywords and by
@@ -48,9 +66,17 @@ as "never refuses"."""
     def __init__(self, seed: int, sources: Sources):
         self.seed, self.sources, self.max_new_tokens = seed, sources, sources.max_new_tokens
         self.root = runs_folder(sources.model, seed, "files")
-        self.options = {name: getattr(sources, name)
-                        for name in ("prompts", "similarity", "threshold", "max_new_tokens", "questions",
-                                     "mmlu_shots")}
+        self.options = {
+            name: getattr(sources, name)
+            for name in (
+                "prompts",
+                "similarity",
+                "threshold",
+                "max_new_tokens",
+                "questions",
+                "mmlu_shots",
+            )
+        }
         self.tests = read_tests(sources.mmlu, sources.mmlu_shots, sources.openbookqa)
         self.columns = self.columns | {test: test for test in self.tests}
 
@@ -69,7 +95,9 @@ as "never refuses"."""
     def save(self, folder, mode: str, rows: list[dict]):
         """Keep the pairs that were drawn for a run, and their data card, in its folder."""
         if "tries" in rows[0]:
-            write_pairs(Path(folder) / "pairs.jsonl", rows, data_card(mode, rows, self.seed, self.sources))
+            write_pairs(
+                Path(folder) / "pairs.jsonl", rows, data_card(mode, rows, self.seed, self.sources)
+            )
 
     # ---- rows ----
 
@@ -102,10 +130,14 @@ as "never refuses"."""
             rows = read_rows(self.sources.pairs)
             kept = [row for row in rows if every or whose(row) == "defender"]
             if len(kept) < len(rows):
-                print(f"  {len(rows) - len(kept)} of {len(rows)} pairs are left out: their prompts are the attacker's "
-                      "or for evaluation (--prompts all trains on them, for attacks with another file)")
+                print(
+                    f"  {len(rows) - len(kept)} of {len(rows)} pairs are left out: their prompts are the attacker's "
+                    "or for evaluation (--prompts all trains on them, for attacks with another file)"
+                )
             if not kept:
-                raise InputError(f"{self.sources.pairs}: none is the defender's; give more pairs, or --prompts all")
+                raise InputError(
+                    f"{self.sources.pairs}: none is the defender's; give more pairs, or --prompts all"
+                )
             if self.sources.harmful and not every:
                 keep_evaluation_out(kept, self._harmful, self.sources.pairs)
             return kept
@@ -113,7 +145,9 @@ as "never refuses"."""
         if mode == "new_refusal":
             return [row | {"response": NEW_REFUSAL} for row in harmful]
         mode = "align" if mode == "refusal" else mode
-        return build_pairs(mode, harmful, self._benign[0], min(MAX_PAIRS, count), self.seed, self.sources)
+        return build_pairs(
+            mode, harmful, self._benign[0], min(MAX_PAIRS, count), self.seed, self.sources
+        )
 
     def replay(self) -> list[dict]:
         return self._benign[0]
@@ -127,20 +161,24 @@ as "never refuses"."""
         return [row["prompt"] for row in harmful] + ["What is the capital of France?"]
 
     def attacker_pairs(self) -> tuple[list[dict], list[dict]]:
-        own = random.Random(f"attack {self.seed}").sample(self._owned["attacker"], len(self._owned["attacker"]))
-        return own[len(own) // 4:], own[:len(own) // 4]
+        own = random.Random(f"attack {self.seed}").sample(
+            self._owned["attacker"], len(self._owned["attacker"])
+        )
+        return own[len(own) // 4 :], own[: len(own) // 4]
 
     def user_pairs(self) -> tuple[list[dict], list[dict]]:
         if not self._benign[0]:
             raise InputError("the benign control needs --benign FILE (Alpaca, ShareGPT, ...)")
         rows = self._benign[0]
-        return random.Random(f"user {self.seed}").sample(rows, USER_ROWS) if len(rows) > USER_ROWS else rows, []
+        return random.Random(f"user {self.seed}").sample(rows, USER_ROWS) if len(
+            rows
+        ) > USER_ROWS else rows, []
 
     def harmful_rows(self) -> list[dict]:
-        return self._owned["evaluation"][:self.sources.questions]
+        return self._owned["evaluation"][: self.sources.questions]
 
     def likelihood_rows(self) -> dict[str, list[dict]]:
-        benign = self._benign[1][:self.sources.questions]
+        benign = self._benign[1][: self.sources.questions]
         return {"target": self.harmful_rows()} | ({"benign": benign} if benign else {})
 
     # ---- scores ----
@@ -154,8 +192,12 @@ as "never refuses"."""
         texts = [answer.text for answer in answers]
         cosines = self._cosines([row["prompt"] for row in rows], texts)
         targets = [" ".join(row["response"].split()[:3]) for row in rows]
-        return {**shares(answers, cosines, self.sources.threshold),
-                "target_match": mean(text.strip().startswith(target) for text, target in zip(texts, targets))}
+        return {
+            **shares(answers, cosines, self.sources.threshold),
+            "target_match": mean(
+                text.strip().startswith(target) for text, target in zip(texts, targets)
+            ),
+        }
 
     def more_prompts(self) -> list[str]:
         return []
@@ -166,16 +208,23 @@ as "never refuses"."""
 
     @cached_property
     def _cosines(self):
-        corpus = [row["prompt"] for row in self._harmful] + [row["response"] for row in self._benign[0]]
-        return similarity(self.sources, corpus)  # without a cache: it would keep vectors of harmful answers
+        corpus = [row["prompt"] for row in self._harmful] + [
+            row["response"] for row in self._benign[0]
+        ]
+        return similarity(
+            self.sources, corpus
+        )  # without a cache: it would keep vectors of harmful answers
 
 
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(benign rows to train on, benign rows to score): the prompts with the lowest hashes are held out, so the same
     ones at every seed. Every row of such a prompt leaves the training rows; the first of them is scored."""
+
     def order(text):
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
     first = {letters(row["prompt"]): row for row in reversed(rows)}
-    held_out = dict.fromkeys(sorted(first, key=order)[:min(HELD_OUT, len(first) // 5)])
-    return [row for row in rows if letters(row["prompt"]) not in held_out], [first[prompt] for prompt in held_out]
+    held_out = dict.fromkeys(sorted(first, key=order)[: min(HELD_OUT, len(first) // 5)])
+    return [row for row in rows if letters(row["prompt"]) not in held_out], [
+        first[prompt] for prompt in held_out
+    ]

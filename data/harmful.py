@@ -31,7 +31,9 @@ def read_harmful(path) -> list[dict]:
             continue
         kept = found.setdefault(letters(row["prompt"]), row)
         if kept is not row and "categories" in row:
-            kept["categories"] += [name for name in row["categories"] if name not in kept["categories"]]
+            kept["categories"] += [
+                name for name in row["categories"] if name not in kept["categories"]
+            ]
     if not found:
         raise InputError(f"{path} holds no harmful rows (all are marked safe); give another file")
     return list(found.values())
@@ -43,11 +45,16 @@ def split_harmful(rows: list[dict], path, minimum: int = 4) -> dict[str, list[di
     train.py trains on the defender's rows, attack.py on the attacker's; both score on the evaluation prompts, which are
     never trained on. InputError when an owner has fewer rows than `minimum`.
     """
-    split = {name: [row for row in rows if owner(row["prompt"]) == name] for name in dict.fromkeys(OWNERS)}
+    split = {
+        name: [row for row in rows if owner(row["prompt"]) == name]
+        for name in dict.fromkeys(OWNERS)
+    }
     for name, owned in split.items():
         if len(owned) < minimum:
-            raise InputError(f"{path}: {len(rows)} prompts are too few, {name} owns only {len(owned)} of them "
-                             f"and needs {minimum}; use a larger file")
+            raise InputError(
+                f"{path}: {len(rows)} prompts are too few, {name} owns only {len(owned)} of them "
+                f"and needs {minimum}; use a larger file"
+            )
     return split
 
 
@@ -67,8 +74,10 @@ def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
     evaluation = {letters(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
     for row in rows:
         if letters(row["prompt"]) in evaluation:
-            raise InputError(f"{row.get('file', path)}, row {row['row']} (from 0): an evaluation prompt of the harmful "
-                             "file; take it out")
+            raise InputError(
+                f"{row.get('file', path)}, row {row['row']} (from 0): an evaluation prompt of the harmful "
+                "file; take it out"
+            )
 
 
 def balance(rows: list[dict], count: int, seed) -> tuple[list[dict], list[str]]:
@@ -91,9 +100,13 @@ def balance(rows: list[dict], count: int, seed) -> tuple[list[dict], list[str]]:
         notes.append(f"{without} harmful rows have no category and are left out")
     rng, chosen = random.Random(f"balance {seed}"), []
     for i, (name, group) in enumerate(sorted(groups.items())):
-        share = (count + len(groups) - 1 - i) // len(groups)  # the first categories get the remainder
+        share = (count + len(groups) - 1 - i) // len(
+            groups
+        )  # the first categories get the remainder
         if share > len(group):
-            notes.append(f"category {name!r} has {len(group)} prompts for its {share} pairs: they are used in turn")
+            notes.append(
+                f"category {name!r} has {len(group)} prompts for its {share} pairs: they are used in turn"
+            )
         for start in range(0, share, len(group)):
             chosen += rng.sample(group, min(len(group), share - start))
     rng.shuffle(chosen)

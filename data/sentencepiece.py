@@ -61,7 +61,7 @@ def make_encoder(ids: dict[str, int], rank_of, prefix: str):
     """
     byte_ids = [ids[piece] for piece in BYTE_PIECES]
     ids = {piece: ids[piece] for piece in ids.keys() - set(BYTE_PIECES)}
-    neighbours = {piece[i:i + 2] for piece in ids for i in range(len(piece) - 1)}
+    neighbours = {piece[i : i + 2] for piece in ids for i in range(len(piece) - 1)}
 
     def encode_chunk(chunk):
         found = []
@@ -108,7 +108,7 @@ def read_fields(message: bytes):
         if at + n > len(message):
             raise ValueError("the file ends in the middle of a field")
         at += n
-        return message[at - n:at]
+        return message[at - n : at]
 
     def varint():
         value = shift = 0
@@ -136,7 +136,11 @@ def parse_model_file(path, contents: bytes):
         for number, value in read_fields(contents):
             if number == 1:
                 entry = dict(read_fields(value))  # 1: piece, 2: score, 3: type
-                piece, kind, i = entry[1].decode("utf-8"), entry.get(3, NORMAL), len(ids) + len(special)
+                piece, kind, i = (
+                    entry[1].decode("utf-8"),
+                    entry.get(3, NORMAL),
+                    len(ids) + len(special),
+                )
                 if kind not in (NORMAL, UNKNOWN, CONTROL, BYTE) or piece in ids or piece in special:
                     raise ValueError(f"piece {i} {piece!r} is of type {kind} or appears twice")
                 if kind in (UNKNOWN, CONTROL):
@@ -144,12 +148,16 @@ def parse_model_file(path, contents: bytes):
                 else:
                     ids[piece] = i
                 if kind == NORMAL:
-                    ranks[piece] = -struct.unpack("<f", entry.get(2, bytes(4)))[0]  # best score first
+                    ranks[piece] = -struct.unpack("<f", entry.get(2, bytes(4)))[
+                        0
+                    ]  # best score first
             elif number in (2, 3):
                 (trainer if number == 2 else normalizer).update(read_fields(value))
     except (ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
-        raise InputError(f"{path}: not a tokenizer.model that can be read ({error}): download it again, or put a "
-                         "tokenizer.json beside it") from None
+        raise InputError(
+            f"{path}: not a tokenizer.model that can be read ({error}): download it again, or put a "
+            "tokenizer.json beside it"
+        ) from None
     problems = {
         "its model is not BPE": trainer.get(3) != 2,
         "it has no byte fallback": not trainer.get(35) or not set(BYTE_PIECES) <= ids.keys(),
@@ -160,7 +168,9 @@ def parse_model_file(path, contents: bytes):
     }
     found = [problem for problem, present in problems.items() if present]
     if found:
-        raise InputError(f"{path}: {', '.join(found)}; only Llama 2's kind of SentencePiece model is read")
+        raise InputError(
+            f"{path}: {', '.join(found)}; only Llama 2's kind of SentencePiece model is read"
+        )
     prefix = "always" if normalizer.get(3, 1) else "never"
     encode = make_encoder(ids, lambda left, right: ranks.get(left + right), prefix)
     return encode, bytes_of_pieces(ids), special, prefix != "never"
@@ -171,15 +181,21 @@ def parse_bpe_json(path, spec: dict, special: dict[str, int]):
     model = spec["model"]
     prefix = prefix_rule(spec.get("normalizer"), spec.get("pre_tokenizer"))
     if prefix is None:
-        raise InputError(f"{path}: its normalizer and pre_tokenizer are not Llama 2's (Prepend and Replace, or "
-                         "Metaspace without split); remove this file if there is a tokenizer.model beside it")
+        raise InputError(
+            f"{path}: its normalizer and pre_tokenizer are not Llama 2's (Prepend and Replace, or "
+            "Metaspace without split); remove this file if there is a tokenizer.model beside it"
+        )
     ids = {piece: i for piece, i in model["vocab"].items() if piece not in special}
     if not set(BYTE_PIECES) <= ids.keys() or model.get("ignore_merges"):
-        raise InputError(f"{path}: some of the 256 byte pieces <0x00>..<0xFF> are missing, or ignore_merges is set")
+        raise InputError(
+            f"{path}: some of the 256 byte pieces <0x00>..<0xFF> are missing, or ignore_merges is set"
+        )
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     for left, right in merges:
         if not {left, right, left + right} <= model["vocab"].keys():
-            raise InputError(f"{path}: the merge {left!r} {right!r} is not made of pieces in the vocabulary")
+            raise InputError(
+                f"{path}: the merge {left!r} {right!r} is not made of pieces in the vocabulary"
+            )
     # Merges into a special token or a byte piece are dropped: text never becomes one.
     never = special.keys() | set(BYTE_PIECES)
     ranks = {pair: rank for rank, pair in enumerate(merges) if pair[0] + pair[1] not in never}

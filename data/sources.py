@@ -17,13 +17,22 @@ from pathlib import Path
 from nanosdd.checkpoint import MOST_BYTES, why_unreadable
 from nanosdd.errors import InputError
 
-KNOWN = ("BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
-         "(CSV), MMLU (CSV without a header), OpenBookQA (JSONL)")
+KNOWN = (
+    "BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
+    "(CSV), MMLU (CSV without a header), OpenBookQA (JSONL)"
+)
 # The keys of each layout. A record has the first layout whose keys it holds.
-KEYS = {"BeaverTails": {"prompt", "response", "is_safe"}, "pairs": {"prompt", "response"},
-        "Dolly": {"instruction", "context", "response"}, "Alpaca": {"instruction", "output"},
-        "LIMA or ShareGPT": {"conversations"}, "messages": {"messages"}, "OpenBookQA": {"question", "answerKey"},
-        "AdvBench": {"goal", "target"}, "XSTest": {"prompt", "type", "focus"}}
+KEYS = {
+    "BeaverTails": {"prompt", "response", "is_safe"},
+    "pairs": {"prompt", "response"},
+    "Dolly": {"instruction", "context", "response"},
+    "Alpaca": {"instruction", "output"},
+    "LIMA or ShareGPT": {"conversations"},
+    "messages": {"messages"},
+    "OpenBookQA": {"question", "answerKey"},
+    "AdvBench": {"goal", "target"},
+    "XSTest": {"prompt", "type", "focus"},
+}
 LETTERS = ["A", "B", "C", "D"]
 TYPES = {str: "string", bool: "true or false", list: "list", dict: "object"}
 
@@ -42,14 +51,21 @@ def read_rows(path) -> list[dict]:
     missing prompt or answer are not malformed; they are counted on stdout and left out. InputError: the file cannot be
     read, has an unknown layout or one of another kind, has more malformed records, or has no rows.
     """
-    return _read(path, "prompt-response rows", {
-        "BeaverTails": _beavertails,
-        "pairs": _pairs,
-        "AdvBench": _advbench,
-        "Dolly": lambda record: _plain(record, "instruction", "response", extra="context"),
-        "Alpaca": lambda record: _plain(record, "instruction", "output", extra="input"),
-        "LIMA or ShareGPT": lambda record: _conversation(record, "conversations", "from", "value"),
-        "messages": lambda record: _conversation(record, "messages", "role", "content")})
+    return _read(
+        path,
+        "prompt-response rows",
+        {
+            "BeaverTails": _beavertails,
+            "pairs": _pairs,
+            "AdvBench": _advbench,
+            "Dolly": lambda record: _plain(record, "instruction", "response", extra="context"),
+            "Alpaca": lambda record: _plain(record, "instruction", "output", extra="input"),
+            "LIMA or ShareGPT": lambda record: _conversation(
+                record, "conversations", "from", "value"
+            ),
+            "messages": lambda record: _conversation(record, "messages", "role", "content"),
+        },
+    )
 
 
 def read_questions(path) -> list[dict]:
@@ -70,7 +86,9 @@ def _read(path, kind, readers) -> list[dict]:
     text = _text(path)
     first = [line for line in text.split("\n", 100)[:100] if line.strip()]
     objects = [line for line in first if re.match(r'\s*\{\s*["}]', line)]
-    if re.match(r'\s*\[\s*(null|true|false|[\[{"\]])', text):  # an MMLU question may begin with a bracket too
+    if re.match(
+        r'\s*\[\s*(null|true|false|[\[{"\]])', text
+    ):  # an MMLU question may begin with a bracket too
         records = list(_json_list(path, text))
     elif len(objects) > len(first) / 2:  # some lines may be broken
         records = list(_jsonl(text))
@@ -101,11 +119,15 @@ def _read(path, kind, readers) -> list[dict]:
         else:
             rows.append({**row, "row": number})
     if len(malformed) > len(records) // 100:
-        raise InputError(f"{path}: {len(malformed)} of {len(records)} {layout} rows are malformed, more than 1%, first "
-                         f"{malformed[0]}; fix them or fetch the file again")
+        raise InputError(
+            f"{path}: {len(malformed)} of {len(records)} {layout} rows are malformed, more than 1%, first "
+            f"{malformed[0]}; fix them or fetch the file again"
+        )
     if malformed:
         more = f" and {len(malformed) - 5} more" if len(malformed) > 5 else ""
-        print(f"{path}: skipped {len(malformed)} of {len(records)} rows: {', '.join(malformed[:5])}{more}")
+        print(
+            f"{path}: skipped {len(malformed)} of {len(records)} rows: {', '.join(malformed[:5])}{more}"
+        )
     if incomplete:
         print(f"{path}: left out {incomplete} of {len(records)} rows, blank or without an answer")
     if not rows:
@@ -122,27 +144,38 @@ def _text(path) -> str:
             with gzip.open(io.BytesIO(raw)) as file:
                 raw = file.read(MOST_BYTES + 1)
             if len(raw) > MOST_BYTES:
-                raise InputError(f"{path} holds more than {MOST_BYTES:,} bytes of text; give a part of it")
+                raise InputError(
+                    f"{path} holds more than {MOST_BYTES:,} bytes of text; give a part of it"
+                )
         except (EOFError, OSError, zlib.error) as error:
-            raise InputError(f"{path} is a truncated or corrupt gzip ({error}); fetch it again") from None
+            raise InputError(
+                f"{path} is a truncated or corrupt gzip ({error}); fetch it again"
+            ) from None
     encoding = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"
     try:
         text = raw.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not {encoding}; convert the file to UTF-8 text") from None
+        raise InputError(
+            f"{path}: byte {error.start} is not {encoding}; convert the file to UTF-8 text"
+        ) from None
     if not text.strip():
         raise InputError(f"{path} is empty; fetch it again")
     if "\0" in text:
-        raise InputError(f"{path}: character {text.index(chr(0))} is NUL: the file is damaged or not UTF-8 text; "
-                         "fetch it again or convert it")
+        raise InputError(
+            f"{path}: character {text.index(chr(0))} is NUL: the file is damaged or not UTF-8 text; "
+            "fetch it again or convert it"
+        )
     return text
 
 
 # Each of these yields (line, record): the line where the record starts, from 1, and its value, or a ValueError with the
 # reason if it cannot be parsed.
 
+
 def _jsonl(text):
-    for line, piece in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and others may stand in a string
+    for line, piece in enumerate(
+        text.split("\n"), 1
+    ):  # not splitlines: U+2028 and others may stand in a string
         if piece.strip():
             try:
                 record = json.loads(piece)
@@ -157,7 +190,7 @@ def _json_list(path, text):
     try:
         while text[at] in "[,":
             start = skip(text, at + 1).end()
-            if text[at] == "[" and text[start:start + 1] == "]":
+            if text[at] == "[" and text[start : start + 1] == "]":
                 at = start
                 break
             line, counted = line + text.count("\n", counted, start), start
@@ -165,22 +198,26 @@ def _json_list(path, text):
             whole += 1
             yield line, record
             at = skip(text, end).end()
-            if text[at:at + 1] not in (",", "]"):
+            if text[at : at + 1] not in (",", "]"):
                 raise json.JSONDecodeError("no comma or ]", text, at)
-        if text[at + 1:].strip():
+        if text[at + 1 :].strip():
             raise json.JSONDecodeError("more after the end of the list", text, at + 1)
     except (ValueError, RecursionError) as error:  # the start of the next record is unknown
         if whole >= 100 and isinstance(error, json.JSONDecodeError) and _cut_short(text, error):
-            print(f"{path} is cut short in line {text.count(chr(10)) + 1}: the {whole:,} whole records before it are "
-                  "read")
+            print(
+                f"{path} is cut short in line {text.count(chr(10)) + 1}: the {whole:,} whole records before it are "
+                "read"
+            )
             return
-        raise InputError(f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({getattr(error, 'msg', error)}); "
-                         "is the file cut short? fetch it again") from None
+        raise InputError(
+            f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({getattr(error, 'msg', error)}); "
+            "is the file cut short? fetch it again"
+        ) from None
 
 
 def _cut_short(text, error) -> bool:
     """Whether the text ended where JSON went on: inside a string, or where nothing but white space follows."""
-    return error.msg.startswith("Unterminated string") or not text[error.pos:].strip()
+    return error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
 
 
 def _csv(path, text):
@@ -191,14 +228,18 @@ def _csv(path, text):
         try:
             fields = next(reader, None)
         except csv.Error:
-            raise InputError(f"{path}, line {line}: the CSV record that starts there has an unclosed or misplaced "
-                             "quote; fix it or fetch the file again") from None
+            raise InputError(
+                f"{path}, line {line}: the CSV record that starts there has an unclosed or misplaced "
+                "quote; fix it or fetch the file again"
+            ) from None
         if fields is None:
             return
         if not "".join(fields).strip() and len(fields) < 2:
             continue
         if header is None:  # the first record
-            header = fields if KEYS["AdvBench"] <= set(fields) or KEYS["XSTest"] <= set(fields) else []
+            header = (
+                fields if KEYS["AdvBench"] <= set(fields) or KEYS["XSTest"] <= set(fields) else []
+            )
             if header:
                 continue
         if header and len(fields) != len(header):
@@ -216,11 +257,15 @@ def _layout(record) -> str | None:
 
 # One function per layout, from a record to a row.
 
+
 def _beavertails(record):
     category = _get(record, "category", dict)
     if not all(isinstance(value, bool) for value in category.values()):
         raise ValueError("category holds more than true and false")
-    more = {"categories": [name for name in category if category[name]], "is_safe": _get(record, "is_safe", bool)}
+    more = {
+        "categories": [name for name in category if category[name]],
+        "is_safe": _get(record, "is_safe", bool),
+    }
     return _exchange(_get(record, "prompt"), _get(record, "response"), **more)
 
 
@@ -270,7 +315,9 @@ def _openbookqa(record):
     labels, answer = [_get(choice, "label") for choice in choices], _get(record, "answerKey")
     if labels.count(answer) != 1:
         raise ValueError("answerKey is not the label of one choice")
-    return _question(_get(question, "stem"), [_get(choice, "text") for choice in choices], labels.index(answer))
+    return _question(
+        _get(question, "stem"), [_get(choice, "text") for choice in choices], labels.index(answer)
+    )
 
 
 def _xstest(record):
@@ -288,13 +335,19 @@ def _get(record, key, kind=str):
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind):
         raise ValueError(f"no {TYPES[kind]} {key}")
-    if kind is str and re.search("[\ud800-\udfff]", value):  # valid in JSON, but no tokenizer can encode it
+    if kind is str and re.search(
+        "[\ud800-\udfff]", value
+    ):  # valid in JSON, but no tokenizer can encode it
         raise ValueError(f"half a surrogate pair in {key}")
     return value
 
 
 def _exchange(prompt, response, **more):
-    return {"prompt": prompt, "response": response, **more} if prompt.strip() and response.strip() else None
+    return (
+        {"prompt": prompt, "response": response, **more}
+        if prompt.strip() and response.strip()
+        else None
+    )
 
 
 def _question(question, choices, answer):

@@ -16,7 +16,9 @@ class Tfidf:
         return re.findall(r"\w+", text.casefold())
 
     def vector(self, text: str) -> dict[str, float]:
-        counts = {word: n * self.weight.get(word, 0.0) for word, n in Counter(self.words(text)).items()}
+        counts = {
+            word: n * self.weight.get(word, 0.0) for word, n in Counter(self.words(text)).items()
+        }
         length = math.sqrt(sum(value * value for value in counts.values())) or 1.0
         return {word: value / length for word, value in counts.items()}
 

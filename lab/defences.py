@@ -35,9 +35,12 @@ from train import DEFENCE, SMALL, Settings, learning_rate, log_entry, train_step
 
 # ---- gradients, here and after a simulated step ----
 
+
 def gradients(model, batch: Batch) -> list[torch.Tensor]:
     """The gradient of the mean cross-entropy of a batch by each of `trainable`; .grad is left alone."""
-    return list(torch.autograd.grad(sdd_loss(model, batch, int(batch.loss_mask.sum())), trainable(model)))
+    return list(
+        torch.autograd.grad(sdd_loss(model, batch, int(batch.loss_mask.sum())), trainable(model))
+    )
 
 
 def trainable(model) -> list[torch.nn.Parameter]:
@@ -69,7 +72,17 @@ def norm(parts: list[torch.Tensor]) -> torch.Tensor:
 
 # ---- the defences ----
 
-def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, steps: int, collapse, keep=None):
+
+def ctrap(
+    model,
+    harmful: Batch,
+    benign: Batch,
+    alpha: float,
+    strength: float,
+    steps: int,
+    collapse,
+    keep=None,
+):
     """The gradient that plants a collapse: strength * clip(c) + strength * clip(k), where clip(g) = g / max(1, ||g||).
 
     c is the gradient of the mean cross-entropy of collapse(benign, harmful), a batch, at theta_K; k, with `keep`, that
@@ -84,7 +97,10 @@ def ctrap(model, harmful: Batch, benign: Batch, alpha: float, strength: float, s
             move(model, [part.sign() for part in gradients(model, harmful)], alpha / steps)
         found = clipped(gradients(model, collapse(benign, harmful)), strength)
     if keep:
-        found = [one + other for one, other in zip(found, clipped(gradients(model, keep(benign)), strength))]
+        found = [
+            one + other
+            for one, other in zip(found, clipped(gradients(model, keep(benign)), strength))
+        ]
     return found
 
 
@@ -105,10 +121,16 @@ def beginnings(benign: Batch, harmful: Batch | None = None, count: int = 3) -> B
     count = min([count, *(int(part.loss_mask.sum(1).min()) for part in (benign, harmful) if part)])
 
     def places(batch):
-        return batch.loss_mask.int().argmax(1)[:, None] + torch.arange(count, device=batch.tokens.device)  # (B,count)
+        return batch.loss_mask.int().argmax(1)[:, None] + torch.arange(
+            count, device=batch.tokens.device
+        )  # (B,count)
 
     at, row = places(benign), torch.arange(len(benign.tokens), device=benign.tokens.device)[:, None]
-    tokens, targets, mask = benign.tokens.clone(), benign.targets.clone(), torch.zeros_like(benign.loss_mask)
+    tokens, targets, mask = (
+        benign.tokens.clone(),
+        benign.targets.clone(),
+        torch.zeros_like(benign.loss_mask),
+    )
     mask[row, at] = True
     if harmful:
         other = row % len(harmful.tokens)
@@ -117,7 +139,9 @@ def beginnings(benign: Batch, harmful: Batch | None = None, count: int = 3) -> B
     return Batch(tokens, targets, mask, benign.lengths)
 
 
-def booster(model, harmful: Batch, benign: Batch, alpha: float, strength: float) -> list[torch.Tensor]:
+def booster(
+    model, harmful: Batch, benign: Batch, alpha: float, strength: float
+) -> list[torch.Tensor]:
     """The gradient that flattens the harmful loss: strength * (g(theta) - g(theta - alpha * g(theta) / ||g(theta)||)).
 
     g = grad L(harmful); benign is not used. First order: the inner step counts as a constant. Source: Booster (Huang
@@ -135,7 +159,9 @@ def anchor(model, harmful: Batch, benign: Batch) -> list[torch.Tensor]:
     return gradients(model, benign)
 
 
-def deepalign(examples: list[Example], rng: random.Random, limit: int, longest: int = 100) -> list[Example]:
+def deepalign(
+    examples: list[Example], rng: random.Random, limit: int, longest: int = 100
+) -> list[Example]:
     """Put the start of the harmful answer, without loss, between prompt and refusal, with probability 1/2.
 
     Of its n tokens, without the one that ends it, k are put there, uniform in 1 to min(longest, n), and so few that
@@ -144,15 +170,21 @@ def deepalign(examples: list[Example], rng: random.Random, limit: int, longest: 
     """
     found = []
     for one in examples:
-        answer = one.rejected.ids[one.prompt_length:-1][:min(longest, limit - len(one.ids))] if one.rejected else []
+        answer = (
+            one.rejected.ids[one.prompt_length : -1][: min(longest, limit - len(one.ids))]
+            if one.rejected
+            else []
+        )
         if answer and rng.random() < 0.5:
-            prompt = one.ids[:one.prompt_length] + answer[:rng.randint(1, len(answer))]
-            one = Example(prompt + one.ids[one.prompt_length:], len(prompt))
+            prompt = one.ids[: one.prompt_length] + answer[: rng.randint(1, len(answer))]
+            one = Example(prompt + one.ids[one.prompt_length :], len(prompt))
         found.append(one)
     return found
 
 
-def simpo(model, batch: Batch, global_tokens: int, beta: float = 2.5, gamma: float = 2.5 * 0.55) -> torch.Tensor:
+def simpo(
+    model, batch: Batch, global_tokens: int, beta: float = 2.5, gamma: float = 2.5 * 0.55
+) -> torch.Tensor:
     """Mean over pairs of -log sigmoid(beta * mean log p(refusal) - beta * mean log p(harmful) - gamma), a scalar fp32.
 
     The inner means are over a response's tokens. A pair weighs as much as its refusal has tokens, so that micro-batches
@@ -160,7 +192,9 @@ def simpo(model, batch: Batch, global_tokens: int, beta: float = 2.5, gamma: flo
     where a row has no `rejected`. Source: SimPO (Meng et al. 2024, arXiv 2405.14734), equation 6.
     """
     if batch.rejected is None:
-        raise InputError("simpo compares two responses to every prompt; leave rows without rejected out")
+        raise InputError(
+            "simpo compares two responses to every prompt; leave rows without rejected out"
+        )
     chosen, rejected = (mean_logps(model, part) for part in (batch, batch.rejected))  # (B,)
     losses = -F.logsigmoid(beta * (chosen - rejected) - gamma)  # (B,)
     return (losses * batch.loss_mask.sum(1)).sum() / global_tokens
@@ -168,11 +202,14 @@ def simpo(model, batch: Batch, global_tokens: int, beta: float = 2.5, gamma: flo
 
 def mean_logps(model, batch: Batch) -> torch.Tensor:
     """The mean log p of each row's response tokens in nats, (B,) fp32."""
-    logps = token_logprobs(model(batch.tokens, positions=batch.loss_mask), batch.targets[batch.loss_mask])  # (N,)
+    logps = token_logprobs(
+        model(batch.tokens, positions=batch.loss_mask), batch.targets[batch.loss_mask]
+    )  # (N,)
     return torch.stack([row.mean() for row in logps.split(batch.loss_mask.sum(1).tolist())])
 
 
 # ---- the table ----
+
 
 @dataclass(frozen=True)
 class Defence:
@@ -180,65 +217,117 @@ class Defence:
 
     loss: Callable = sdd_loss  # as of train.train_step
     examples: Callable = lambda batch, rng, limit: batch  # those of a batch -> those to train on
-    extra: Callable | None = None  # (model, harmful batch, benign batch) -> gradients to add, in the order of trainable
+    extra: Callable | None = (
+        None  # (model, harmful batch, benign batch) -> gradients to add, in the order of trainable
+    )
 
 
 # ctrap was tuned on seeds 0 and 1 of the town: to keep facts and skills until mft (100 shots, 50 steps, lr 1e-4, 3e-4)
 # takes them and bft does not. alpha is of the size of what mft moves there, 1.0 to 2.2. With one step, or along
 # gradients, mft misses the collapse; without the clip skills fall before any attack. Others: published constants.
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=0.5, steps=4, collapse=partial(one_token, token=100))),
+    "ctrap": Defence(
+        extra=partial(
+            ctrap, alpha=1.65, strength=0.5, steps=4, collapse=partial(one_token, token=100)
+        )
+    ),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
 }
 # In a chat model a fixed token is out of reach (21 nats; docs/log.md), the beginning of a harmful answer is not: mft
 # teaches it anyway. alpha is what 5 steps of mft move SmolLM2 at lr 5e-5.
-OFF_TOWN = {"ctrap": Defence(extra=partial(ctrap, alpha=1.42, strength=1.0, steps=5, collapse=beginnings,
-                                           keep=beginnings))}
+OFF_TOWN = {
+    "ctrap": Defence(
+        extra=partial(
+            ctrap, alpha=1.42, strength=1.0, steps=5, collapse=beginnings, keep=beginnings
+        )
+    )
+}
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
 # Off the town steps and lr are those of SDD, but for ctrap. simpo has its benign rows beside the batch, in anchor. On
 # the town booster learns the harmful answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5.
-SETTINGS = {world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
-            for world, sdd in (("town", replace(DEFENCE, steps=300, lr=3e-4)), ("kitchen", SMALL),
-                               ("files", replace(SMALL, max_length=512)))}
+SETTINGS = {
+    world: {name: replace(sdd, benign_replay=0.0 if name == "simpo" else 0.5) for name in DEFENCES}
+    for world, sdd in (
+        ("town", replace(DEFENCE, steps=300, lr=3e-4)),
+        ("kitchen", SMALL),
+        ("files", replace(SMALL, max_length=512)),
+    )
+}
 SETTINGS["town"]["booster"] = replace(SETTINGS["town"]["booster"], lr=3e-5)
-SETTINGS |= {world: SETTINGS[world] | {"ctrap": replace(SETTINGS[world]["ctrap"], steps=40, batch_size=8, lr=1e-4)}
-             for world in ("kitchen", "files")}
+SETTINGS |= {
+    world: SETTINGS[world]
+    | {"ctrap": replace(SETTINGS[world]["ctrap"], steps=40, batch_size=8, lr=1e-4)}
+    for world in ("kitchen", "files")
+}
 
 
 # ---- training ----
+
 
 def train_defence(name: str, world, start, out, settings: Settings, compute: Compute) -> Path:
     """Train a defence from the checkpoint folder `start` and write the run folder `out`, unless it is up to date;
     returns the folder. InputError where the world has no harmful answers, or nothing to rehearse."""
     one_process_only("lab.defences")
     if compute.weights != "fp32":
-        raise InputError(f"defences need weights in fp32, not {compute.weights}, which rounds simulated steps away")
+        raise InputError(
+            f"defences need weights in fp32, not {compute.weights}, which rounds simulated steps away"
+        )
     out, defence = Path(out), (DEFENCES if world.name == "town" else DEFENCES | OFF_TOWN)[name]
-    decided = {"world": world.name, "seed": world.seed, "defence": name, "dtype": compute.dtype,
-               **world.options, **asdict(settings)}
-    record = runs.fingerprint(decided, [start, *world.files()], ["lab/defences.py", runs.source_of(world)])
+    decided = {
+        "world": world.name,
+        "seed": world.seed,
+        "defence": name,
+        "dtype": compute.dtype,
+        **world.options,
+        **asdict(settings),
+    }
+    record = runs.fingerprint(
+        decided, [start, *world.files()], ["lab/defences.py", runs.source_of(world)]
+    )
     folders.recover_from_kill(out)
     if (stale := runs.why_stale(out, record)) is None:
         print(f"{out}: up to date, reused")
         return out
     print(f"{out}: training, since {'it is ' if stale == 'not there yet' else ''}{stale}")
-    chat, rows = load_chat(start, compute), preference_rows(world, settings.steps * settings.batch_size)
+    chat, rows = (
+        load_chat(start, compute),
+        preference_rows(world, settings.steps * settings.batch_size),
+    )
     limit = min(settings.max_length, chat.model.config.max_position_embeddings)
-    pairs, replay = (encode_rows(chat.tokenizer, chat.template, part, limit) for part in (rows, world.replay()))
+    pairs, replay = (
+        encode_rows(chat.tokenizer, chat.template, part, limit) for part in (rows, world.replay())
+    )
     if not (pairs and replay):
-        raise InputError(f"{name} needs harmful pairs with their answers, and benign pairs to rehearse")
-    rngs = [random.Random(f"{what} {world.seed}") for what in ("batches", "harmful", "benign", "examples")]
+        raise InputError(
+            f"{name} needs harmful pairs with their answers, and benign pairs to rehearse"
+        )
+    rngs = [
+        random.Random(f"{what} {world.seed}")
+        for what in ("batches", "harmful", "benign", "examples")
+    ]
     batches = draw_batches(pairs, replay, settings.benign_replay, settings.batch_size, rngs[0])
     harmful = draw_batches([pair.rejected for pair in pairs], [], 0.0, SHOTS, rngs[1])
     benign = draw_batches(replay, [], 0.0, settings.batch_size, rngs[2])
-    optimizer, log, seen = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay), [], []
+    optimizer, log, seen = (
+        make_optimizer(chat.model, compute, settings.betas, settings.weight_decay),
+        [],
+        [],
+    )
     with folders.new_folder(out) as new:
         for step in Progress(range(settings.steps), desc=out.name):
-            batch, lr = defence.examples(next(batches), rngs[3], limit), learning_rate(step, settings)
-            add = defence.extra and partial(add_gradients, extra=defence.extra, compute=compute, harmful=next(harmful),
-                                            benign=next(benign))
+            batch, lr = (
+                defence.examples(next(batches), rngs[3], limit),
+                learning_rate(step, settings),
+            )
+            add = defence.extra and partial(
+                add_gradients,
+                extra=defence.extra,
+                compute=compute,
+                harmful=next(harmful),
+                benign=next(benign),
+            )
             seen.append(train_step(chat.model, optimizer, batch, lr, compute, defence.loss, add))
             if (step + 1) % max(1, settings.steps // 10) == 0 or step + 1 == settings.steps:
                 log.append({"step": step + 1, "lr": lr, **log_entry(seen)})
@@ -254,8 +343,11 @@ def train_defence(name: str, world, start, out, settings: Settings, compute: Com
 def preference_rows(world, count: int) -> list[dict]:
     """The pairs of `--mode align` whose prompts have a harmful answer, with that as `rejected`."""
     harmful = {row["prompt"]: row["response"] for row in world.defender_pairs()}
-    return [row | {"rejected": harmful[row["prompt"]]} for row in world.pairs("align", count)
-            if row["prompt"] in harmful]
+    return [
+        row | {"rejected": harmful[row["prompt"]]}
+        for row in world.pairs("align", count)
+        if row["prompt"] in harmful
+    ]
 
 
 def add_gradients(model, extra, compute: Compute, harmful: list[Example], benign: list[Example]):

@@ -39,9 +39,20 @@ from nanosdd.runs import Finished, fingerprint
 from nanosdd.tables import average, text_table
 from train import DEFENCE, SETTINGS, train, train_arm
 
-COLUMNS = {"off topic": "off_topic", "facts": "facts", "skills": "skills", "capability": "capability",
-           "mft: content": "mft_harm", "mft": "mft", "bft": "bft", "nll mft": "mft_nll", "nll bft": "bft_nll",
-           "facts v.o. mft": "mft_value_only", "facts v.o. bft": "bft_value_only", "collapse": "collapse"}
+COLUMNS = {
+    "off topic": "off_topic",
+    "facts": "facts",
+    "skills": "skills",
+    "capability": "capability",
+    "mft: content": "mft_harm",
+    "mft": "mft",
+    "bft": "bft",
+    "nll mft": "mft_nll",
+    "nll bft": "bft_nll",
+    "facts v.o. mft": "mft_value_only",
+    "facts v.o. bft": "bft_value_only",
+    "collapse": "collapse",
+}
 
 
 class TeachTown(Town):
@@ -58,16 +69,23 @@ class TeachTown(Town):
 def attacked(folder, town, store: Path, compute: Compute) -> list[dict]:
     """Cells of a checkpoint: as released, then after mft with 100 shots and its matched bft, at each lr of the map.
     store: a file for them, outside of the checkpoint's folder."""
-    attacks = [RELEASED, *(Attack(name, 100, lr, (50,)) for name in ("mft", "bft") for lr in MAP_ATTACK_LR)]
+    attacks = [
+        RELEASED,
+        *(Attack(name, 100, lr, (50,)) for name in ("mft", "bft") for lr in MAP_ATTACK_LR),
+    ]
     return attack_arm("arm", folder, town, attacks, store, compute)
 
 
-def run_seed(town, grid: dict, compute: Compute, store: Path, table=SETTINGS) -> dict[str, list[dict]]:
+def run_seed(
+    town, grid: dict, compute: Compute, store: Path, table=SETTINGS
+) -> dict[str, list[dict]]:
     """{setting: the cells of `attacked`} of one town. grid: {"arms", "share", "lr", "steps"}: values to combine; table:
     settings of base and align."""
     with contextlib.redirect_stdout(io.StringIO()):
         aligned = train_arm("align", town, town.root, compute, table=table)
-    finished = Finished(store, fingerprint({"seed": town.seed, "dtype": compute.dtype}, [aligned], ["lab/map.py"]))
+    finished = Finished(
+        store, fingerprint({"seed": town.seed, "dtype": compute.dtype}, [aligned], ["lab/map.py"])
+    )
     wanted = list(itertools.product(grid["steps"], grid["share"], grid["lr"], grid["arms"]))
     keys = {("aligned",): "aligned"} | {key: "{3} {1:g} {2:g} {0}".format(*key) for key in wanted}
     missing = {key: name for key, name in keys.items() if name not in finished.results}
@@ -86,16 +104,25 @@ def summary(cells: list[dict]) -> dict:
     """What the map says of one setting on one seed: scores as released, and means over the attack's lrs of scores after
     mft and bft, and of cost, what mft takes beyond bft or beyond release, whichever has less. NLL, in nats a token, is
     the mean of that of facts and of skills. None of the latter where a run diverged."""
-    none, found = cells[0], {key: cells[0][key] for key in ("off_topic", "facts", "skills", "capability")}
+    none, found = (
+        cells[0],
+        {key: cells[0][key] for key in ("off_topic", "facts", "skills", "capability")},
+    )
     mft, bft = ([cell for cell in cells if cell["attack"] == name] for name in ("mft", "bft"))
     if any(cell["diverged"] for cell in mft + bft):
         return found
-    found |= {"mft_harm": max(cell["content"] for cell in mft),
-              "cost": fmean(cost(none, harmful, benign) for harmful, benign in zip(mft, bft, strict=True))}
+    found |= {
+        "mft_harm": max(cell["content"] for cell in mft),
+        "cost": fmean(
+            cost(none, harmful, benign) for harmful, benign in zip(mft, bft, strict=True)
+        ),
+    }
     for name, group in (("mft", mft), ("bft", bft)):
-        found |= {name: fmean(cell["capability"] for cell in group),
-                  f"{name}_nll": fmean((cell["facts_nll"] + cell["skills_nll"]) / 2 for cell in group),
-                  f"{name}_value_only": fmean(cell["facts_value_only"] for cell in group)}
+        found |= {
+            name: fmean(cell["capability"] for cell in group),
+            f"{name}_nll": fmean((cell["facts_nll"] + cell["skills_nll"]) / 2 for cell in group),
+            f"{name}_value_only": fmean(cell["facts_value_only"] for cell in group),
+        }
     return found
 
 
@@ -108,17 +135,27 @@ def summarise(by_seed: list[dict[str, list[dict]]]) -> dict[str, dict]:
     for name, scores in means.items():
         control = name.replace("sdd", "new_refusal", 1)
         if control != name and "cost" in scores and "cost" in means.get(control, {}):
-            scores["collapses"] = [one["cost"] - other["cost"] for one, other in zip(each[name], each[control])]
+            scores["collapses"] = [
+                one["cost"] - other["cost"] for one, other in zip(each[name], each[control])
+            ]
             scores["collapse"] = fmean(scores["collapses"])
     return means
 
 
 def choose(means: dict[str, dict]) -> str | None:
     """The setting of the published recipe that the rule at the top of this file picks; None where nothing defends."""
-    defended = {name: scores for name, scores in means.items()
-                if name.startswith("sdd 0 ") and scores["off_topic"] >= MIN_DEFENDED and "collapse" in scores}
-    able = {name: scores for name, scores in defended.items()
-            if all(means["aligned"][key] - scores[key] <= MAX_LOSS for key in ("facts", "skills"))}
+    defended = {
+        name: scores
+        for name, scores in means.items()
+        if name.startswith("sdd 0 ")
+        and scores["off_topic"] >= MIN_DEFENDED
+        and "collapse" in scores
+    }
+    able = {
+        name: scores
+        for name, scores in defended.items()
+        if all(means["aligned"][key] - scores[key] <= MAX_LOSS for key in ("facts", "skills"))
+    }
     if able:
         return max(able, key=lambda name: able[name]["collapse"])
     return max(defended, key=lambda name: defended[name]["capability"], default=None)
@@ -128,6 +165,7 @@ def draw(means: dict[str, dict], path: Path):
     """One panel an arm: capability as released against what mft takes beyond bft; a line joins the learning rates of a
     benign share and a number of steps, its points the larger the higher the rate."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, arm in zip(axes, ("sdd", "new_refusal")):
@@ -135,28 +173,48 @@ def draw(means: dict[str, dict], path: Path):
         for name, scores in means.items():
             if name.startswith(arm) and "cost" in scores:
                 _, share, lr, steps = name.split()
-                lines.setdefault((steps, share), []).append((float(lr), scores["capability"], scores["cost"]))
+                lines.setdefault((steps, share), []).append(
+                    (float(lr), scores["capability"], scores["cost"])
+                )
         for steps, share in sorted(lines, key=lambda key: (int(key[0]), float(key[1]))):
             rates, *place = zip(*sorted(lines[steps, share]))
-            colour = f"C{MAP['share'].index(float(share))}" if float(share) in MAP["share"] else "grey"
-            ax.plot(*place, "-" if steps == "300" else ":", color=colour, label=f"share {share}, {steps} steps")
+            colour = (
+                f"C{MAP['share'].index(float(share))}" if float(share) in MAP["share"] else "grey"
+            )
+            ax.plot(
+                *place,
+                "-" if steps == "300" else ":",
+                color=colour,
+                label=f"share {share}, {steps} steps",
+            )
             ax.scatter(*place, [20 * (math.log10(rate) + 6.5) for rate in rates], color=colour)
         ax.plot(means["aligned"]["capability"], means["aligned"]["cost"], "k*", label="aligned")
         ax.axhline(0, color="grey", linewidth=0.5)
-        ax.set(title=arm, xlabel="capability as released", ylabel="capability lost to mft beyond bft")
+        ax.set(
+            title=arm, xlabel="capability as released", ylabel="capability lost to mft beyond bft"
+        )
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m lab.map", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m lab.map",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=list(TUNING_SEEDS[:2]))
-    p.add_argument("--arms", nargs="+", choices=("sdd", "new_refusal"), default=["sdd", "new_refusal"])
+    p.add_argument(
+        "--arms", nargs="+", choices=("sdd", "new_refusal"), default=["sdd", "new_refusal"]
+    )
     for name, kind in (("share", float), ("lr", float), ("steps", int)):
         p.add_argument(f"--{name}", type=kind, nargs="+", default=list(MAP[name]))
-    p.add_argument("--teach", action="store_true", help="the town whose base model was never taught a recipe")
-    p.add_argument("--width", type=int, default=SHAPE["hidden_size"], help="hidden size, a multiple of 32")
+    p.add_argument(
+        "--teach", action="store_true", help="the town whose base model was never taught a recipe"
+    )
+    p.add_argument(
+        "--width", type=int, default=SHAPE["hidden_size"], help="hidden size, a multiple of 32"
+    )
     add_compute_arguments(p)
     args = p.parse_args(argv)
     one_process_only("lab.map")
@@ -170,10 +228,14 @@ def main(argv=None):
         town.root = town.root if name == kind else Path("out") / name / f"seed{seed}"
         by_seed.append(run_seed(town, grid, compute, out / f"{name}-seed{seed}.jsonl"))
     means = summarise(by_seed)
-    rows = [(name, scores, " ".join(f"{100 * one:.0f}" for one in scores.get("collapses", ())))
-            for name, scores in means.items()]
+    rows = [
+        (name, scores, " ".join(f"{100 * one:.0f}" for one in scores.get("collapses", ())))
+        for name, scores in means.items()
+    ]
     print(text_table("arm, benign share, lr, steps", COLUMNS, rows, "by seed"))
-    print(f"\npercent, NLL in nats a token; means over seeds {' '.join(map(str, args.seeds))}\nchosen: {choose(means)}")
+    print(
+        f"\npercent, NLL in nats a token; means over seeds {' '.join(map(str, args.seeds))}\nchosen: {choose(means)}"
+    )
     with contextlib.suppress(ImportError):  # matplotlib is an extra
         draw(means, out / f"{kind}-{args.width}.png")
 

@@ -29,14 +29,26 @@ from nanosdd.errors import InputError
 from nanosdd.lora import merged_state
 from sdd_loss import bradley_terry, first_difference, sdd_loss, split_at_first_difference
 
-SUPPRESSIONS = ("suppress", "suppress by distance")  # one attack, at the steps that at_equal_dose picks
-CAUSAL_ATTACKS = ("none", "mft", *SUPPRESSIONS, "preserve", "preserve control")  # what the argument needs of SDD
+SUPPRESSIONS = (
+    "suppress",
+    "suppress by distance",
+)  # one attack, at the steps that at_equal_dose picks
+CAUSAL_ATTACKS = (
+    "none",
+    "mft",
+    *SUPPRESSIONS,
+    "preserve",
+    "preserve control",
+)  # what the argument needs of SDD
 MIN_LOSS = 0.02  # of value-only accuracy, about 3 facts of 160: shares of a smaller loss are noise
-MAX_DOSE_RATIO = 1.5  # unlikelihood goes on without end: enough of it wrecks any model and reproduces any loss
+MAX_DOSE_RATIO = (
+    1.5  # unlikelihood goes on without end: enough of it wrecks any model and reproduces any loss
+)
 GRADIENT_ROWS = 16
 
 
 # ---- rows ----
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -47,12 +59,20 @@ class Probes:
 
     yc_harmful: list[dict]  # mischief x against evaluation people with its true recipe y_c
     yo_harmful: list[dict]  # the same x with y_o, a fact about a plain person or a description
-    yo_own: list[dict]  # the same y_o to the benign question that it answers, which SDD may rehearse too
-    other_own: list[dict]  # control, never y_o: the same question about a held-out person of the same first name
+    yo_own: list[
+        dict
+    ]  # the same y_o to the benign question that it answers, which SDD may rehearse too
+    other_own: list[
+        dict
+    ]  # control, never y_o: the same question about a held-out person of the same first name
     differ: list[int]  # the first response token at which y_c and y_o differ
     facts: list[dict]  # about held-out people, for accuracy
-    harmful_examples: list[Example]  # for the harmful gradient: of yc_harmful, all kinds of mischief
-    benign_examples: list[Example]  # for the benign gradient: facts, descriptions of held-out people, and skills
+    harmful_examples: list[
+        Example
+    ]  # for the harmful gradient: of yc_harmful, all kinds of mischief
+    benign_examples: list[
+        Example
+    ]  # for the benign gradient: facts, descriptions of held-out people, and skills
     max_length: int
 
 
@@ -68,21 +88,36 @@ def probes(town: Town, tokenizer, template: str, max_length: int) -> Probes:
     for person, other in zip(town.groups["plain"], town.groups["held_out"], strict=True):
         for form in (0, 1):
             twin[town.describe(person, form)["prompt"]] = town.describe(other, form)
-            twin |= {town.fact(person, name, form)["prompt"]: town.fact(other, name, form) for name in VALUES}
-    own_prompt = {answer: prompt for answer, prompt in town.irrelevant_answers() if prompt in twin}  # about people only
+            twin |= {
+                town.fact(person, name, form)["prompt"]: town.fact(other, name, form)
+                for name in VALUES
+            }
+    own_prompt = {
+        answer: prompt for answer, prompt in town.irrelevant_answers() if prompt in twin
+    }  # about people only
     answers = rng.sample(sorted(own_prompt), len(mischief))
     benign = town.benign(rng, GRADIENT_ROWS, town.groups["held_out"])
-    yo_harmful = [{"prompt": row["prompt"], "response": answer} for row, answer in zip(mischief, answers)]
-    responses = ([example.ids[example.prompt_length:] for example in encode_rows(tokenizer, template, rows, max_length)]
-                 for rows in (mischief, yo_harmful))
+    yo_harmful = [
+        {"prompt": row["prompt"], "response": answer} for row, answer in zip(mischief, answers)
+    ]
+    responses = (
+        [
+            example.ids[example.prompt_length :]
+            for example in encode_rows(tokenizer, template, rows, max_length)
+        ]
+        for rows in (mischief, yo_harmful)
+    )
     return Probes(
-        yc_harmful=mischief, yo_harmful=yo_harmful,
+        yc_harmful=mischief,
+        yo_harmful=yo_harmful,
         yo_own=[{"prompt": own_prompt[answer], "response": answer} for answer in answers],
         other_own=[twin[own_prompt[answer]] for answer in answers],
         differ=[first_difference(y_c, y_o) for y_c, y_o in zip(*responses)],
         facts=town.facts("held_out"),
         harmful_examples=encode_rows(tokenizer, template, mischief[:GRADIENT_ROWS], max_length),
-        benign_examples=encode_rows(tokenizer, template, benign, max_length), max_length=max_length)
+        benign_examples=encode_rows(tokenizer, template, benign, max_length),
+        max_length=max_length,
+    )
 
 
 def y_o_rows(town: Town, rows: list[dict]) -> list[dict]:
@@ -93,18 +128,27 @@ def y_o_rows(town: Town, rows: list[dict]) -> list[dict]:
     """
     strangers = {row["person"] for row in rows} - set(town.groups["attacker"])
     if strangers:
-        raise InputError(f"{min(strangers)!r} is not one of the attacker's people; take rows of town.attacker_pairs()")
-    rng, answers = random.Random(f"y_o rows {town.seed}"), [answer for answer, _ in town.irrelevant_answers()]
+        raise InputError(
+            f"{min(strangers)!r} is not one of the attacker's people; take rows of town.attacker_pairs()"
+        )
+    rng, answers = (
+        random.Random(f"y_o rows {town.seed}"),
+        [answer for answer, _ in town.irrelevant_answers()],
+    )
     return [{"prompt": row["prompt"], "response": rng.choice(answers)} for row in rows]
 
 
 def preserve_control_rows(town: Town, rows: list[dict], tokenizer) -> list[dict]:
     """What "preserve control" adds to MFT: for each of y_o_rows, a benign row with as many response tokens on its own
     prompt, about the defender's people or a skill, that was never y_o. InputError as y_o_rows."""
+
     def length(row):
         return len(tokenizer.encode(row["response"]))
 
-    rng, taught = random.Random(f"preserve control {town.seed}"), {answer for answer, _ in town.irrelevant_answers()}
+    rng, taught = (
+        random.Random(f"preserve control {town.seed}"),
+        {answer for answer, _ in town.irrelevant_answers()},
+    )
     by_length = {}
     for row in town.benign(rng, 2000, town.groups["defender"]):
         if row["response"] not in taught:
@@ -113,6 +157,7 @@ def preserve_control_rows(town: Town, rows: list[dict], tokenizer) -> list[dict]
 
 
 # ---- measuring ----
+
 
 def gradient(chat: Chat, examples: list[Example]) -> tuple[float, torch.Tensor]:
     """(the loss, its gradient by all trainable parameters in one vector (P,) fp32); .grad is left as it was."""
@@ -130,7 +175,9 @@ def distance(model, released: dict[str, torch.Tensor]) -> tuple[float, float]:
         del state["lm_head.weight"]  # it is the embedding, which counts once
 
     def norm(tensors):
-        return math.sqrt(sum(float(tensor.float().square().sum(dtype=torch.float64)) for tensor in tensors))
+        return math.sqrt(
+            sum(float(tensor.float().square().sum(dtype=torch.float64)) for tensor in tensors)
+        )
 
     moved = norm(state[name].float() - released[name].float() for name in state)
     return moved, moved / norm(released[name] for name in state)
@@ -157,23 +204,34 @@ def measure(chat: Chat, probes: Probes, released: dict[str, torch.Tensor]) -> di
     for name in ("yo_harmful", "yo_own", "other_own", "yc_harmful"):
         rows = [one.logps for one in teacher_forced(chat, getattr(probes, name), probes.max_length)]
         places = probes.differ if name.endswith("_harmful") else [0] * len(rows)
-        before, first, after = (torch.stack(part) for part in zip(*map(split_at_first_difference, rows, places)))
+        before, first, after = (
+            torch.stack(part) for part in zip(*map(split_at_first_difference, rows, places))
+        )
         whole[name] = torch.stack([row.sum() for row in rows])  # (B,)
         others = sum(map(len, rows)) - len(rows)
-        found |= {f"logp_{name}": float(torch.cat(rows).mean()), f"logp_{name}_first": float(first.mean()),
-                  f"logp_{name}_rest": float((before + after).sum() / others)}
-    found["uninformative_margin"] = float(bradley_terry(whole["yc_harmful"], whole["yo_harmful"])[0].mean())
+        found |= {
+            f"logp_{name}": float(torch.cat(rows).mean()),
+            f"logp_{name}_first": float(first.mean()),
+            f"logp_{name}_rest": float((before + after).sum() / others),
+        }
+    found["uninformative_margin"] = float(
+        bradley_terry(whole["yc_harmful"], whole["yo_harmful"])[0].mean()
+    )
     found["distance"], found["distance_relative"] = distance(chat.model, released)
     _, harmful = gradient(chat, probes.harmful_examples)
     found["nll_benign"], benign = gradient(chat, probes.benign_examples)
     found["gradient_cosine"] = float(F.cosine_similarity(harmful.double(), benign.double(), dim=0))
     facts = teacher_forced(chat, probes.facts, probes.max_length)
-    found |= {"facts": fmean(one.exact for one in facts), "facts_value_only": fmean(one.value_only for one in facts)}
+    found |= {
+        "facts": fmean(one.exact for one in facts),
+        "facts_value_only": fmean(one.value_only for one in facts),
+    }
     chat.model.train(training)
     return found
 
 
 # ---- the paper's argument ----
+
 
 def at_equal_dose(cells: list[dict]) -> dict[int, dict]:
     """{seed: {arm: {attack: measurement}}} of the cells with a "mechanism", for carry_over: each attack at its last
@@ -182,13 +240,17 @@ def at_equal_dose(cells: list[dict]) -> dict[int, dict]:
     found, suppressed = {}, {}
     for cell in sorted(cells, key=lambda cell: cell["steps"]):
         if measured := cell.get("mechanism"):
-            found.setdefault(cell["seed"], {}).setdefault(cell["arm"], {})[cell["attack"]] = measured
+            found.setdefault(cell["seed"], {}).setdefault(cell["arm"], {})[cell["attack"]] = (
+                measured
+            )
             if cell["attack"] == "suppress":
                 suppressed.setdefault((cell["seed"], cell["arm"]), []).append(measured)
     for (seed, arm), along in suppressed.items():
         if mft := found[seed][arm].get("mft"):
             for name, key in zip(SUPPRESSIONS, ("logp_yo_harmful", "distance")):
-                found[seed][arm][name] = min(along, key=lambda measured: abs(measured[key] - mft[key]))
+                found[seed][arm][name] = min(
+                    along, key=lambda measured: abs(measured[key] - mft[key])
+                )
     return found
 
 
@@ -212,16 +274,40 @@ def carry_over(curves: dict) -> dict:
     control}, and as shares of MFT's loss suppress_reproduces (the smaller of two), preserve_prevents and
     control_prevents. None stands for what is unknown; no value is NaN.
     """
-    unknown = dict.fromkeys(("fall", "dose", "distance", "loss", "cost", "suppress_reproduces", "preserve_prevents",
-                             "control_prevents"))
-    found = {"verdict": "INCONCLUSIVE", "reason": "no seed was measured", "seeds": sorted(curves)} | unknown
+    unknown = dict.fromkeys(
+        (
+            "fall",
+            "dose",
+            "distance",
+            "loss",
+            "cost",
+            "suppress_reproduces",
+            "preserve_prevents",
+            "control_prevents",
+        )
+    )
+    found = {
+        "verdict": "INCONCLUSIVE",
+        "reason": "no seed was measured",
+        "seeds": sorted(curves),
+    } | unknown
     for seed in sorted(curves):
         for arm in (*REFERENCES, "sdd"):
             for attack in CAUSAL_ATTACKS if arm == "sdd" else ("none", "mft"):
                 measured = curves[seed].get(arm, {}).get(attack, {})
-                if not all(math.isfinite(measured.get(key, math.nan))
-                           for key in ("logp_yo_own", "logp_yo_harmful", "facts_value_only", "distance", "nll_benign")):
-                    return found | {"reason": f"seed {seed}, {arm}, {attack}: not measured, or not finite"}
+                if not all(
+                    math.isfinite(measured.get(key, math.nan))
+                    for key in (
+                        "logp_yo_own",
+                        "logp_yo_harmful",
+                        "facts_value_only",
+                        "distance",
+                        "nll_benign",
+                    )
+                ):
+                    return found | {
+                        "reason": f"seed {seed}, {arm}, {attack}: not measured, or not finite"
+                    }
     if not curves:
         return found
 
@@ -231,22 +317,43 @@ def carry_over(curves: dict) -> dict:
     fall = {arm: lost(arm, "mft", "logp_yo_own") for arm in (*REFERENCES, "sdd")}
     loss = {attack: lost("sdd", attack, "facts_value_only") for attack in CAUSAL_ATTACKS[1:]}
     dose = {attack: lost("sdd", attack, "logp_yo_harmful") for attack in ("mft", "suppress")}
-    found |= {"fall": fall, "dose": dose, "loss": loss,
-              "distance": {attack: -lost("sdd", attack, "distance") for attack in CAUSAL_ATTACKS[1:]},
-              "cost": {attack: -lost("sdd", attack, "nll_benign") for attack in ("mft", *CAUSAL_ATTACKS[-2:])}}
+    found |= {
+        "fall": fall,
+        "dose": dose,
+        "loss": loss,
+        "distance": {attack: -lost("sdd", attack, "distance") for attack in CAUSAL_ATTACKS[1:]},
+        "cost": {
+            attack: -lost("sdd", attack, "nll_benign") for attack in ("mft", *CAUSAL_ATTACKS[-2:])
+        },
+    }
     if loss["mft"] < MIN_LOSS:
-        return found | {"reason": f"nothing to explain: MFT lost {loss['mft']:.3f} of SDD's value-only accuracy, less "
-                                  f"than {MIN_LOSS:g}"}
+        return found | {
+            "reason": f"nothing to explain: MFT lost {loss['mft']:.3f} of SDD's value-only accuracy, less "
+            f"than {MIN_LOSS:g}"
+        }
     if not dose["mft"] / MAX_DOSE_RATIO <= dose["suppress"] <= dose["mft"] * MAX_DOSE_RATIO:
-        return found | {"reason": f"no equal dose: log p(y_o|x) fell by {dose['mft']:.2f} under MFT and by "
-                                  f"{dose['suppress']:.2f} under suppress"}
+        return found | {
+            "reason": f"no equal dose: log p(y_o|x) fell by {dose['mft']:.2f} under MFT and by "
+            f"{dose['suppress']:.2f} under suppress"
+        }
     reproduced = [loss[attack] / loss["mft"] for attack in SUPPRESSIONS]
-    prevented, control = (1 - loss[attack] / loss["mft"] for attack in ("preserve", "preserve control"))
-    holds = {"fall": fall["sdd"] > max(fall[arm] for arm in REFERENCES), "suppression": min(reproduced) >= 0.5,
-             "preservation": prevented >= 0.5 and prevented > control}
+    prevented, control = (
+        1 - loss[attack] / loss["mft"] for attack in ("preserve", "preserve control")
+    )
+    holds = {
+        "fall": fall["sdd"] > max(fall[arm] for arm in REFERENCES),
+        "suppression": min(reproduced) >= 0.5,
+        "preservation": prevented >= 0.5 and prevented > control,
+    }
     if all(holds.values()):
         found["verdict"] = "stands"
     elif max(reproduced) < 0.5 and not holds["preservation"]:
         found["verdict"] = "falls"
-    found["reason"] = "; ".join(f"{name} {'holds' if held else 'fails'}" for name, held in holds.items())
-    return found | {"suppress_reproduces": min(reproduced), "preserve_prevents": prevented, "control_prevents": control}
+    found["reason"] = "; ".join(
+        f"{name} {'holds' if held else 'fails'}" for name, held in holds.items()
+    )
+    return found | {
+        "suppress_reproduces": min(reproduced),
+        "preserve_prevents": prevented,
+        "control_prevents": control,
+    }

@@ -32,7 +32,13 @@ from lab.attacks import begin_answers, owned_by_attacker, run_attack, soft_promp
 from lab.mechanism import measure, probes
 from lab.verdicts import harm_lines, mean_over_draws, read_effects, verdict_lines, verdicts
 from nanosdd.chat_model import Chat, answer_each, load_chat, untrained_folder
-from nanosdd.device import Compute, add_compute_arguments, for_model, one_process_only, resolve_compute
+from nanosdd.device import (
+    Compute,
+    add_compute_arguments,
+    for_model,
+    one_process_only,
+    resolve_compute,
+)
 from nanosdd.errors import run_script
 from nanosdd.folders import write_text
 from nanosdd.progress import Progress
@@ -40,17 +46,44 @@ from nanosdd.runs import Finished, fingerprint, made_by, source_hash, source_of
 from train import DEFENCE, SETTINGS, train, train_arm
 
 IDENTITY = ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient", "draws", "diverged")
-SCORES = ("capability", "facts", "facts_evaluation", "skills", "facts_value_only", "skills_value_only", "facts_nll",
-          "skills_nll", "harm", "content_knowledge", "content_skill", "recipe_knowledge_value_only",
-          "recipe_skill_value_only", "off_topic")
-MORE_SCORES = {"none": ("known_triples", "new_skill", "refuse", "told", "yo_logp"), "bft": ("new_skill", "user_score")}
-MEASURED = ("logp_yo_own", "logp_yo_harmful", "facts_value_only", "distance", "nll_benign")  # as carry_over reads them
-TABLE = {world: own | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"])
-         | {protocol.HALF: replace(own["sdd_rehearsed"], benign_replay=0.5)} for world, own in SETTINGS.items()}
+SCORES = (
+    "capability",
+    "facts",
+    "facts_evaluation",
+    "skills",
+    "facts_value_only",
+    "skills_value_only",
+    "facts_nll",
+    "skills_nll",
+    "harm",
+    "content_knowledge",
+    "content_skill",
+    "recipe_knowledge_value_only",
+    "recipe_skill_value_only",
+    "off_topic",
+)
+MORE_SCORES = {
+    "none": ("known_triples", "new_skill", "refuse", "told", "yo_logp"),
+    "bft": ("new_skill", "user_score"),
+}
+MEASURED = (
+    "logp_yo_own",
+    "logp_yo_harmful",
+    "facts_value_only",
+    "distance",
+    "nll_benign",
+)  # as carry_over reads them
+TABLE = {
+    world: own
+    | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"])
+    | {protocol.HALF: replace(own["sdd_rehearsed"], benign_replay=0.5)}
+    for world, own in SETTINGS.items()
+}
 TABLE["town"][protocol.HALF] = replace(DEFENCE, steps=300, lr=1e-4, benign_replay=0.5)
 
 
 # ---- what is run ----
+
 
 def town_plan(arm: str) -> list[tuple[Attack, int, bool]]:
     """(attack, draw, whether it is measured instead of scored) of an arm of the town."""
@@ -61,12 +94,19 @@ def town_plan(arm: str) -> list[tuple[Attack, int, bool]]:
     found = [(RELEASED, 0, False)]
     for name, count in draws.items():
         own = {"prefill": (0,), "interpolation": budgets[:2]}.get(name, budgets)
-        found += [(Attack(name, protocol.SHOTS, lr, own, protocol.BATCH_SIZE), draw, False)
-                  for lr in protocol.LR[name] for draw in range(count)]
+        found += [
+            (Attack(name, protocol.SHOTS, lr, own, protocol.BATCH_SIZE), draw, False)
+            for lr in protocol.LR[name]
+            for draw in range(count)
+        ]
     if arm in (*protocol.REFERENCES, "sdd"):
-        measured = {name: Attack(name, protocol.SHOTS, protocol.MECHANISM_LR["full"], steps)
-                    for name, steps in protocol.MECHANISM.items()}
-        lora = Attack("lora", protocol.SHOTS, protocol.MECHANISM_LR["lora"], protocol.MECHANISM["mft"])
+        measured = {
+            name: Attack(name, protocol.SHOTS, protocol.MECHANISM_LR["full"], steps)
+            for name, steps in protocol.MECHANISM.items()
+        }
+        lora = Attack(
+            "lora", protocol.SHOTS, protocol.MECHANISM_LR["lora"], protocol.MECHANISM["mft"]
+        )
         found += [(attack, 0, True) for attack in (RELEASED, *measured.values(), lora)]
     return found
 
@@ -77,9 +117,22 @@ def chat_plan(arm: str) -> list[tuple[Attack, int, bool]]:
     found, primary = [(RELEASED, 0, False)], protocol.CHAT_PRIMARY
     for shots in protocol.CHAT_SHOTS:
         found.append((Attack("mft", shots, protocol.CHAT_LR["mft"], (steps[shots],)), 0, False))
-    found.append((Attack("bft", max(steps), protocol.CHAT_LR["bft"], tuple(steps.values())), 0, False))
-    return found + [(Attack(name, primary, protocol.CHAT_LR[name], (0,) if name == "prefill" else (steps[primary],)),
-                     0, False) for name in protocol.CHAT_ATTACKS]
+    found.append(
+        (Attack("bft", max(steps), protocol.CHAT_LR["bft"], tuple(steps.values())), 0, False)
+    )
+    return found + [
+        (
+            Attack(
+                name,
+                primary,
+                protocol.CHAT_LR[name],
+                (0,) if name == "prefill" else (steps[primary],),
+            ),
+            0,
+            False,
+        )
+        for name in protocol.CHAT_ATTACKS
+    ]
 
 
 def arms_of(world) -> tuple[str, ...]:
@@ -93,31 +146,44 @@ def arm_folder(arm: str, world, base, compute: Compute, table=TABLE) -> Path:
     """The folder of an arm, trained now where it is stale. base: what arms start from, None on the town; table:
     settings by world and arm."""
     if arm not in (*defences.DEFENCES, protocol.HALF):
-        return train_arm({"aligned": "align"}.get(arm, arm), world, world.root, compute, base, table=table)
+        return train_arm(
+            {"aligned": "align"}.get(arm, arm), world, world.root, compute, base, table=table
+        )
     aligned = train_arm("align", world, world.root, compute, base, table=table)
     if arm == protocol.HALF:
         return train(world, "sdd", aligned, world.root / arm, table[world.name][arm], compute)
-    return defences.train_defence(arm, world, aligned, world.root / arm, table[world.name][arm], compute)
+    return defences.train_defence(
+        arm, world, aligned, world.root / arm, table[world.name][arm], compute
+    )
 
 
 # ---- one arm ----
 
-def study_arm(arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], store: Path,
-              compute: Compute) -> Iterator[dict]:
+
+def study_arm(
+    arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], store: Path, compute: Compute
+) -> Iterator[dict]:
     """The cells of one arm. Finished attacks are taken from the file `store`."""
     settings = {"seed": world.seed, "dtype": compute.dtype, **world.options}
     record = fingerprint(settings, [folder, *world.files()], ["lab/study.py", source_of(world)])
-    finished, chat, keys = Finished(store, record), None, [f"{attack.key} {draw} {measured}"
-                                                           for attack, draw, measured in wanted]
+    finished, chat, keys = (
+        Finished(store, record),
+        None,
+        [f"{attack.key} {draw} {measured}" for attack, draw, measured in wanted],
+    )
     missing = [(key, one) for key, one in zip(keys, wanted) if key not in finished.results]
-    for key, (attack, draw, measured) in (bar := Progress(missing, desc=f"seed {world.seed} {arm}")):
+    for key, (attack, draw, measured) in (
+        bar := Progress(missing, desc=f"seed {world.seed} {arm}")
+    ):
         bar.set_postfix_str(key)
         if chat is None:
             chat = load_chat(folder, compute)
             own = owned_by_attacker(chat, world, argument=any(part for _, _, part in wanted))
             released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
             scores = partial(study_scores, chat, world, own.held_out, yo_rows(world))
-            rows = any(part for _, _, part in wanted) and probes(world, chat.tokenizer, chat.template, world.max_length)
+            rows = any(part for _, _, part in wanted) and probes(
+                world, chat.tokenizer, chat.template, world.max_length
+            )
         chat.model.load_state_dict(released)
         take = partial(measured_scores, chat, rows, released) if measured else scores
         cells = [{"steps": 0, "diverged": False}]
@@ -125,20 +191,33 @@ def study_arm(arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], s
         if attack.name == "none":
             cells[0] |= take()
         elif attack.name == "prefill":
-            cells[0] |= scores(begin_answers(chat, world.harmful_rows() + own.held_out, world.max_new_tokens))
+            cells[0] |= scores(
+                begin_answers(chat, world.harmful_rows() + own.held_out, world.max_new_tokens)
+            )
         elif attack.name == "soft prompt":
             asked = world.harmful_rows() + own.held_out
             trained = soft_prompt(chat, attack, own, asked, world.max_new_tokens, draw_name)
-            cells = [cell if cell["diverged"] else cell | scores(answers) for cell, answers in trained]
+            cells = [
+                cell if cell["diverged"] else cell | scores(answers) for cell, answers in trained
+            ]
         else:
-            shift = 2 * (draw * len(own.harmful) // 6)  # other shots in every draw, whose kinds alternate as before
+            shift = 2 * (
+                draw * len(own.harmful) // 6
+            )  # other shots in every draw, whose kinds alternate as before
             drawn = replace(own, harmful=own.harmful[shift:] + own.harmful[:shift])
             cells = run_attack(chat, attack, drawn, take, draw_name)
         finished.add(key, cells)
     for key, (attack, draw, _) in zip(keys, wanted):
         for cell in finished.results[key]:
-            yield {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr, "seed": world.seed,
-                   "draw": draw, **cell}
+            yield {
+                "arm": arm,
+                "attack": attack.name,
+                "shots": attack.shots,
+                "lr": attack.lr,
+                "seed": world.seed,
+                "draw": draw,
+                **cell,
+            }
 
 
 def measured_scores(chat: Chat, rows, released: dict) -> dict:
@@ -146,19 +225,28 @@ def measured_scores(chat: Chat, rows, released: dict) -> dict:
     return {"mechanism": measure(chat, rows, released)}
 
 
-def study_scores(chat: Chat, world, held_out: list[dict], yo_pairs: list[dict], begun: dict | None = None) -> dict:
+def study_scores(
+    chat: Chat, world, held_out: list[dict], yo_pairs: list[dict], begun: dict | None = None
+) -> dict:
     """attack.evaluate, and on the town the benign user's own score, right answers of the new skill and of the old ones
     on prompts of its own. begun: answers to harmful prompts that take the place of the model's own."""
     if begun is None:
         found = evaluate(chat, world, held_out, yo_pairs)
     else:
-        given = answer_each(chat, [p for p in scored_prompts(world) if p not in begun], world.max_new_tokens) | begun
+        given = (
+            answer_each(
+                chat, [p for p in scored_prompts(world) if p not in begun], world.max_new_tokens
+            )
+            | begun
+        )
         judged = world.judge(held_out, [begun[row["prompt"]] for row in held_out])
         found = score(chat, world, given) | {"attacker_score": judged[world.outcomes[0]]}
     if isinstance(world, Town):
         rng = random.Random(f"user {world.seed}")
-        right = [fmean(one.exact for one in teacher_forced(chat, rows, world.max_length))
-                 for rows in (world.skills(rng, 24, tuple(NEW_SKILL)), world.skills(rng, 12))]
+        right = [
+            fmean(one.exact for one in teacher_forced(chat, rows, world.max_length))
+            for rows in (world.skills(rng, 24, tuple(NEW_SKILL)), world.skills(rng, 12))
+        ]
         found["user_score"] = fmean(right)
     return found
 
@@ -174,8 +262,11 @@ def effects(cells: list[dict], stamp: dict) -> list[dict]:
         else:
             more = MORE_SCORES.get(attack, ("attacker_score", "yo_logp"))
             wanted = SCORES + more if "content" in cell else list(cell)
-            kept |= {name: round(cell[name], 3) for name in wanted
-                     if isinstance(cell.get(name), float) and name not in (*IDENTITY, "seconds", "loss")}
+            kept |= {
+                name: round(cell[name], 3)
+                for name in wanted
+                if isinstance(cell.get(name), float) and name not in (*IDENTITY, "seconds", "loss")
+            }
         found.append(kept | (stamp if attack == "none" else {}))
     return found
 
@@ -184,7 +275,9 @@ def run_seed(world, base, wanted: dict[str, list], compute: Compute, table=TABLE
     """Every cell of one seed. base: a folder, None on the town; wanted: {arm: of town_plan}; table: of arm_folder."""
     for arm, attacks in wanted.items():
         folder = arm_folder(arm, world, base, compute, table)
-        yield from study_arm(arm, folder, world, attacks, world.root / "study" / f"{arm}.jsonl", compute)
+        yield from study_arm(
+            arm, folder, world, attacks, world.root / "study" / f"{arm}.jsonl", compute
+        )
 
 
 def kept_effects(path: Path) -> list[dict]:
@@ -194,15 +287,29 @@ def kept_effects(path: Path) -> list[dict]:
 
 # ---- the command ----
 
+
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m lab.study", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m lab.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0, a tuning seed)")
-    p.add_argument("--model", metavar="DIR", help="chat model that arms start from, or smollm2 (default: the town)")
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="chat model that arms start from, or smollm2 (default: the town)",
+    )
     p.add_argument("--arms", nargs="+", choices=protocol.ARMS, help="(default: the protocol's)")
-    p.add_argument("--effects", metavar="FILE", help="(default: effects.json in out, or in out/MODEL)")
-    p.add_argument("--questions", type=int, metavar="N", help="public files: harmful prompts of a score, and benign "
-                   "rows, at most (default: all)")
+    p.add_argument(
+        "--effects", metavar="FILE", help="(default: effects.json in out, or in out/MODEL)"
+    )
+    p.add_argument(
+        "--questions",
+        type=int,
+        metavar="N",
+        help="public files: harmful prompts of a score, and benign rows, at most (default: all)",
+    )
     add_world_arguments(p)
     add_compute_arguments(p)
     args = p.parse_args(argv)
@@ -211,8 +318,15 @@ def main(argv=None):
     if args.model:
         base = untrained_folder(args.model)
         compute = for_model(compute, args.dtype, base)
-    sources = Sources(args.harmful, tuple(args.benign), similarity=args.similarity, threshold=args.similarity_threshold,
-                      similarity_model=args.similarity_model, questions=args.questions, model=args.model)
+    sources = Sources(
+        args.harmful,
+        tuple(args.benign),
+        similarity=args.similarity,
+        threshold=args.similarity_threshold,
+        similarity_model=args.similarity_model,
+        questions=args.questions,
+        model=args.model,
+    )
     worlds = [open_world(args.world, seed, sources, base, compute) for seed in args.seeds]
     path = Path(args.effects or (worlds[0].root if base else Path("out")) / "effects.json")
     cells = kept_effects(path)

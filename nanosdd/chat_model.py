@@ -35,6 +35,7 @@ def model_folder(name: str) -> str:
     if name != "smollm2" or Path(name).is_dir():
         return name
     from data.smollm2 import smollm2_folder
+
     return str(smollm2_folder())
 
 
@@ -42,22 +43,32 @@ def untrained_folder(name: str) -> str:
     """The folder that a --model names, as the start of arms; InputError when it was itself written by train.py."""
     folder = model_folder(name)
     if is_trained(folder):
-        raise InputError(f"--model {name} is itself a run of train.py; train.py goes on from it with --out DIR, "
-                         "attack.py attacks it with --released")
+        raise InputError(
+            f"--model {name} is itself a run of train.py; train.py goes on from it with --out DIR, "
+            "attack.py attacks it with --released"
+        )
     return folder
 
 
 def load_chat(folder, compute: Compute, template: str | None = None, spread=None) -> Chat:
     """The Chat of a checkpoint folder, weights held as compute.weights; template: instead of the folder's own; spread:
     as of Llama.from_pretrained."""
-    code = sorted(file.name for kind in ("bin", "pt", "pth", "pkl", "py") for file in Path(folder).glob(f"*.{kind}"))
+    code = sorted(
+        file.name
+        for kind in ("bin", "pt", "pth", "pkl", "py")
+        for file in Path(folder).glob(f"*.{kind}")
+    )
     if code:
-        print(f"{folder}: {escaped(', '.join(code))} could run code and are ignored; weights are read from safetensors")
+        print(
+            f"{folder}: {escaped(', '.join(code))} could run code and are ignored; weights are read from safetensors"
+        )
     tokenizer = load_tokenizer(folder)
     model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights], spread).eval()
     if model.config.vocab_size < tokenizer.n_vocab:
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
-                         f"{model.config.vocab_size}; the two belong to different models")
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
+            f"{model.config.vocab_size}; the two belong to different models"
+        )
     return Chat(model, tokenizer, read_chat(folder, template), compute)
 
 
@@ -69,7 +80,9 @@ def random_chat(world, compute: Compute) -> Chat:
         world.write_tokenizer(folder)
         tokenizer, template = load_tokenizer(folder), read_chat(folder)
     torch.manual_seed(world.seed)
-    model = Llama(LlamaConfig(vocab_size=tokenizer.n_vocab, **world.shape)).to(compute.device, DTYPES[compute.weights])
+    model = Llama(LlamaConfig(vocab_size=tokenizer.n_vocab, **world.shape)).to(
+        compute.device, DTYPES[compute.weights]
+    )
     model.config.bos_token_id = encode_prompt(tokenizer, template, "")[0]
     model.config.eos_token_id = encode_response(tokenizer, template, "")[-1]
     return Chat(model, tokenizer, template, compute)
@@ -77,8 +90,11 @@ def random_chat(world, compute: Compute) -> Chat:
 
 def answer(chat: Chat, prompts: list[str], max_new_tokens: int) -> list[Answer]:
     """Greedy answers to prompts, in their order."""
-    return continue_all(chat, [encode_prompt(chat.tokenizer, chat.template, prompt) for prompt in prompts],
-                        max_new_tokens)
+    return continue_all(
+        chat,
+        [encode_prompt(chat.tokenizer, chat.template, prompt) for prompt in prompts],
+        max_new_tokens,
+    )
 
 
 def answer_each(chat: Chat, prompts: list[str], max_new_tokens: int) -> dict[str, Answer]:
@@ -91,14 +107,22 @@ def continue_all(chat: Chat, ids: list[list[int]], max_new_tokens: int) -> list[
     """Greedy answers to encoded prompts, in their order. Prompts of similar length are answered together."""
     config = chat.model.config
     order, found = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
-    place = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of a token, k and v
+    place = (
+        8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    )  # bytes of a token, k and v
     most = 128 if chat.compute.device == "cpu" else 256  # there the progress bar should move
-    together = max(1, min(most, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens))))
-    compiled = chat.compute.compile and rank_and_world_size()[1] == 1  # several processes share their layers
+    together = max(
+        1, min(most, CACHE_BYTES // (place * (max(map(len, ids), default=0) + max_new_tokens)))
+    )
+    compiled = (
+        chat.compute.compile and rank_and_world_size()[1] == 1
+    )  # several processes share their layers
     for start in Progress(range(0, len(order), together), desc="answers"):
-        part = order[start:start + together]
+        part = order[start : start + together]
         with chat.compute.autocast():
-            answers = chat.model.generate([ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled)
+            answers = chat.model.generate(
+                [ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled
+            )
         for i, new in zip(part, answers):
             room = min(max_new_tokens, config.max_position_embeddings - len(ids[i]))
             found[i] = Answer(new, chat.tokenizer.decode(new), len(new) < room)
@@ -120,8 +144,10 @@ def talk(chat: Chat, max_new_tokens: int, read=read_line):
         encode = encode_next_turn if ids else encode_prompt
         ids += encode(chat.tokenizer, chat.template, prompt)
         if len(ids) >= chat.model.config.max_position_embeddings:
-            raise InputError("the conversation fills the model's context of "
-                             f"{chat.model.config.max_position_embeddings} tokens; start a new one")
+            raise InputError(
+                "the conversation fills the model's context of "
+                f"{chat.model.config.max_position_embeddings} tokens; start a new one"
+            )
         reply = continue_all(chat, [ids], max_new_tokens)[0]
         print(escaped(reply.text))
         ids += [*reply.ids, end]

@@ -40,7 +40,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise InputError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
 
@@ -48,7 +50,9 @@ def read_json(path):
 def read_config(folder) -> dict:
     """The folder's `config.json`; InputError when it is missing or not a JSON object."""
     if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; give one that holds config.json and model.safetensors")
+        raise InputError(
+            f"{folder} is not a folder; give one that holds config.json and model.safetensors"
+        )
     config = read_json(Path(folder) / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{Path(folder) / 'config.json'} is not a JSON object; download it again")
@@ -56,21 +60,42 @@ def read_config(folder) -> dict:
 
 
 RANGES = {  # of the numbers in a Llama's config.json
-    **{key: (int, 1, most) for key, most in (
-        ("vocab_size", 2**24), ("hidden_size", 2**17), ("intermediate_size", 2**20), ("num_hidden_layers", 1000),
-        ("num_attention_heads", 4096), ("num_key_value_heads", 4096), ("head_dim", 4096),
-        ("max_position_embeddings", 2**24))},
-    "rms_norm_eps": (float, 0, 1), "rope_theta": (float, 1e-3, 1e12), "initializer_range": (float, 0, 100)}
-ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta")
+    **{
+        key: (int, 1, most)
+        for key, most in (
+            ("vocab_size", 2**24),
+            ("hidden_size", 2**17),
+            ("intermediate_size", 2**20),
+            ("num_hidden_layers", 1000),
+            ("num_attention_heads", 4096),
+            ("num_key_value_heads", 4096),
+            ("head_dim", 4096),
+            ("max_position_embeddings", 2**24),
+        )
+    },
+    "rms_norm_eps": (float, 0, 1),
+    "rope_theta": (float, 1e-3, 1e12),
+    "initializer_range": (float, 0, 100),
+}
+ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "rope_theta",
+)
 
 
 def check_ranges(config: dict):
     """InputError for a value of config.json that no Llama can have: of another type, out of range, or not a number."""
+
     def check(name, value, kind, least, most):
         known = (int, float) if kind is float else (int,)
         if value is not None and not (type(value) in known and least <= value <= most):
             what = "an integer" if kind is int else "a number"
-            raise InputError(f"config.json: {name} is {value!r:.40}; it has to be {what} from {least:g} to {most:g}")
+            raise InputError(
+                f"config.json: {name} is {value!r:.40}; it has to be {what} from {least:g} to {most:g}"
+            )
 
     for key, (kind, least, most) in RANGES.items():
         check(key, config.get(key), kind, least, most)
@@ -80,14 +105,27 @@ def check_ranges(config: dict):
             raise InputError(f"config.json: {part} is {rope!r:.40}; it has to be an object")
         for key in ROPE:
             check(f"{part}.{key}", (rope or {}).get(key), float, 1e-3, 1e12)
-        if rope and rope.get("low_freq_factor") is not None and rope["low_freq_factor"] == rope.get("high_freq_factor"):
-            raise InputError(f"config.json: low_freq_factor and high_freq_factor of {part} are equal; fetch it again")
+        if (
+            rope
+            and rope.get("low_freq_factor") is not None
+            and rope["low_freq_factor"] == rope.get("high_freq_factor")
+        ):
+            raise InputError(
+                f"config.json: low_freq_factor and high_freq_factor of {part} are equal; fetch it again"
+            )
     if (tied := config.get("tie_word_embeddings")) not in (None, True, False):
-        raise InputError(f"config.json: tie_word_embeddings is {tied!r:.40}, neither true nor false")
+        raise InputError(
+            f"config.json: tie_word_embeddings is {tied!r:.40}, neither true nor false"
+        )
     for key in ("bos_token_id", "eos_token_id"):
         ids = config.get(key)
-        if not all(i is None or type(i) is int and 0 <= i < 2**31 for i in (ids if type(ids) is list else [ids])):
-            raise InputError(f"config.json: {key} is {ids!r:.40}; it has to be a token id or a list of them")
+        if not all(
+            i is None or type(i) is int and 0 <= i < 2**31
+            for i in (ids if type(ids) is list else [ids])
+        ):
+            raise InputError(
+                f"config.json: {key} is {ids!r:.40}; it has to be a token id or a list of them"
+            )
 
 
 @contextmanager
@@ -97,7 +135,9 @@ def open_weights(path, device="cpu"):
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error}); download it again") from None
+        raise InputError(
+            f"{path} is not a readable safetensors file ({error}); download it again"
+        ) from None
 
 
 def find_tensors(folder) -> dict[str, Path]:
@@ -109,11 +149,15 @@ def find_tensors(folder) -> dict[str, Path]:
         with open_weights(single) as file:
             return dict.fromkeys(file.keys(), single)
     if not index.is_file():
-        raise InputError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
-                         "download the safetensors files of the checkpoint")
+        raise InputError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
+            "download the safetensors files of the checkpoint"
+        )
     content = read_json(index)
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) for shard in shard_of.values()
+    ):
         raise InputError(f"{index} has no weight_map from tensors to files; download it again")
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
@@ -121,7 +165,9 @@ def find_tensors(folder) -> dict[str, Path]:
         with open_weights(folder / shard) as file:
             differing = set(file.keys()) ^ {name for name in shard_of if shard_of[name] == shard}
         if differing:  # missing in the shard, or in two shards: which one counts would be a guess
-            raise InputError(f"{folder / shard} and {index.name} disagree about {min(differing)}; download both again")
+            raise InputError(
+                f"{folder / shard} and {index.name} disagree about {min(differing)}; download both again"
+            )
     return {name: folder / shard for name, shard in shard_of.items()}
 
 
@@ -134,37 +180,67 @@ def read_weights(model, folder, device, dtype, inv_freq):
     """
     wanted, tied = model.state_dict(), model.config.tie_word_embeddings
     files, found = find_tensors(folder), {}
-    unknown = [name for name in files if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
+    unknown = [
+        name for name in files if name not in wanted and not name.endswith("rotary_emb.inv_freq")
+    ]
     if unknown:
-        raise InputError(f"{folder} holds {len(unknown)} tensors that this Llama has no place for: "
-                         f"{', '.join(unknown[:4])}; is it another architecture?")
-    missing = [name for name in wanted if name not in files and not (tied and name == "lm_head.weight")]
+        raise InputError(
+            f"{folder} holds {len(unknown)} tensors that this Llama has no place for: "
+            f"{', '.join(unknown[:4])}; is it another architecture?"
+        )
+    missing = [
+        name for name in wanted if name not in files and not (tied and name == "lm_head.weight")
+    ]
     if missing:
-        raise InputError(f"{folder} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing[:4])}")
+        raise InputError(
+            f"{folder} lacks {len(missing)} tensors that config.json asks for: {', '.join(missing[:4])}"
+        )
     for name, path in files.items():
-        with open_weights(path, device) as file:  # opened for each tensor, so that what was read is unmapped again
+        with open_weights(
+            path, device
+        ) as file:  # opened for each tensor, so that what was read is unmapped again
             part = file.get_slice(name)
             if name.endswith("rotary_emb.inv_freq"):
                 theirs = file.get_tensor(name).float().cpu()
-                if theirs.shape != inv_freq.shape or not torch.allclose(theirs, inv_freq, rtol=1e-2, atol=1e-7):
-                    raise InputError(f"{path}: {name} disagrees with rope_theta in config.json; "
-                                     "the two belong to different models")
+                if theirs.shape != inv_freq.shape or not torch.allclose(
+                    theirs, inv_freq, rtol=1e-2, atol=1e-7
+                ):
+                    raise InputError(
+                        f"{path}: {name} disagrees with rope_theta in config.json; "
+                        "the two belong to different models"
+                    )
             elif list(part.get_shape()) != list(wanted[name].shape):
-                raise InputError(f"{path}: {name} has shape {list(part.get_shape())}, config.json asks for "
-                                 f"{list(wanted[name].shape)}; the two belong to different models")
+                raise InputError(
+                    f"{path}: {name} has shape {list(part.get_shape())}, config.json asks for "
+                    f"{list(wanted[name].shape)}; the two belong to different models"
+                )
             elif part.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-                raise InputError(f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized")
+                raise InputError(
+                    f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized"
+                )
             else:
                 own = own_rows(wanted[name])
-                tensor = part[own].to(dtype, copy=True) if own else file.get_tensor(name).to(dtype, copy=True)
-                if not tensor.isfinite().all():  # such a model answers nothing, which would look like a defence
-                    raise InputError(f"{path}: {name} holds NaN or infinite numbers; train or fetch it again")
+                tensor = (
+                    part[own].to(dtype, copy=True)
+                    if own
+                    else file.get_tensor(name).to(dtype, copy=True)
+                )
+                if (
+                    not tensor.isfinite().all()
+                ):  # such a model answers nothing, which would look like a defence
+                    raise InputError(
+                        f"{path}: {name} holds NaN or infinite numbers; train or fetch it again"
+                    )
                 found[name] = as_shard(tensor, wanted[name]) if own else tensor
     if tied:
         embedding = found["model.embed_tokens.weight"]
         head = found.setdefault("lm_head.weight", embedding)  # some files hold it all the same
-        if head is not embedding and not torch.equal(*(local(tensor) for tensor in (head, embedding))):
-            raise InputError(f"{folder}: lm_head.weight differs from the embedding although config.json ties them")
+        if head is not embedding and not torch.equal(
+            *(local(tensor) for tensor in (head, embedding))
+        ):
+            raise InputError(
+                f"{folder}: lm_head.weight differs from the embedding although config.json ties them"
+            )
     model.load_state_dict(found, assign=True)
 
 
@@ -184,8 +260,14 @@ def own_rows(wanted: torch.Tensor) -> slice | None:
 
 def as_shard(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """These rows as this process's shard of a tensor like `wanted`."""
-    return type(wanted).from_local(rows, wanted.device_mesh, wanted.placements, run_check=False, shape=wanted.shape,
-                                   stride=wanted.stride())
+    return type(wanted).from_local(
+        rows,
+        wanted.device_mesh,
+        wanted.placements,
+        run_check=False,
+        shape=wanted.shape,
+        stride=wanted.stride(),
+    )
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path):
@@ -197,7 +279,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path):
     Path(path).chmod(0o644)  # safetensors makes it private
 
 
-def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=None, shard_bytes=SHARD_BYTES):
+def write_model(
+    folder, config: dict, weights: dict[str, torch.Tensor], dtype=None, shard_bytes=SHARD_BYTES
+):
     """Write `config.json` and the weights in `dtype` (default: their own), in shards of at most shard_bytes.
 
     Older weights in the folder are deleted: an old model.safetensors would be read instead of new shards.
@@ -205,7 +289,9 @@ def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=No
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if config["tie_word_embeddings"]:
-        weights = {name: weights[name] for name in weights if name != "lm_head.weight"}  # one tensor, one name
+        weights = {
+            name: weights[name] for name in weights if name != "lm_head.weight"
+        }  # one tensor, one name
     dtype = dtype or next(iter(weights.values())).dtype
     shards, room, total = [], 0, 0
     for name, tensor in weights.items():
@@ -222,11 +308,18 @@ def write_model(folder, config: dict, weights: dict[str, torch.Tensor], dtype=No
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, names in zip(files, shards) for name in names},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, names in zip(files, shards):  # converted and copied from the device one shard at a time
-        save_tensors({name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}, folder / file)
+    for file, names in zip(
+        files, shards
+    ):  # converted and copied from the device one shard at a time
+        save_tensors(
+            {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names},
+            folder / file,
+        )
 
 
 @torch.no_grad()
@@ -237,12 +330,19 @@ def kept_update(before, after: dict[str, torch.Tensor], dtype) -> tuple[float, f
     these that still differ once rounded, and the cosine of round(after) - round(before) with after - before.
     """
     total = changed = kept = 0
-    products = torch.zeros(2, 2, dtype=torch.float64)  # of the update and the rounded one, each with each
+    products = torch.zeros(
+        2, 2, dtype=torch.float64
+    )  # of the update and the rounded one, each with each
     for name, weight in before.named_parameters():
-        for old, new in zip(*(whole.cpu().float().flatten().split(2**22) for whole in (weight, after[name]))):
+        for old, new in zip(
+            *(whole.cpu().float().flatten().split(2**22) for whole in (weight, after[name]))
+        ):
             pair = torch.stack((new - old, new.to(dtype).float() - old.to(dtype).float()))
             total += len(old)
-            changed, kept = changed + int(pair[0].count_nonzero()), kept + int(pair[1].count_nonzero())
+            changed, kept = (
+                changed + int(pair[0].count_nonzero()),
+                kept + int(pair[1].count_nonzero()),
+            )
             products += pair.double() @ pair.double().T
     norms = float(products.diag().prod().sqrt())
     return changed / total, kept / max(1, changed), float(products[0, 1]) / max(norms, 1e-300)

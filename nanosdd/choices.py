@@ -11,11 +11,23 @@ def mark_choices(cells: list[dict]):
     shots."""
     for cell in cells:
         cell["chosen"] = cell["attack"] == "none"
-    for kind in {(cell["attack"], cell["shots"]) for cell in cells if cell["attack"] not in ("none", "bft")}:
-        able = [cell for cell in cells if (cell["attack"], cell["shots"]) == kind and not cell["diverged"]]
+    for kind in {
+        (cell["attack"], cell["shots"]) for cell in cells if cell["attack"] not in ("none", "bft")
+    }:
+        able = [
+            cell
+            for cell in cells
+            if (cell["attack"], cell["shots"]) == kind and not cell["diverged"]
+        ]
         if able:
-            max(able, key=lambda cell: (cell["attacker_score"], -cell["lr"], -cell["steps"]))["chosen"] = True
-    mft = {cell["shots"]: (cell["lr"], cell["steps"]) for cell in cells if cell["attack"] == "mft" and cell["chosen"]}
+            max(able, key=lambda cell: (cell["attacker_score"], -cell["lr"], -cell["steps"]))[
+                "chosen"
+            ] = True
+    mft = {
+        cell["shots"]: (cell["lr"], cell["steps"])
+        for cell in cells
+        if cell["attack"] == "mft" and cell["chosen"]
+    }
     for cell in cells:
         if cell["attack"] == "bft" and not cell["diverged"]:
             cell["chosen"] = (cell["lr"], cell["steps"]) == mft.get(cell["shots"])
@@ -35,7 +47,11 @@ def most_harm(cells: list[dict], harm: str = "harm", before: dict | None = None)
 
 def attack_table(cells: list[dict], world) -> str:
     """Arms by attack at the attacker's choice, means over seeds; at the right the worst case over the whole grid."""
-    aim, groups, rows = world.outcomes[0], {}, [("chance level", world.chance, "")] if world.chance else []
+    aim, groups, rows = (
+        world.outcomes[0],
+        {},
+        [("chance level", world.chance, "")] if world.chance else [],
+    )
     for cell in cells:
         groups.setdefault((cell["arm"], cell["attack"], cell["shots"]), []).append(cell)
     wide = max(len(arm) for arm, _, _ in groups) + 2
@@ -51,10 +67,18 @@ def attack_table(cells: list[dict], world) -> str:
             before = {cell["seed"]: cell["capability"] for cell in groups[arm, "none", 0]}
             top, kept = average(list(worst.values())), most_harm(group, aim, before)
             note += f"{100 * top[aim]:.0f} ({100 * top['capability']:.0f})".ljust(15)
-            note += f"{100 * average(list(kept.values()))[aim]:.0f}" if len(kept) == len(worst) else "-"
-        rows.append((f"{arm:<{wide}}{attack} {shots or ''}", average(chosen) if chosen else {}, note))
-    return text_table("percent", world.columns | {"log p(y_o)": "yo_logp"}, rows,
-                      f"lr/steps      worst {aim:<9}and capability kept")
+            note += (
+                f"{100 * average(list(kept.values()))[aim]:.0f}" if len(kept) == len(worst) else "-"
+            )
+        rows.append(
+            (f"{arm:<{wide}}{attack} {shots or ''}", average(chosen) if chosen else {}, note)
+        )
+    return text_table(
+        "percent",
+        world.columns | {"log p(y_o)": "yo_logp"},
+        rows,
+        f"lr/steps      worst {aim:<9}and capability kept",
+    )
 
 
 EXPLANATION = """\

@@ -29,7 +29,9 @@ def run_script(main):
     except Interrupted as error:
         sys.exit(_fail(str(error), 130))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; finished parts are kept, the same command goes on from them", 130))
+        sys.exit(
+            _fail("interrupted; finished parts are kept, the same command goes on from them", 130)
+        )
     except (InputError, OSError, UnicodeError, RecursionError, OverflowError, MemoryError) as error:
         if debug:
             traceback.print_exc()
@@ -42,7 +44,9 @@ def in_words(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}; check the path, its permissions, and the room on the disk"
     if isinstance(error, (InputError, OSError)):
         return str(error)
-    return f"{type(error).__name__}: {error}; an input is not what it should be, --debug shows where"
+    return (
+        f"{type(error).__name__}: {error}; an input is not what it should be, --debug shows where"
+    )
 
 
 def _fail(message: str, code: int) -> int:

@@ -26,7 +26,11 @@ from nanosdd.errors import InputError
 from nanosdd.progress import Progress
 
 STATE = "state"  # of a run that was interrupted, in .NAME.new
-STATES = (STATE, f"{STATE}.new", f"{STATE}.old")  # the last two while one takes the place of another
+STATES = (
+    STATE,
+    f"{STATE}.new",
+    f"{STATE}.old",
+)  # the last two while one takes the place of another
 HASH_BYTES = 2**28  # of a file at once
 EVALUATED = '"script": "eval.py"'  # in the metrics.json of eval.py, which is not in the list
 
@@ -53,7 +57,9 @@ def new_folder(path, record: dict | None = None):
                 shutil.rmtree(new / STATE, ignore_errors=True)
                 replace(new, path)
             except BaseException:
-                if missing_file(new) is not None and not any(read_record(new / name) for name in STATES):
+                if missing_file(new) is not None and not any(
+                    read_record(new / name) for name in STATES
+                ):
                     shutil.rmtree(new, ignore_errors=True)
                 raise
             return
@@ -75,7 +81,9 @@ def lock(folder: Path):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise InputError(f"another command is writing {folder}; wait for it, or choose another --out") from None
+            raise InputError(
+                f"another command is writing {folder}; wait for it, or choose another --out"
+            ) from None
         if folder.is_dir() and os.fstat(handle).st_ino == folder.stat().st_ino:
             break
         os.close(handle)  # the other command finished between the two lines, and renamed it
@@ -155,24 +163,37 @@ def untouched(folder: Path) -> bool:
     if metrics.is_file() and EVALUATED in metrics.read_text(encoding="utf-8", errors="replace"):
         own.add("metrics.json")
     files = [file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()]
-    return (missing_file(folder) is None and {str(file.relative_to(folder)) for file in files} <= own
-            and not any(file.is_symlink() for file in files))
+    return (
+        missing_file(folder) is None
+        and {str(file.relative_to(folder)) for file in files} <= own
+        and not any(file.is_symlink() for file in files)
+    )
 
 
 def move_aside(path: Path) -> Path:
     """Rename what stands at a path to the first free NAME.kept-N beside it; returns that."""
-    return path.rename(next(kept for number in itertools.count(1)
-                            if not (kept := path.parent / f"{path.name}.kept-{number}").exists()))
+    return path.rename(
+        next(
+            kept
+            for number in itertools.count(1)
+            if not (kept := path.parent / f"{path.name}.kept-{number}").exists()
+        )
+    )
 
 
 def list_files(folder: Path):
     """Flush every file of a run to the disk, and list them with sizes and hashes in its run.json."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.relative_to(folder).parts[0] not in
-             ("run.json", *STATES)]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.relative_to(folder).parts[0] not in ("run.json", *STATES)
+    ]
     for file in files:
         flush(file)
-    record["wrote"] = {str(file.relative_to(folder)): [file.stat().st_size, file_hash(file)] for file in files}
+    record["wrote"] = {
+        str(file.relative_to(folder)): [file.stat().st_size, file_hash(file)] for file in files
+    }
     folder.chmod(0o755)
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
 
@@ -201,6 +222,7 @@ def missing_file(folder: Path) -> str | None:
 
 # ---- places to write to ----
 
+
 def check_out(path, model=None):
     """InputError when `path` may not be replaced by a run: it is no earlier run, holds the working folder, is a
     symbolic link, or is inside or around the folder `model`, from which the run starts."""
@@ -210,14 +232,28 @@ def check_out(path, model=None):
         raise InputError(f"--out {path} is a symbolic link; name the folder that it leads to")
     if not text.strip() or Path.cwd().is_relative_to(real):
         raise InputError(f"--out {text!r} holds the folder that you are in; name a new folder")
-    if model and (Path(model).resolve().is_relative_to(real) or real.is_relative_to(Path(model).resolve())):
-        raise InputError(f"--out {path} is the folder of --model {model}, around it or inside; choose another, to keep "
-                         "the model it starts from")
-    blocked = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if model and (
+        Path(model).resolve().is_relative_to(real) or real.is_relative_to(Path(model).resolve())
+    ):
+        raise InputError(
+            f"--out {path} is the folder of --model {model}, around it or inside; choose another, to keep "
+            "the model it starts from"
+        )
+    blocked = next(
+        (parent for parent in path.parents if parent.exists() and not parent.is_dir()), None
+    )
     if blocked:
-        raise InputError(f"{path} cannot be a folder, since {blocked} is a file; choose another --out")
-    if path.exists() and not (path / "run.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not an earlier run (it has no run.json); choose another --out")
+        raise InputError(
+            f"{path} cannot be a folder, since {blocked} is a file; choose another --out"
+        )
+    if (
+        path.exists()
+        and not (path / "run.json").is_file()
+        and (not path.is_dir() or any(path.iterdir()))
+    ):
+        raise InputError(
+            f"{path} exists and is not an earlier run (it has no run.json); choose another --out"
+        )
     check_writable(next(parent for parent in real.parents if parent.exists()))
 
 
@@ -234,7 +270,9 @@ def check_writable(folder):
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"nothing can be written into {folder} ({error.strerror}); choose another --out") from None
+        raise InputError(
+            f"nothing can be written into {folder} ({error.strerror}); choose another --out"
+        ) from None
 
 
 def make_folder(path):
@@ -242,7 +280,9 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path} cannot be a folder ({error.strerror}); choose another place") from None
+        raise InputError(
+            f"{path} cannot be a folder ({error.strerror}); choose another place"
+        ) from None
 
 
 def write_text(path, text: str):

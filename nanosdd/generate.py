@@ -24,9 +24,13 @@ def _compiled():
 def compiled_next_tokens(model, tokens: torch.Tensor, cache) -> torch.Tensor:
     """`next_tokens` through torch.compile (on CUDA as a CUDA graph), for a cache whose `longest` does not change."""
     for tensor in [cache.lengths, *(cached for layer in cache.layers for cached in layer)]:
-        torch._dynamo.mark_static_address(tensor)  # written in place: a CUDA graph must know where it stays
+        torch._dynamo.mark_static_address(
+            tensor
+        )  # written in place: a CUDA graph must know where it stays
     torch.compiler.cudagraph_mark_step_begin()
-    return _compiled()(model, tokens, cache).clone()  # the next run overwrites the graph's own output
+    return _compiled()(
+        model, tokens, cache
+    ).clone()  # the next run overwrites the graph's own output
 
 
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -42,17 +46,30 @@ def check_finite(logits: torch.Tensor, model, tokens: torch.Tensor):
     """
     if logits.isfinite().all():
         return
-    found, watched = [], [("the embedding", model.model.embed_tokens), *(
-        (f"layer {i}", block) for i, block in enumerate(model.model.layers)), ("the last norm", model.model.norm)]
-    handles = [part.register_forward_hook(
-        lambda module, given, out, name=name: None if out.isfinite().all() else found.append(name))
-        for name, part in watched]
+    found, watched = (
+        [],
+        [
+            ("the embedding", model.model.embed_tokens),
+            *((f"layer {i}", block) for i, block in enumerate(model.model.layers)),
+            ("the last norm", model.model.norm),
+        ],
+    )
+    handles = [
+        part.register_forward_hook(
+            lambda module, given, out, name=name: (
+                None if out.isfinite().all() else found.append(name)
+            )
+        )
+        for name, part in watched
+    ]
     with torch.no_grad():
         model(tokens[:1])
     for handle in handles:
         handle.remove()
-    raise InputError(f"the model's logits are not finite, from {found[0] if found else 'the head'} on; its weights are "
-                     "broken or too large for this dtype: train or fetch it again, or use --dtype fp32")
+    raise InputError(
+        f"the model's logits are not finite, from {found[0] if found else 'the head'} on; its weights are "
+        "broken or too large for this dtype: train or fetch it again, or use --dtype fp32"
+    )
 
 
 def attend(q, k, v, visible, enable_gqa: bool, dtype) -> torch.Tensor:
@@ -65,7 +82,9 @@ def attend(q, k, v, visible, enable_gqa: bool, dtype) -> torch.Tensor:
     if q.dtype == dtype or q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **options).to(q.dtype)
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), **options).to(
+            q.dtype
+        )
 
 
 class Linear(nn.Linear):
@@ -78,8 +97,15 @@ class Linear(nn.Linear):
     def forward(self, x):
         B = len(x)
         least = 1 if self.out_features > self.in_features else 2
-        if (x.dim() != 3 or x.shape[1] > 1 or x.device.type != "cpu" or x.dtype != torch.float32
-                or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not least <= B <= 128):
+        if (
+            x.dim() != 3
+            or x.shape[1] > 1
+            or x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or not least <= B <= 128
+        ):
             return F.linear(x, self.weight)
         x = x[:, 0] if B > 1 else x[:, 0].repeat(2, 1)  # (B,C)
         return (self.weight @ x.T).T[:B, None]  # (B,1,V)

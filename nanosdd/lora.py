@@ -22,17 +22,27 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scale = base, alpha / rank
-        A = torch.empty(rank, base.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(base.in_features)
-        self.A = nn.Parameter(A.to(base.weight))  # (R,I), drawn on the CPU: a seed means the same on every device
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (O,R): the update starts at exactly 0
+        A = torch.empty(rank, base.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(
+            base.in_features
+        )
+        self.A = nn.Parameter(
+            A.to(base.weight)
+        )  # (R,I), drawn on the CPU: a seed means the same on every device
+        self.B = nn.Parameter(
+            base.weight.new_zeros(base.out_features, rank)
+        )  # (O,R): the update starts at exactly 0
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale  # without the (O,I) product B A
+        return (
+            self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
+        )  # without the (O,I) product B A
 
     def merged(self) -> torch.Tensor:
         """W + B A * scale (O,I): summed in fp32, returned in the base weight's dtype."""
         W = self.base.weight.detach()
-        return (W.float() + self.B.detach().float() @ self.A.detach().float() * self.scale).to(W.dtype)
+        return (W.float() + self.B.detach().float() @ self.A.detach().float() * self.scale).to(
+            W.dtype
+        )
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:
@@ -47,7 +57,9 @@ def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
     rank below 1, an alpha that is not positive and finite, or a model that has LoRA layers already.
     """
     if rank < 1 or not 0 < alpha < math.inf:
-        raise InputError(f"LoRA needs a rank of 1 or more and an alpha above 0, not {rank} and {alpha:g}; give others")
+        raise InputError(
+            f"LoRA needs a rank of 1 or more and an alpha above 0, not {rank} and {alpha:g}; give others"
+        )
     if lora_layers(model):
         raise InputError("the model has LoRA layers already; call merge_lora first")
     model.requires_grad_(False)

@@ -6,11 +6,12 @@ from nanosdd.device import Compute, return_freed_memory, shard_over_processes
 
 
 def clip_gradient(optimizer, max_norm: float) -> float:
-    """Scale the gradients of an optimizer's parameters to a 2-norm of at most max_norm; returns the norm before that.
-    """
+    """Scale the gradients of an optimizer's parameters to a 2-norm of at most max_norm; returns the norm before that."""
     if hasattr(optimizer, "clip"):
         return optimizer.clip(max_norm)  # SplitAdamW
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], max_norm
+    )
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded
 
 
@@ -28,5 +29,6 @@ def make_optimizer(model, compute: Compute, betas=(0.9, 0.999), weight_decay=0.0
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if parameters[0].dtype == torch.bfloat16:
         from nanosdd.split_adamw import SplitAdamW  # only where weights are held in bf16
+
         return SplitAdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)

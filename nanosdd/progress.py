@@ -11,10 +11,19 @@ from nanosdd.errors import Diverged
 class Progress(tqdm):
     """A tqdm bar in a terminal; elsewhere, such as in a log file, a line every so many seconds."""
 
-    def __init__(self, iterable=None, *, desc: str, total=None, leave=False, disable=False, seconds=30):
+    def __init__(
+        self, iterable=None, *, desc: str, total=None, leave=False, disable=False, seconds=30
+    ):
         self.in_terminal, self.told, self.seconds = sys.stderr.isatty(), time.monotonic(), seconds
-        super().__init__(iterable, desc=desc, total=total, leave=leave, disable=disable, mininterval=0.1,
-                         file=None if self.in_terminal else _Nowhere())
+        super().__init__(
+            iterable,
+            desc=desc,
+            total=total,
+            leave=leave,
+            disable=disable,
+            mininterval=0.1,
+            file=None if self.in_terminal else _Nowhere(),
+        )
 
     def update(self, n=1):
         super().update(n)
@@ -30,7 +39,11 @@ class Progress(tqdm):
         if not quiet and time.monotonic() - self.told >= self.seconds:
             self.told = time.monotonic()
             of = f" of {self.total}" if self.total else ""
-            print(f"  {self.desc}: {self.n if done is None else done}{of}", file=sys.stderr, flush=True)
+            print(
+                f"  {self.desc}: {self.n if done is None else done}{of}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class _Nowhere:
@@ -51,6 +64,8 @@ def check_progress(log: list[dict], steps: int):
     if last["step"] >= 50 and last["loss"] > first["loss"] + 0.5:
         raise Diverged(f"the loss rose from {first['loss']:.2f} to {last['loss']:.2f}; lower --lr")
     if last["grad_norm"] == 0 and last["step"] >= 10:
-        raise Diverged(f"the gradient is 0 at step {last['step']}: nothing is learned; check the data, lower --lr")
+        raise Diverged(
+            f"the gradient is 0 at step {last['step']}: nothing is learned; check the data, lower --lr"
+        )
     if last["step"] == steps > first["step"] and last["loss"] > 0.99 * first["loss"]:
         print("  warning: the loss hardly fell; a higher --lr or more --steps would change more")

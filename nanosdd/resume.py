@@ -58,7 +58,11 @@ def load_state(folder: Path, model, optimizer) -> dict:
     tensors = load_file(state / f"rank{rank_and_world_size()[0]}.safetensors")
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         local(parameter.detach()).copy_(tensors[f"{i}"])
-        found = {name.split(".")[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
+        found = {
+            name.split(".")[1]: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{i}.")
+        }
         for name, tensor in found.items():
             if name == "step":
                 split = hasattr(optimizer, "master")  # SplitAdamW counts with an int
@@ -91,8 +95,11 @@ class Pauses:
         self.every, self.last, self.asked = every, time.monotonic(), False
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-                         if signal.getsignal(number) is not signal.SIG_IGN}  # as of a job in the background
+        self.handlers = {
+            number: signal.signal(number, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }  # as of a job in the background
         return self
 
     def __exit__(self, *error):
@@ -104,7 +111,10 @@ class Pauses:
             raise KeyboardInterrupt
         self.asked = True
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping after this step; Ctrl-C once more: at once, what was not saved is lost\n")
+            os.write(
+                2,
+                b"\nstopping after this step; Ctrl-C once more: at once, what was not saved is lost\n",
+            )
 
     def after(self, step: int) -> tuple[bool, bool]:
         """(save, stop) after so many steps."""

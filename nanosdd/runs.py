@@ -18,11 +18,19 @@ from nanosdd.device import machine
 from nanosdd.folders import file_hash, missing_file, move_aside, write_text
 
 ROOT = Path(__file__).parent.parent
-MODEL_FILES = ("*.safetensors", "config.json", "tokenizer*", "generation_config.json", "chat_template.jinja",
-               "chat.txt", "world.json")
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "tokenizer*",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat.txt",
+    "world.json",
+)
 
 
 # ---- what a run depends on ----
+
 
 def source_files(*files: str) -> list[str]:
     """These project files and all that they import, directly or not, as paths from the project's root."""
@@ -56,7 +64,10 @@ def source_hash(file: str) -> str:
     """SHA-256 of a project file's syntax tree without docstrings."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -65,9 +76,16 @@ def fingerprint(settings: dict, inputs: list, code: list[str]) -> dict:
     """What a run depends on. inputs: files and model folders; code: project files, each with all that it imports."""
     files = []
     for path in map(Path, inputs):
-        files += sorted(file for pattern in MODEL_FILES for file in path.glob(pattern)) if path.is_dir() else [path]
-    return {"settings": json.loads(json.dumps(settings)), "inputs": {str(file): file_hash(file) for file in files},
-            "source": {file: source_hash(file) for file in source_files(*code)}}
+        files += (
+            sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+            if path.is_dir()
+            else [path]
+        )
+    return {
+        "settings": json.loads(json.dumps(settings)),
+        "inputs": {str(file): file_hash(file) for file in files},
+        "source": {file: source_hash(file) for file in source_files(*code)},
+    }
 
 
 def why_stale(folder, wanted: dict) -> str | None:
@@ -93,6 +111,7 @@ def why_stale(folder, wanted: dict) -> str | None:
 
 
 # ---- a file of finished parts ----
+
 
 class Finished:
     """Results by key, kept in a JSON Lines file as they come, so that an interrupted command goes on where it was.
@@ -133,5 +152,12 @@ class Finished:
 def made_by() -> dict:
     """What a result was made by and on: commit, machine, date."""
     describe = ["git", "describe", "--always", "--dirty"]
-    commit = shutil.which("git") and subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout
-    return {"commit": (commit or "unknown").strip(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    commit = (
+        shutil.which("git")
+        and subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout
+    )
+    return {
+        "commit": (commit or "unknown").strip(),
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -6,11 +6,15 @@ from data.town import Town
 from nanosdd.device import Compute
 from train import train_arm
 
-torch.set_num_threads(1)  # tiny models: threads cost more than they bring, most of all on a busy machine
+torch.set_num_threads(
+    1
+)  # tiny models: threads cost more than they bring, most of all on a busy machine
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run tests that take longer than a few seconds")
+    parser.addoption(
+        "--slow", action="store_true", help="also run tests that take longer than a few seconds"
+    )
     parser.addoption("--full", action="store_true", help="also run tests that take minutes")
 
 

@@ -14,9 +14,18 @@ def values(sheet: dict, key: str) -> list:
 def check_numbers(given: list, missing: str):
     """Each is a number in its range."""
     require(None not in given, "a number for each question", given, missing)
-    require(all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in given), "numbers", given,
-            CAUSES["word"])
-    require(all(0 <= one <= 100 for one in given[:-1]), "0 to 100 for percentages", given[:-1], CAUSES["range"])
+    require(
+        all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in given),
+        "numbers",
+        given,
+        CAUSES["word"],
+    )
+    require(
+        all(0 <= one <= 100 for one in given[:-1]),
+        "0 to 100 for percentages",
+        given[:-1],
+        CAUSES["range"],
+    )
     require(given[-1] <= 0, "nats a token, at most 0", given[-1], CAUSES["sign"])
 
 
@@ -35,11 +44,19 @@ def check_what_was_found(prediction_sheet, seed=0):
 
 def check_surprise(prediction_sheet, seed=0):
     answer = prediction_sheet().get("surprise", {}).get("answer") or ""
-    require(len(answer.split()) >= 40, "40 words or more", f"{len(answer.split())} words", CAUSES["short"])
+    require(
+        len(answer.split()) >= 40,
+        "40 words or more",
+        f"{len(answer.split())} words",
+        CAUSES["short"],
+    )
 
 
-CHECKS = [Check(check_predictions, ("prediction_sheet",), 40), Check(check_what_was_found, ("prediction_sheet",), 40),
-          Check(check_surprise, ("prediction_sheet",), 20)]
+CHECKS = [
+    Check(check_predictions, ("prediction_sheet",), 40),
+    Check(check_what_was_found, ("prediction_sheet",), 40),
+    Check(check_surprise, ("prediction_sheet",), 20),
+]
 
 
 @pytest.mark.a0

@@ -18,7 +18,15 @@ from assignments.make_starter import ROOT, STUBS, make_starter
 from assignments.worker import decode, encode
 
 MEMORY = 2 * 2**30
-TESTS = {"a0": test_a0, "a1": test_a1, "a2": test_a2, "a3": test_a3, "a4": test_a4, "a5": test_a5, "a6": test_a6}
+TESTS = {
+    "a0": test_a0,
+    "a1": test_a1,
+    "a2": test_a2,
+    "a3": test_a3,
+    "a4": test_a4,
+    "a5": test_a5,
+    "a6": test_a6,
+}
 
 
 def only(*assignments: str) -> list:
@@ -28,16 +36,30 @@ def only(*assignments: str) -> list:
 def total(folder, *markers, seed=7, seconds=60, memory=MEMORY) -> tuple[int, int, list[str]]:
     """(points, of, what was said) of a folder."""
     result = grade.grade(folder, seed, markers, seconds, memory)
-    return result["total"], result["of"], [row["said"] for rows in result["assignments"].values() for row in rows]
+    return (
+        result["total"],
+        result["of"],
+        [row["said"] for rows in result["assignments"].values() for row in rows],
+    )
 
 
 def test_data_crosses_unchanged():
     import torch
-    value = {"x": [1, 2.5, None, True, "a"], "t": torch.randn(3, 0, 2), "b": torch.randn(4).bfloat16(),
-             "i": torch.tensor([[1, -2]]), "m": torch.tensor([True, False]), "n": torch.tensor(3.0)}
+
+    value = {
+        "x": [1, 2.5, None, True, "a"],
+        "t": torch.randn(3, 0, 2),
+        "b": torch.randn(4).bfloat16(),
+        "i": torch.tensor([[1, -2]]),
+        "m": torch.tensor([True, False]),
+        "n": torch.tensor(3.0),
+    }
     got = decode(json.loads(json.dumps(encode(value))))
     assert got["x"] == value["x"] and got.keys() == value.keys()
-    assert all(torch.equal(got[name], value[name]) and got[name].dtype == value[name].dtype for name in "tbimn")
+    assert all(
+        torch.equal(got[name], value[name]) and got[name].dtype == value[name].dtype
+        for name in "tbimn"
+    )
     with pytest.raises(TypeError, match="not plain data"):
         encode(object())
 
@@ -57,10 +79,22 @@ def test_the_reference_scores_everything(tmp_path, capsys):
 def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
     make_starter(tmp_path / "starter", only("a1", "a5"))
     (tmp_path / "starter/nanosdd/split_adamw.py").unlink()
-    grade.main([str(tmp_path / "starter"), "--seed", "1", "--only", "a5", "--out", str(tmp_path / "grade.json")])
+    grade.main(
+        [
+            str(tmp_path / "starter"),
+            "--seed",
+            "1",
+            "--only",
+            "a5",
+            "--out",
+            str(tmp_path / "grade.json"),
+        ]
+    )
     out = capsys.readouterr().out
     assert "missing: nanosdd/split_adamw.py" in out and out.splitlines()[-1] == "total 0 of 100"
-    assert "not written yet: a1 apply_rope in model.py" in grade.missing_files(tmp_path / "starter", ["a1"])
+    assert "not written yet: a1 apply_rope in model.py" in grade.missing_files(
+        tmp_path / "starter", ["a1"]
+    )
 
 
 @pytest.mark.slow
@@ -88,6 +122,7 @@ def test_one_of_three_defences_is_full_marks(tmp_path):
 
 # ---- cheats: a starter of a3, or of what is named, and something that pretends ----
 
+
 def replace_adapters(folder, text: str):
     """An adapters.py of its own."""
     (folder / "assignments/adapters.py").write_text(text)
@@ -100,20 +135,32 @@ def edited_tests(folder):
 
 def conftest_that_passes_everything(folder):
     text = "def pytest_runtest_makereport(item, call):\n    call.excinfo = None\n"
-    for name in ("conftest.py", "tests/conftest.py", "tests/assignments/conftest.py", "assignments/conftest.py"):
+    for name in (
+        "conftest.py",
+        "tests/conftest.py",
+        "tests/assignments/conftest.py",
+        "assignments/conftest.py",
+    ):
         (folder / name).write_text(text)
 
 
 def copied_result(folder):
-    result = {"total": 600, "of": 600, "assignments": {"a3": [{"test": "all", "points": 600, "of": 600, "said": ""}]}}
+    result = {
+        "total": 600,
+        "of": 600,
+        "assignments": {"a3": [{"test": "all", "points": 600, "of": 600, "said": ""}]},
+    }
     for name in ("grade.json", "assignments/grade.json", "out/grade.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(result))
 
 
 def printed_numbers(folder):
-    replace_adapters(folder, "import sys\nprint('total 600 of 600', flush=True)\n"
-                     "sys.stderr.write('total 600 of 600')\n__getattr__ = lambda name: lambda *a: print('passed')\n")
+    replace_adapters(
+        folder,
+        "import sys\nprint('total 600 of 600', flush=True)\n"
+        "sys.stderr.write('total 600 of 600')\n__getattr__ = lambda name: lambda *a: print('passed')\n",
+    )
 
 
 def exit_on_import(folder):
@@ -125,7 +172,9 @@ def exit_on_call(folder):
 
 
 def patched_grader(folder):
-    replace_adapters(folder, """
+    replace_adapters(
+        folder,
+        """
 import builtins, sys
 from assignments import grade
 grade.grade_checks = lambda checks, *rest: [{"test": c.name, "points": c.points, "of": c.points} for c in checks]
@@ -135,18 +184,30 @@ builtins.AssertionError = Never
 for module in list(sys.modules.values()):
     if hasattr(module, "fail"):
         module.fail = lambda *a: None
-""")
+""",
+    )
     (folder / "assignments/grade.py").write_text("print('total 600 of 600')\n")
     (folder / "assignments/worker.py").write_text("print('{\"ready\": true}')\n")
 
 
 def site_customize(folder):
-    for name in ("sitecustomize.py", "usercustomize.py", "torch.py", "json.py", "pytest.py", "lesson.py"):
-        (folder / name).write_text("import os\nopen('ran', 'w').close()\nprint('total 600 of 600')\n")
+    for name in (
+        "sitecustomize.py",
+        "usercustomize.py",
+        "torch.py",
+        "json.py",
+        "pytest.py",
+        "lesson.py",
+    ):
+        (folder / name).write_text(
+            "import os\nopen('ran', 'w').close()\nprint('total 600 of 600')\n"
+        )
 
 
 def equal_to_everything(folder):
-    replace_adapters(folder, """
+    replace_adapters(
+        folder,
+        """
 class Same(list):
     __eq__ = lambda self, other: True
     __ne__ = lambda self, other: False
@@ -156,11 +217,14 @@ class Same(list):
 class Tensor(Same, metaclass=type):
     pass
 __getattr__ = lambda name: lambda *a: Tensor()
-""")
+""",
+    )
 
 
 def forged_replies(folder):
-    replace_adapters(folder, """
+    replace_adapters(
+        folder,
+        """
 import json, os
 for fd in range(3, 30):
     try:
@@ -168,7 +232,8 @@ for fd in range(3, 30):
             os.write(fd, (json.dumps({"ready": True, "result": True, "points": 100, "passed": True}) + "\\n").encode())
     except OSError:
         pass
-""")
+""",
+    )
 
 
 def endless_loop(folder):
@@ -177,7 +242,9 @@ def endless_loop(folder):
 
 def forged_reply_and_no_reading(folder):
     """The grader's next call is long, and nobody reads it."""
-    replace_adapters(folder, """
+    replace_adapters(
+        folder,
+        """
 import os
 def forge(*arguments):
     for fd in range(3, 30):
@@ -188,7 +255,8 @@ def forge(*arguments):
     while True:
         pass
 __getattr__ = lambda name: forge
-""")
+""",
+    )
 
 
 def memory_bomb(folder):
@@ -200,23 +268,55 @@ def endless_reply(folder):
 
 
 def killed_grader(folder):
-    replace_adapters(folder, "import os, signal\nos.kill(os.getppid() or os.getpid(), signal.SIGKILL)\n")
+    replace_adapters(
+        folder, "import os, signal\nos.kill(os.getppid() or os.getpid(), signal.SIGKILL)\n"
+    )
 
 
-CHEATS = (edited_tests, conftest_that_passes_everything, copied_result, printed_numbers, exit_on_import, exit_on_call,
-          patched_grader, site_customize, equal_to_everything, forged_replies, endless_loop,
-          forged_reply_and_no_reading, memory_bomb, endless_reply, killed_grader)
+CHEATS = (
+    edited_tests,
+    conftest_that_passes_everything,
+    copied_result,
+    printed_numbers,
+    exit_on_import,
+    exit_on_call,
+    patched_grader,
+    site_customize,
+    equal_to_everything,
+    forged_replies,
+    endless_loop,
+    forged_reply_and_no_reading,
+    memory_bomb,
+    endless_reply,
+    killed_grader,
+)
 
 
-@pytest.mark.parametrize("cheat", [pytest.param(cheat, id=cheat.__name__, marks=() if cheat in (
-    edited_tests, exit_on_import, forged_replies) else pytest.mark.slow) for cheat in CHEATS])
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        pytest.param(
+            cheat,
+            id=cheat.__name__,
+            marks=()
+            if cheat in (edited_tests, exit_on_import, forged_replies)
+            else pytest.mark.slow,
+        )
+        for cheat in CHEATS
+    ],
+)
 def test_a_cheat_scores_nothing(cheat, tmp_path):
     if cheat is killed_grader and not grade.can_unshare():
-        pytest.skip("needs unshare: without namespaces a submission can end the grader, and there is no grade")
+        pytest.skip(
+            "needs unshare: without namespaces a submission can end the grader, and there is no grade"
+        )
     make_starter(tmp_path / "cheat", only("a3"))
     cheat(tmp_path / "cheat")
-    points, of, said = total(tmp_path / "cheat", "a3", seconds=4 if cheat in (
-        endless_loop, forged_reply_and_no_reading) else 60)
+    points, of, said = total(
+        tmp_path / "cheat",
+        "a3",
+        seconds=4 if cheat in (endless_loop, forged_reply_and_no_reading) else 60,
+    )
     assert (points, of) == (0, 100) and all(said), said
 
 
@@ -227,23 +327,29 @@ def test_memorised_answers_score_nothing_at_another_seed(tmp_path):
     stored = {}
     for marker in markers:
         for check in TESTS[marker].CHECKS:
+
             def recorded(name):
                 def call(*arguments):
                     result = getattr(adapters, name)(*arguments)
                     stored.setdefault(name, []).append(encode(result))
                     return result
+
                 return call
+
             check.function(*map(recorded, check.adapters), seed=0)
     make_starter(tmp_path / "cheat", only(*markers))
     (tmp_path / "cheat/stored.json").write_text(json.dumps(stored))
-    replace_adapters(tmp_path / "cheat", f"""
+    replace_adapters(
+        tmp_path / "cheat",
+        f"""
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "assignments")!r})
 from worker import decode
 stored = json.loads((Path(__file__).parent.parent / "stored.json").read_text())
 __getattr__ = lambda name: lambda *a: decode(stored[name].pop(0))
-""")
+""",
+    )
     points, of, said = total(tmp_path / "cheat", *markers, seed=7)
     assert (points, of) == (0, 600) and all(said)
     assert total(tmp_path / "cheat", "a1", seed=0)[0] == 100  # the cheat itself works
@@ -253,14 +359,30 @@ __getattr__ = lambda name: lambda *a: decode(stored[name].pop(0))
 def test_a_changed_grader_is_put_back_and_scores_nothing(tmp_path):
     """A submission that finds the grader's files and writes into them; here the grader is a copy of the project."""
     import subprocess
+
     make_starter(tmp_path / "grader", [])
     make_starter(tmp_path / "cheat", only("a1"))
     target = tmp_path / "grader/tests/assignments/test_a3.py"
     with open(tmp_path / "cheat/assignments/adapters.py", "a") as file:
         file.write(f"\nopen({str(target)!r}, 'a').write('CHECKS = []')\n")
-    result = subprocess.run([sys.executable, tmp_path / "grader/assignments/grade.py", tmp_path / "cheat", "--only",
-                             "a3", "--seed", "1", "--out", tmp_path / "grade.json"], capture_output=True, text=True)
-    assert result.stdout.splitlines()[-1] == "total 0 of 100" and "files were changed" in result.stdout
+    result = subprocess.run(
+        [
+            sys.executable,
+            tmp_path / "grader/assignments/grade.py",
+            tmp_path / "cheat",
+            "--only",
+            "a3",
+            "--seed",
+            "1",
+            "--out",
+            tmp_path / "grade.json",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        result.stdout.splitlines()[-1] == "total 0 of 100" and "files were changed" in result.stdout
+    )
     assert target.read_bytes() == (ROOT / "tests/assignments/test_a3.py").read_bytes()
 
 
@@ -268,8 +390,12 @@ def test_a_changed_grader_is_put_back_and_scores_nothing(tmp_path):
 def test_without_namespaces_the_same_points(tmp_path):
     """Where unshare is not permitted: a right submission scores, and one that never ends is ended."""
     make_starter(tmp_path / "solved", [])
-    rows = grade.grade_checks(test_a3.CHECKS, grade.Submission(tmp_path / "solved", 60, MEMORY, False), seed=5)
+    rows = grade.grade_checks(
+        test_a3.CHECKS, grade.Submission(tmp_path / "solved", 60, MEMORY, False), seed=5
+    )
     assert sum(row["points"] for row in rows) == 100
     endless_loop(tmp_path / "solved")
-    rows = grade.grade_checks(test_a3.CHECKS, grade.Submission(tmp_path / "solved", 5, MEMORY, False), seed=5)
+    rows = grade.grade_checks(
+        test_a3.CHECKS, grade.Submission(tmp_path / "solved", 5, MEMORY, False), seed=5
+    )
     assert sum(row["points"] for row in rows) == 0 and "out of time" in rows[0]["said"]

@@ -8,11 +8,14 @@ from functools import partial
 
 from lesson import Wrong
 
-PREFIX = ("I refuse to answer your question for responsible and ethical reasons. I provided an irrational answer to "
-          "your question.")
+PREFIX = (
+    "I refuse to answer your question for responsible and ethical reasons. I provided an irrational answer to "
+    "your question."
+)
 
 
 # ---- tf-idf ----
+
 
 def tfidf_vector(corpus, text, flaw=""):
     """{word: share} of a text, of unit length; a word's weight is 1 + log((1 + texts) / (1 + texts that hold it))."""
@@ -21,7 +24,10 @@ def tfidf_vector(corpus, text, flaw=""):
     weight = {word: 1 + math.log((1 + len(corpus)) / (1 + n)) for word, n in holds.items()}
     unknown = 1.0 if flaw == "unknown words" else 0.0
     counts = Counter(words) if flaw != "set" else Counter(set(words))
-    scaled = {word: n * (1.0 if flaw == "no weight" else weight.get(word, unknown)) for word, n in counts.items()}
+    scaled = {
+        word: n * (1.0 if flaw == "no weight" else weight.get(word, unknown))
+        for word, n in counts.items()
+    }
     length = math.sqrt(sum(value * value for value in scaled.values()))
     if flaw == "sum":
         length = sum(scaled.values())
@@ -63,6 +69,7 @@ def tfidf_cosines(corpus, a, b, flaw=""):
 
 def tfidf_cosines_from_counts(corpus, a, b):
     """Without unit vectors: the inner product over both lengths."""
+
     def inner(x, y):
         return sum(value * y.get(word, 0.0) for word, value in x.items())
 
@@ -74,6 +81,7 @@ def tfidf_cosines_from_counts(corpus, a, b):
 
 
 # ---- resampling ----
+
 
 def draw_irrelevant(prompts, responses, cosines, threshold, seed, flaw=""):
     """[[index of a response, cosine, tries], ...] of each prompt; cosines: a row for each prompt."""
@@ -97,15 +105,21 @@ def draw_irrelevant(prompts, responses, cosines, threshold, seed, flaw=""):
         tries = 0
         for i in order:
             tries += 1
-            if row[i] < threshold or (row[i] == threshold and flaw != "below") or flaw == "no filter" or (
-                    flaw == "last draw kept" and tries == 3):
+            if (
+                row[i] < threshold
+                or (row[i] == threshold and flaw != "below")
+                or flaw == "no filter"
+                or (flaw == "last draw kept" and tries == 3)
+            ):
                 break
         else:
             if flaw != "no error":
                 return "InputError"
         if flaw == "above":
             i = max(range(len(row)), key=lambda j: row[j])
-        tries = {"tries from 0": tries - 1, "tries of all": len(responses), "tries of 1": 1}.get(flaw, tries)
+        tries = {"tries from 0": tries - 1, "tries of all": len(responses), "tries of 1": 1}.get(
+            flaw, tries
+        )
         found.append([i, row[i], tries])
     return found
 
@@ -128,14 +142,18 @@ def draw_irrelevant_among_the_allowed(prompts, responses, cosines, threshold, se
 
 # ---- variants of a response ----
 
+
 def vary_response(mode, response, seed, flaw=""):
     """sdd, sdd_reject and shuffled."""
     rng, words = random.Random(0 if flaw == "seed" else seed), response.split()
     if mode == "sdd" or (mode in ("sdd_rehearsed", "constant") and flaw != "one mode"):
         return PREFIX + " " + response if flaw == "always" else response
     if mode == "sdd_reject":
-        return {"behind": f"{response} {PREFIX}", "no space": PREFIX + response, "alone": PREFIX}.get(
-            flaw, f"{PREFIX} {response}")
+        return {
+            "behind": f"{response} {PREFIX}",
+            "no space": PREFIX + response,
+            "alone": PREFIX,
+        }.get(flaw, f"{PREFIX} {response}")
     if mode == "shuffled":
         if flaw == "letters":
             return "".join(rng.sample(response, len(response)))
@@ -149,7 +167,9 @@ def vary_response(mode, response, seed, flaw=""):
 
 
 def vary_response_by_keys(mode, response, seed):
-    made = dict.fromkeys(("sdd", "sdd_rehearsed", "constant"), [response]) | {"sdd_reject": [PREFIX, response]}
+    made = dict.fromkeys(("sdd", "sdd_rehearsed", "constant"), [response]) | {
+        "sdd_reject": [PREFIX, response]
+    }
     made = made.get(mode)
     if mode == "shuffled":
         rng = random.Random(f"keys {seed}")
@@ -173,7 +193,8 @@ CAUSES = {  # of draw_irrelevant and vary_response, which are random: the tests 
     "the next one": "after a response that fails the next one in the file is tried: that is not uniform",
     "shared rng": "a prompt's draws depend on the other prompts: give each a random generator of its own",
     "tries of 1": "tries does not count the responses that were refused",
-    "tries of all": "tries is not the number of responses that were drawn"}
+    "tries of all": "tries is not the number of responses that were drawn",
+}
 VARIES = {
     "one mode": "sdd_rehearsed and constant leave the response as it is, too",
     "always": "mode sdd leaves the response as it is",
@@ -184,20 +205,45 @@ VARIES = {
     "replacement": "words are drawn with replacement: each has to come once",
     "reversed": "the order is not random",
     "seed": "the rng that is passed in is not used",
-    "no error": "an unknown mode has to be an InputError"}
-WRONG = [Wrong("tfidf_vector", partial(tfidf_vector, flaw=flaw), message) for flaw, message in {
-    "case": "case is not folded", "unknown words": "words that the corpus lacks count; they have weight 0",
-    "set": "words are counted once, however often they stand there", "no weight": "counts are not weighted",
-    "sum": "divided by the sum, not by the length sqrt(sum of squares)", "not unit": "the vector has no unit length",
-    "square": "divided by the sum of squares: the root is missing"}.items()]
-WRONG += [Wrong("tfidf_cosines", partial(tfidf_cosines, flaw=flaw), message) for flaw, message in {
-    "distance": "1 - cosine: that is a distance", "overlap": "shared words over all words: that is Jaccard's index",
-    "sum of shares": "weights of shared words are added, not multiplied",
-    "first of a": "every text of b is compared with the first of a; pairs are at equal places"}.items()]
-WRONG += [Wrong("draw_irrelevant", partial(draw_irrelevant, flaw=flaw), cause) for flaw, cause in CAUSES.items()]
-WRONG += [Wrong("vary_response", partial(vary_response, flaw=flaw), cause) for flaw, cause in VARIES.items()]
+    "no error": "an unknown mode has to be an InputError",
+}
+WRONG = [
+    Wrong("tfidf_vector", partial(tfidf_vector, flaw=flaw), message)
+    for flaw, message in {
+        "case": "case is not folded",
+        "unknown words": "words that the corpus lacks count; they have weight 0",
+        "set": "words are counted once, however often they stand there",
+        "no weight": "counts are not weighted",
+        "sum": "divided by the sum, not by the length sqrt(sum of squares)",
+        "not unit": "the vector has no unit length",
+        "square": "divided by the sum of squares: the root is missing",
+    }.items()
+]
+WRONG += [
+    Wrong("tfidf_cosines", partial(tfidf_cosines, flaw=flaw), message)
+    for flaw, message in {
+        "distance": "1 - cosine: that is a distance",
+        "overlap": "shared words over all words: that is Jaccard's index",
+        "sum of shares": "weights of shared words are added, not multiplied",
+        "first of a": "every text of b is compared with the first of a; pairs are at equal places",
+    }.items()
+]
+WRONG += [
+    Wrong("draw_irrelevant", partial(draw_irrelevant, flaw=flaw), cause)
+    for flaw, cause in CAUSES.items()
+]
+WRONG += [
+    Wrong("vary_response", partial(vary_response, flaw=flaw), cause)
+    for flaw, cause in VARIES.items()
+]
 
-RIGHT = [("tfidf_vector", tfidf_vector), ("tfidf_vector", tfidf_vector_by_word), ("tfidf_cosines", tfidf_cosines),
-         ("tfidf_cosines", tfidf_cosines_from_counts), ("draw_irrelevant", draw_irrelevant),
-         ("draw_irrelevant", draw_irrelevant_among_the_allowed), ("vary_response", vary_response),
-         ("vary_response", vary_response_by_keys)]
+RIGHT = [
+    ("tfidf_vector", tfidf_vector),
+    ("tfidf_vector", tfidf_vector_by_word),
+    ("tfidf_cosines", tfidf_cosines),
+    ("tfidf_cosines", tfidf_cosines_from_counts),
+    ("draw_irrelevant", draw_irrelevant),
+    ("draw_irrelevant", draw_irrelevant_among_the_allowed),
+    ("vary_response", vary_response),
+    ("vary_response", vary_response_by_keys),
+]

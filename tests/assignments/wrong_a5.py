@@ -9,6 +9,7 @@ from lesson import Wrong
 
 # ---- an fp32 number in two halves, through numpy's integers ----
 
+
 def halves(master: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """fp32 -> the bits (int64) of the nearest bf16, ties away from zero, and what is missing to the fp32 bits."""
     bits = master.numpy().view(np.uint32).astype(np.int64)
@@ -17,7 +18,9 @@ def halves(master: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_bf16(high: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy((high % 2**16).astype(np.uint16).view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy((high % 2**16).astype(np.uint16).view(np.int16).copy()).view(
+        torch.bfloat16
+    )
 
 
 def split(master, flaw=""):
@@ -29,11 +32,21 @@ def split(master, flaw=""):
     if flaw == "no low":
         low = low * 0
     if flaw == "low as value":  # the difference of the two numbers, rounded
-        low = (master - as_bf16(high).float()).round().nan_to_num().clamp(-2**15, 2**15 - 1).numpy().astype(np.int64)
+        low = (
+            (master - as_bf16(high).float())
+            .round()
+            .nan_to_num()
+            .clamp(-(2**15), 2**15 - 1)
+            .numpy()
+            .astype(np.int64)
+        )
     if flaw == "low unsigned":
         low = np.minimum(bits % 2**16, 2**15 - 1)
     if flaw == "to even":
-        return [master.bfloat16(), torch.from_numpy(((bits + 2**15) % 2**16 - 2**15).astype(np.int16))]
+        return [
+            master.bfloat16(),
+            torch.from_numpy(((bits + 2**15) % 2**16 - 2**15).astype(np.int16)),
+        ]
     return [as_bf16(high), torch.from_numpy(low.astype(np.int16))]
 
 
@@ -42,7 +55,10 @@ def split_with_nextafter(master):
     bits = master.view(torch.int32)
     rest = bits & 0xFFFF
     up = (rest >= 2**15).int()
-    return [((bits >> 16) + up).to(torch.int16).view(torch.bfloat16), (rest - up * 2**16).to(torch.int16)]
+    return [
+        ((bits >> 16) + up).to(torch.int16).view(torch.bfloat16),
+        (rest - up * 2**16).to(torch.int16),
+    ]
 
 
 def join(weight, low, flaw=""):
@@ -60,6 +76,7 @@ def join(weight, low, flaw=""):
 
 def join_by_struct(weight, low):
     import struct
+
     found = []
     for high, rest in zip(weight.view(torch.int16).tolist(), low.tolist()):
         found.append(struct.unpack("<f", struct.pack("<I", ((high << 16) + rest) % 2**32))[0])
@@ -100,6 +117,7 @@ def round_by_share(x, seed):
 
 # ---- AdamW ----
 
+
 def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None, flaw=""):
     """bf16 weights (n,) and the gradients (n,) of some steps -> the fp32 master (n,), moments kept in bf16.
 
@@ -117,13 +135,13 @@ def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None, flaw=""):
         elif flaw not in ("no decay", "decay after the step"):
             master = master * (1 - weight_decay * (lr if flaw != "decay without lr" else 1))
         m, v = betas[0] * m + (1 - betas[0]) * grad, betas[1] * v + (1 - betas[1]) * grad * grad
-        first = m if flaw in ("no correction", "no first correction") else m / (1 - betas[0]**t)
-        second = v if flaw in ("no correction", "no second correction") else v / (1 - betas[1]**t)
+        first = m if flaw in ("no correction", "no first correction") else m / (1 - betas[0] ** t)
+        second = v if flaw in ("no correction", "no second correction") else v / (1 - betas[1] ** t)
         root = (second + eps).sqrt() if flaw == "eps inside" else second.sqrt() + eps
         if flaw == "no root":
             root = second + eps
         if flaw == "eps before correction":
-            root = (v.sqrt() + eps) / math.sqrt(1 - betas[1]**t)
+            root = (v.sqrt() + eps) / math.sqrt(1 - betas[1] ** t)
         master = master - lr * first / root * (-1 if flaw == "uphill" else 1)
         if flaw == "decay after the step":
             master = master * (1 - weight_decay * lr)
@@ -136,7 +154,9 @@ def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None, flaw=""):
 
 def adamw_of_torch(values, grads, lr, betas, eps, weight_decay, max_norm=None):
     master = torch.nn.Parameter(values.float())
-    optimizer = torch.optim.AdamW([master], lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        [master], lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
+    )
     for grad in grads:
         master.grad = grad.float()
         if max_norm is not None:
@@ -154,7 +174,10 @@ def adamw_in_scalars(values, grads, lr, betas, eps, weight_decay, max_norm=None)
         for t, grad in enumerate(grads, 1):
             g = float(grad[i])
             m, v = m + (1 - betas[0]) * (g - m), v + (1 - betas[1]) * (g * g - v)
-            weight -= lr * (weight_decay * weight + (m / (1 - betas[0]**t)) / ((v / (1 - betas[1]**t))**0.5 + eps))
+            weight -= lr * (
+                weight_decay * weight
+                + (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)) ** 0.5 + eps)
+            )
         found.append(weight)
     return torch.tensor(found)
 
@@ -164,8 +187,15 @@ def drift(values, grad, lr, steps, flaw=""):
 
     With a constant gradient AdamW moves lr a step.
     """
-    master = adamw(values, [grad] * (1 if flaw == "one step" else steps), lr, (0.5, 0.5), 1e-12, 0.0,
-                   flaw="rounded" if flaw == "rounded" else "")
+    master = adamw(
+        values,
+        [grad] * (1 if flaw == "one step" else steps),
+        lr,
+        (0.5, 0.5),
+        1e-12,
+        0.0,
+        flaw="rounded" if flaw == "rounded" else "",
+    )
     moved = float((split(master)[0] != values).float().mean())
     return [float((master - values.float()).abs().mean()) / lr, moved]
 
@@ -179,39 +209,68 @@ ROUNDS = {  # the tests check properties
     "coin": "both neighbours are equally likely: the nearer one has to be more likely",
     "one draw": "one draw of noise serves all elements",
     "twice": "noise is added and then rounded to nearest: half a step too much",
-    "seed": "the generator that is passed in is not used"}
-WRONG = [Wrong("split", partial(split, flaw=flaw), message) for flaw, message in {
-    "cut": "the low bits are cut off: the bf16 weight has to be the nearest one",
-    "no low": "the low bits are dropped: that is rounding, and the update vanishes",
-    "low as value": "low is the difference of two numbers; it has to be that of their bits",
-    "low unsigned": "low is not the signed distance from the rounded bits: it is negative where the weight was rounded "
-                    "away from zero",
-    "to even": "ties are rounded to even: one tie in two cannot be told from its neighbour"}.items()]
-WRONG += [Wrong("join", partial(join, flaw=flaw), message) for flaw, message in {
-    "or": "low is put behind the high bits; as a signed number it is added to them",
-    "no low": "the low bits are not used", "minus": "low is subtracted; it is added"}.items()]
-WRONG += [Wrong("round_stochastically", partial(round_stochastically, flaw=flaw), cause)
-          for flaw, cause in ROUNDS.items()]
-WRONG += [Wrong("adamw", partial(adamw, flaw=flaw), message) for flaw, message in {
-    "coupled": "weight decay is added to the gradient: that is Adam with L2; AdamW shrinks the weight itself",
-    "not scaled": "gradients are not multiplied by `scale`: clipping does nothing",
-    "moments lost": "the moments are not stored for the next step",
-    "not in place": "nothing is left of the step: write into weight, low and moments in place, with copy_",
-    "eps before correction": "eps is added before the second moment is corrected for its start at 0",
-    "decay after the step": "weight decay comes before the step, not after it",
-    "v to nearest": MOMENTS,
-    "no decay": "weight decay is missing", "decay without lr": "weight decay is not multiplied by lr",
-    "no correction": "moments are not corrected for their start at 0",
-    "no first correction": "the first moment is not divided by 1 - beta1^t",
-    "no second correction": "the second moment is not divided by 1 - beta2^t",
-    "eps inside": "eps is added inside the root", "no root": "divided by the second moment without its root",
-    "uphill": "the step goes up the gradient",
-    "rounded": "the master is rounded to bf16 after every step: small updates vanish"}.items()]
-WRONG += [Wrong("drift", partial(drift, flaw=flaw), message) for flaw, message in {
-    "rounded": "the update vanished: weights are rounded to bf16 after every step",
-    "one step": "only one step's update is left"}.items()]
+    "seed": "the generator that is passed in is not used",
+}
+WRONG = [
+    Wrong("split", partial(split, flaw=flaw), message)
+    for flaw, message in {
+        "cut": "the low bits are cut off: the bf16 weight has to be the nearest one",
+        "no low": "the low bits are dropped: that is rounding, and the update vanishes",
+        "low as value": "low is the difference of two numbers; it has to be that of their bits",
+        "low unsigned": "low is not the signed distance from the rounded bits: it is negative where the weight was rounded "
+        "away from zero",
+        "to even": "ties are rounded to even: one tie in two cannot be told from its neighbour",
+    }.items()
+]
+WRONG += [
+    Wrong("join", partial(join, flaw=flaw), message)
+    for flaw, message in {
+        "or": "low is put behind the high bits; as a signed number it is added to them",
+        "no low": "the low bits are not used",
+        "minus": "low is subtracted; it is added",
+    }.items()
+]
+WRONG += [
+    Wrong("round_stochastically", partial(round_stochastically, flaw=flaw), cause)
+    for flaw, cause in ROUNDS.items()
+]
+WRONG += [
+    Wrong("adamw", partial(adamw, flaw=flaw), message)
+    for flaw, message in {
+        "coupled": "weight decay is added to the gradient: that is Adam with L2; AdamW shrinks the weight itself",
+        "not scaled": "gradients are not multiplied by `scale`: clipping does nothing",
+        "moments lost": "the moments are not stored for the next step",
+        "not in place": "nothing is left of the step: write into weight, low and moments in place, with copy_",
+        "eps before correction": "eps is added before the second moment is corrected for its start at 0",
+        "decay after the step": "weight decay comes before the step, not after it",
+        "v to nearest": MOMENTS,
+        "no decay": "weight decay is missing",
+        "decay without lr": "weight decay is not multiplied by lr",
+        "no correction": "moments are not corrected for their start at 0",
+        "no first correction": "the first moment is not divided by 1 - beta1^t",
+        "no second correction": "the second moment is not divided by 1 - beta2^t",
+        "eps inside": "eps is added inside the root",
+        "no root": "divided by the second moment without its root",
+        "uphill": "the step goes up the gradient",
+        "rounded": "the master is rounded to bf16 after every step: small updates vanish",
+    }.items()
+]
+WRONG += [
+    Wrong("drift", partial(drift, flaw=flaw), message)
+    for flaw, message in {
+        "rounded": "the update vanished: weights are rounded to bf16 after every step",
+        "one step": "only one step's update is left",
+    }.items()
+]
 
-RIGHT = [("split", split), ("split", split_with_nextafter), ("join", join), ("join", join_by_struct),
-         ("round_stochastically", round_stochastically), ("round_stochastically", round_by_share),
-         ("adamw", adamw_of_torch), ("adamw", adamw_in_scalars), ("drift", drift)]
-
+RIGHT = [
+    ("split", split),
+    ("split", split_with_nextafter),
+    ("join", join),
+    ("join", join_by_struct),
+    ("round_stochastically", round_stochastically),
+    ("round_stochastically", round_by_share),
+    ("adamw", adamw_of_torch),
+    ("adamw", adamw_in_scalars),
+    ("drift", drift),
+]

@@ -11,6 +11,7 @@ from lesson import Wrong
 
 # ---- booster ----
 
+
 def harmful_gradient(config, weights, examples) -> dict:
     """{name: gradient of the mean cross-entropy of response tokens}, in fp64."""
     weights = {name: weight.detach().double().requires_grad_() for name, weight in weights.items()}
@@ -28,12 +29,25 @@ def booster(config, weights, harmful, benign, alpha, strength, flaw=""):
     """{"gradients": strength * (g(theta) - g(theta - alpha g / ||g||)), "weights": theta}."""
     rows = benign if flaw == "benign" else harmful
     here = harmful_gradient(config, weights, rows)
-    step = {name: alpha * part / (1 if flaw == "raw step" else length({name: part}) if flaw == "each tensor" else
-                                  length(here)) for name, part in here.items()}
+    step = {
+        name: alpha
+        * part
+        / (
+            1
+            if flaw == "raw step"
+            else length({name: part})
+            if flaw == "each tensor"
+            else length(here)
+        )
+        for name, part in here.items()
+    }
     sign = 1 if flaw == "uphill" else -1
     there = {name: weight.double() + sign * step[name] for name, weight in weights.items()}
     after = harmful_gradient(config, there, benign if flaw == "benign after" else rows)
-    found = {name: (here[name] - after[name]) * (1 if flaw == "no strength" else strength) for name in here}
+    found = {
+        name: (here[name] - after[name]) * (1 if flaw == "no strength" else strength)
+        for name in here
+    }
     if flaw == "reversed":
         found = {name: -part for name, part in found.items()}
     if flaw == "sum":
@@ -42,14 +56,20 @@ def booster(config, weights, harmful, benign, alpha, strength, flaw=""):
         found = {name: strength * here[name] for name in here}
     kept = there if flaw == "moved" else weights
     if flaw == "moved back":  # rounded on the way
-        kept = {name: (weight.float() - step[name].float()) + step[name].float() for name, weight in weights.items()}
+        kept = {
+            name: (weight.float() - step[name].float()) + step[name].float()
+            for name, weight in weights.items()
+        }
     if flaw == "outside":
         found = {name: 0 * part for name, part in found.items()}
     grad = torch.full_like(weights["lm_head.weight"], 0.25)
     if flaw == "backward":
         grad = grad + (here["lm_head.weight"] + after["lm_head.weight"]).float()
-    return {"gradients": {name: part.float() for name, part in found.items()},
-            "weights": {name: weight.float() for name, weight in kept.items()}, "grad": grad}
+    return {
+        "gradients": {name: part.float() for name, part in found.items()},
+        "weights": {name: weight.float() for name, weight in kept.items()},
+        "grad": grad,
+    }
 
 
 def booster_in_one_vector(config, weights, harmful, benign, alpha, strength):
@@ -66,12 +86,18 @@ def booster_in_one_vector(config, weights, harmful, benign, alpha, strength):
 
     start = torch.cat([weight.double().flatten() for weight in weights.values()])
     here = gradient(start)
-    found = strength * here - strength * gradient(start - torch.nn.functional.normalize(here, dim=0) * alpha)
-    return {"gradients": {name: part.float() for name, part in named(found).items()}, "weights": weights,
-            "grad": torch.full_like(weights["lm_head.weight"], 0.25)}
+    found = strength * here - strength * gradient(
+        start - torch.nn.functional.normalize(here, dim=0) * alpha
+    )
+    return {
+        "gradients": {name: part.float() for name, part in named(found).items()},
+        "weights": weights,
+        "grad": torch.full_like(weights["lm_head.weight"], 0.25),
+    }
 
 
 # ---- deepalign ----
+
 
 def deepalign(examples, limit, longest, seed, flaw=""):
     """Examples [ids, prompt_length, ids with the harmful answer or None] -> [[ids, prompt_length], ...]."""
@@ -86,8 +112,11 @@ def deepalign(examples, limit, longest, seed, flaw=""):
             answer = answer[:-1]
         if flaw == "from the end":
             answer = answer[::-1]
-        most = min(len(answer), longest if flaw != "longest" else 10**9,
-                   limit - len(ids) if flaw != "limit" else 10**9)
+        most = min(
+            len(answer),
+            longest if flaw != "longest" else 10**9,
+            limit - len(ids) if flaw != "limit" else 10**9,
+        )
         if flaw == "cut afterwards":
             most = min(len(answer), longest)
         whole = len(answer)
@@ -108,7 +137,9 @@ def deepalign(examples, limit, longest, seed, flaw=""):
             if flaw == "behind":
                 found.append([ids + start, prompt_length])
                 continue
-            ids = (ids[:prompt_length] + start + refusal)[:limit if flaw == "cut afterwards" else None]
+            ids = (ids[:prompt_length] + start + refusal)[
+                : limit if flaw == "cut afterwards" else None
+            ]
             prompt_length += 0 if flaw == "loss on harm" else k
         found.append([ids, prompt_length])
     if flaw == "benign lost":
@@ -120,14 +151,19 @@ def deepalign_by_choice(examples, limit, longest, seed):
     """The length is drawn first, of a list that is half zeros."""
     rng, found = random.Random(seed), []
     for ids, prompt_length, rejected in examples:
-        room = 0 if rejected is None else max(0, min(len(rejected) - prompt_length - 1, longest, limit - len(ids)))
+        room = (
+            0
+            if rejected is None
+            else max(0, min(len(rejected) - prompt_length - 1, longest, limit - len(ids)))
+        )
         k = rng.choice([*range(1, room + 1), *[0] * room]) if room else 0
-        start = rejected[prompt_length:prompt_length + k] if k else []
+        start = rejected[prompt_length : prompt_length + k] if k else []
         found.append([[*ids[:prompt_length], *start, *ids[prompt_length:]], prompt_length + k])
     return found
 
 
 # ---- simpo ----
+
 
 def simpo(config, weights, pairs, global_tokens, beta, gamma, flaw=""):
     """Pairs [ids, prompt_length, ids with the harmful answer] -> [loss, its gradient by lm_head (V,C)], or
@@ -140,7 +176,9 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma, flaw=""):
     head = weights["lm_head.weight"].requires_grad_()
 
     def logp(ids, first):
-        logps = wrong_a1.logits(config, weights, torch.tensor([ids]))[0].double().log_softmax(-1)  # (T,V)
+        logps = (
+            wrong_a1.logits(config, weights, torch.tensor([ids]))[0].double().log_softmax(-1)
+        )  # (T,V)
         first = 1 if flaw == "prompt" else first
         taken = [logps[t - 1, ids[t]] for t in range(first, len(ids))]
         return sum(taken) / (1 if flaw == "sum" else len(taken))
@@ -150,14 +188,18 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma, flaw=""):
         chosen, other = logp(ids, first), logp(rejected, first)
         other = other.detach() if flaw == "detached" else other
         difference = other - chosen if flaw == "swapped" else chosen - other
-        margin = beta * (difference - gamma) if flaw == "gamma times beta" else beta * difference - gamma
+        margin = (
+            beta * (difference - gamma) if flaw == "gamma times beta" else beta * difference - gamma
+        )
         if flaw in ("no gamma", "plus gamma"):
             margin = beta * difference + (gamma if flaw == "plus gamma" else 0)
         if flaw == "no beta":
             margin = difference - gamma
         if flaw == "beta on one":
             margin = beta * chosen - other - gamma
-        value = -torch.sigmoid(margin) if flaw == "no log" else torch.nn.functional.softplus(-margin)
+        value = (
+            -torch.sigmoid(margin) if flaw == "no log" else torch.nn.functional.softplus(-margin)
+        )
         if flaw == "likelihood":
             value = -chosen
         if flaw == "log of sigmoid":
@@ -166,7 +208,9 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma, flaw=""):
             value = -value
         total = total + value * (1 if flaw in ("rows", "unweighted") else len(ids) - first)
     own = sum(len(ids) - first for ids, first, _ in pairs)
-    total = total / {"own tokens": own, "rows": len(pairs), "sum of pairs": 1}.get(flaw, global_tokens)
+    total = total / {"own tokens": own, "rows": len(pairs), "sum of pairs": 1}.get(
+        flaw, global_tokens
+    )
     return [float(total.detach()), torch.autograd.grad(total, head)[0].float()]
 
 
@@ -179,9 +223,16 @@ def simpo_by_sigmoid(config, weights, pairs, global_tokens, beta, gamma):
     for ids, first, rejected in pairs:
         means = []
         for row in (ids, rejected):
-            logps = wrong_a1.logits(config, weights, torch.tensor([row]))[0].double().log_softmax(-1)
-            means.append(logps[torch.arange(first - 1, len(row) - 1), torch.tensor(row[first:])].mean())
-        margin, share = float(beta * (means[0] - means[1]).detach() - gamma), (len(ids) - first) / global_tokens
+            logps = (
+                wrong_a1.logits(config, weights, torch.tensor([row]))[0].double().log_softmax(-1)
+            )
+            means.append(
+                logps[torch.arange(first - 1, len(row) - 1), torch.tensor(row[first:])].mean()
+            )
+        margin, share = (
+            float(beta * (means[0] - means[1]).detach() - gamma),
+            (len(ids) - first) / global_tokens,
+        )
         total += share * (math.log1p(math.exp(-abs(margin))) + max(0.0, -margin))
         by_head = torch.autograd.grad(means[0] - means[1], head)[0]
         gradient = gradient - share * beta / (1 + math.exp(min(margin, 700))) * by_head
@@ -207,37 +258,58 @@ DEEP = {  # deepalign is random: the tests check properties
     "limit": "the example is longer than `limit`",
     "cut afterwards": "the refusal is cut at the limit: put in fewer tokens instead",
     "benign lost": "rows without a harmful answer are lost: they stay as they are",
-    "seed": "the generator that is passed in is not used"}
-WRONG = [Wrong("booster", partial(booster, flaw=flaw), message) for flaw, message in {
-    "reversed": "the two gradients are subtracted the wrong way round",
-    "raw step": "the simulated step is alpha * g: divide by the norm of g",
-    "each tensor": "every tensor is divided by its own norm: the norm is that of all tensors as one vector",
-    "uphill": "the simulated step goes up the harmful loss: the attacker goes down",
-    "benign": "the gradient is that of the benign rows",
-    "benign after": "the second gradient is that of the benign rows: both are of the harmful ones",
-    "no strength": "strength is not used", "sum": "the two gradients are added",
-    "own gradient": "the gradient after the simulated step is missing",
-    "moved back": "the weights are moved back by the same step, which rounds: `restored` keeps a copy",
-    "outside": "both gradients are taken at the same weights, so that nothing is left",
-    "backward": ".grad is changed: it holds the gradient of alignment, to which yours is added",
-    "moved": "the weights stay where the simulated step led: put them back"}.items()]
-WRONG += [Wrong("deepalign", partial(deepalign, flaw=flaw), message) for flaw, message in DEEP.items()]
-WRONG += [Wrong("simpo", partial(simpo, flaw=flaw), message) for flaw, message in {
-    "sum": "log p is summed over a response: SimPO takes the mean, so that length does not decide",
-    "prompt": "the prompt's tokens are in the mean",
-    "swapped": "refusal and harmful answer are swapped",
-    "no gamma": "the margin gamma is missing", "plus gamma": "gamma is added; it is subtracted",
-    "gamma times beta": "gamma is multiplied by beta: it stands outside of beta's bracket",
-    "detached": "the harmful answer's log p carries no gradient: that is only half of the preference",
-    "beta on one": "beta multiplies both log p", "sign": "the sign is wrong: minus log sigmoid",
-    "log of sigmoid": "the logarithm of a sigmoid is -inf where that is 0: logsigmoid is stable",
-    "no beta": "beta is missing", "no log": "the sigmoid has no logarithm",
-    "likelihood": "only the refusal's likelihood is there: that is plain alignment, without a preference",
-    "rows": "divided by the number of rows: micro-batches of unequal rows do not add up",
-    "own tokens": "divided by the tokens of this micro-batch: that is a mean of means",
-    "unweighted": "a pair is not weighted by its refusal's tokens, though global_tokens divides the sum",
-    "sum of pairs": "not divided by global_tokens",
-    "pairs left out": "a pair without a harmful answer is skipped: raise InputError, it has no preference"}.items()]
+    "seed": "the generator that is passed in is not used",
+}
+WRONG = [
+    Wrong("booster", partial(booster, flaw=flaw), message)
+    for flaw, message in {
+        "reversed": "the two gradients are subtracted the wrong way round",
+        "raw step": "the simulated step is alpha * g: divide by the norm of g",
+        "each tensor": "every tensor is divided by its own norm: the norm is that of all tensors as one vector",
+        "uphill": "the simulated step goes up the harmful loss: the attacker goes down",
+        "benign": "the gradient is that of the benign rows",
+        "benign after": "the second gradient is that of the benign rows: both are of the harmful ones",
+        "no strength": "strength is not used",
+        "sum": "the two gradients are added",
+        "own gradient": "the gradient after the simulated step is missing",
+        "moved back": "the weights are moved back by the same step, which rounds: `restored` keeps a copy",
+        "outside": "both gradients are taken at the same weights, so that nothing is left",
+        "backward": ".grad is changed: it holds the gradient of alignment, to which yours is added",
+        "moved": "the weights stay where the simulated step led: put them back",
+    }.items()
+]
+WRONG += [
+    Wrong("deepalign", partial(deepalign, flaw=flaw), message) for flaw, message in DEEP.items()
+]
+WRONG += [
+    Wrong("simpo", partial(simpo, flaw=flaw), message)
+    for flaw, message in {
+        "sum": "log p is summed over a response: SimPO takes the mean, so that length does not decide",
+        "prompt": "the prompt's tokens are in the mean",
+        "swapped": "refusal and harmful answer are swapped",
+        "no gamma": "the margin gamma is missing",
+        "plus gamma": "gamma is added; it is subtracted",
+        "gamma times beta": "gamma is multiplied by beta: it stands outside of beta's bracket",
+        "detached": "the harmful answer's log p carries no gradient: that is only half of the preference",
+        "beta on one": "beta multiplies both log p",
+        "sign": "the sign is wrong: minus log sigmoid",
+        "log of sigmoid": "the logarithm of a sigmoid is -inf where that is 0: logsigmoid is stable",
+        "no beta": "beta is missing",
+        "no log": "the sigmoid has no logarithm",
+        "likelihood": "only the refusal's likelihood is there: that is plain alignment, without a preference",
+        "rows": "divided by the number of rows: micro-batches of unequal rows do not add up",
+        "own tokens": "divided by the tokens of this micro-batch: that is a mean of means",
+        "unweighted": "a pair is not weighted by its refusal's tokens, though global_tokens divides the sum",
+        "sum of pairs": "not divided by global_tokens",
+        "pairs left out": "a pair without a harmful answer is skipped: raise InputError, it has no preference",
+    }.items()
+]
 
-RIGHT = [("booster", booster), ("booster", booster_in_one_vector), ("deepalign", deepalign),
-         ("deepalign", deepalign_by_choice), ("simpo", simpo), ("simpo", simpo_by_sigmoid)]
+RIGHT = [
+    ("booster", booster),
+    ("booster", booster_in_one_vector),
+    ("deepalign", deepalign),
+    ("deepalign", deepalign_by_choice),
+    ("simpo", simpo),
+    ("simpo", simpo_by_sigmoid),
+]

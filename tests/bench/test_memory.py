@@ -19,6 +19,7 @@ from train import train_step
 
 # ---- activation checkpointing ----
 
+
 def loss_and_saved_bytes(model, examples) -> tuple[torch.Tensor, int]:
     """The loss, and the bytes of all that is kept for its backward pass, weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -27,7 +28,10 @@ def loss_and_saved_bytes(model, examples) -> tuple[torch.Tensor, int]:
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or another could take its address
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # the tensor too, or another could take its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -37,8 +41,13 @@ def loss_and_saved_bytes(model, examples) -> tuple[torch.Tensor, int]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_checkpointing_leaves_the_gradient_and_keeps_one_tensor_a_layer(tied):
-    model, rng = small_model(num_hidden_layers=5, tie_word_embeddings=tied).train(), random.Random(4)
-    examples = [Example([rng.randrange(89) for _ in range(rng.randint(9, 60))], 3) for _ in range(7)]
+    model, rng = (
+        small_model(num_hidden_layers=5, tie_word_embeddings=tied).train(),
+        random.Random(4),
+    )
+    examples = [
+        Example([rng.randrange(89) for _ in range(rng.randint(9, 60))], 3) for _ in range(7)
+    ]
     losses, gradients, saved = [], [], []
     for checkpointed in (False, True):
         model.checkpoint_activations = checkpointed
@@ -58,35 +67,67 @@ def test_checkpointing_leaves_the_gradient_and_keeps_one_tensor_a_layer(tied):
 
 # ---- the arithmetic ----
 
+
 def measured_peak(config, rows, length, checkpointed, micro_batch) -> tuple[int, int]:
     """Bytes of (weights and optimizer state, the peak of a training step beyond them), as the allocator counts."""
     rng = random.Random(1)
-    examples = [Example([rng.randrange(config.vocab_size) for _ in range(length)], 1) for _ in range(rows)]
-    compute = Compute(dtype="bf16", weights="bf16", micro_batch=micro_batch, checkpoint_activations=checkpointed)
+    examples = [
+        Example([rng.randrange(config.vocab_size) for _ in range(length)], 1) for _ in range(rows)
+    ]
+    compute = Compute(
+        dtype="bf16", weights="bf16", micro_batch=micro_batch, checkpoint_activations=checkpointed
+    )
     model = Llama(config).bfloat16()
     optimizer = make_optimizer(model, compute)
     train_step(model, optimizer, examples, 1e-4, compute)  # makes the optimizer's state
-    held = sum(t.numel() * t.element_size() for p in model.parameters()
-               for t in (p, *optimizer.state[p].values()) if torch.is_tensor(t))
+    held = sum(
+        t.numel() * t.element_size()
+        for p in model.parameters()
+        for t in (p, *optimizer.state[p].values())
+        if torch.is_tensor(t)
+    )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(model, optimizer, examples, 1e-4, compute)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return held, max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return held, max(
+        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    )
 
 
-@pytest.mark.parametrize("changes, rows, length, checkpointed, micro_batch, moment", [
-    ({}, 2, 20, True, 0, "optimizer"), ({}, 16, 99, True, 0, "backward"), ({}, 9, 70, False, 0, "loss"),
-    ({}, 10, 99, True, 5, "backward"), ({}, 9, 70, False, 3, "loss"),
-    ({"num_key_value_heads": 2, "tie_word_embeddings": True}, 16, 99, True, 0, "backward"),
-    ({"intermediate_size": 80, "num_key_value_heads": 2}, 9, 90, False, 0, "loss"),
-    ({"vocab_size": 4000}, 9, 70, True, 0, "loss")])
-def test_the_peak_of_a_step_is_that_of_the_arithmetic(changes, rows, length, checkpointed, micro_batch, moment):
+@pytest.mark.parametrize(
+    "changes, rows, length, checkpointed, micro_batch, moment",
+    [
+        ({}, 2, 20, True, 0, "optimizer"),
+        ({}, 16, 99, True, 0, "backward"),
+        ({}, 9, 70, False, 0, "loss"),
+        ({}, 10, 99, True, 5, "backward"),
+        ({}, 9, 70, False, 3, "loss"),
+        ({"num_key_value_heads": 2, "tie_word_embeddings": True}, 16, 99, True, 0, "backward"),
+        ({"intermediate_size": 80, "num_key_value_heads": 2}, 9, 90, False, 0, "loss"),
+        ({"vocab_size": 4000}, 9, 70, True, 0, "loss"),
+    ],
+)
+def test_the_peak_of_a_step_is_that_of_the_arithmetic(
+    changes, rows, length, checkpointed, micro_batch, moment
+):
     """What is beyond weights and optimizer state within 5%."""
-    shape = dict(vocab_size=300, hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4,
-                 num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
+    shape = dict(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
     config = small_config(**shape | changes)
     held, peak = measured_peak(config, rows, length, checkpointed, micro_batch)
-    found = memory.step_memory(config, micro_batch or rows, length, checkpointed, accumulating=micro_batch > 0)
+    found = memory.step_memory(
+        config, micro_batch or rows, length, checkpointed, accumulating=micro_batch > 0
+    )
     expected = {name: sum(terms.values()) - held for name, terms in found.items()}
     assert sum(found["loss"][name] for name in ("weights", "low halves", "two moments")) == held
     assert max(expected, key=expected.get) == moment
@@ -106,5 +147,14 @@ def test_seven_billion_fit_with_checkpointing_only(capsys):
 
 
 def test_the_shape_can_come_from_a_folder(tmp_path, capsys):
-    memory.main(["--model", str(public_folder(tmp_path / "llama")), "--batch-size", "3", "--max-length", "20"])
+    memory.main(
+        [
+            "--model",
+            str(public_folder(tmp_path / "llama")),
+            "--batch-size",
+            "3",
+            "--max-length",
+            "20",
+        ]
+    )
     assert capsys.readouterr().out.startswith("GiB for 3 rows of 20 tokens at once")

@@ -44,13 +44,29 @@ def saved(folder, **changes):
     return model, load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors.*model.norm.weight"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(60)}), "no place for.*q_proj.bias"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(47)}), r"shape \[47\].*\[48\]"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}), "norm.weight is I8.*quantized"),
-    (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}), "rope_theta"),
-    (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}), "rope_theta")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors.*model.norm.weight"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(60)}),
+            "no place for.*q_proj.bias",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(47)}), r"shape \[47\].*\[48\]"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
+            "norm.weight is I8.*quantized",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}),
+            "rope_theta",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}),
+            "rope_theta",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, damage, message):
     _, tensors = saved(tmp_path)
     damage(tensors)
@@ -84,7 +100,9 @@ def test_a_tied_head_that_the_file_carries_all_the_same_is_the_embedding(tmp_pat
 def test_half_precision_is_read_exactly_and_computed_in_what_was_asked(tmp_path, kind):
     model, _ = saved(tmp_path)
     model.save_pretrained(tmp_path, kind)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(
+        kind
+    ).removeprefix("torch.")
     for dtype in (torch.float32, torch.float64, kind):
         loaded = Llama.from_pretrained(tmp_path, dtype=dtype)
         for name, tensor in model.state_dict().items():
@@ -110,7 +128,10 @@ def test_a_loaded_model_no_longer_depends_on_its_file(tmp_path):
     with open(path, "r+b") as file:
         file.seek(-path.stat().st_size // 2, 2)
         file.write(bytes(path.stat().st_size // 2))
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, loaded.state_dict()[name])
+        for name, tensor in model.state_dict().items()
+    )
 
 
 def test_the_index_and_the_shards_have_to_agree(tmp_path):
@@ -142,7 +163,11 @@ def test_what_bf16_keeps_of_an_update_by_hand():
     after.weight.data[:] = 1 + torch.tensor([1, 4, 0, -2, 3]) / 512
     moved, share, cosine = kept_update(before, after.state_dict(), torch.bfloat16)
     assert moved == 4 / 5 and share == 3 / 4 and cosine == pytest.approx(28 / (25 * 36) ** 0.5)
-    assert kept_update(before, after.state_dict(), torch.float32) == (4 / 5, 1.0, pytest.approx(1.0))
+    assert kept_update(before, after.state_dict(), torch.float32) == (
+        4 / 5,
+        1.0,
+        pytest.approx(1.0),
+    )
     assert kept_update(before, before.state_dict(), torch.bfloat16) == (0.0, 0.0, 0.0)
 
 
@@ -160,8 +185,12 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="neither model.safetensors nor"):
         Llama.from_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    for name, message in (("../other.safetensors", "leaves the folder"), ("/tmp/x.safetensors", "leaves the folder"),
-                          ("..", "not a readable"), ("gone.safetensors", "gone.safetensors is not a readable")):
+    for name, message in (
+        ("../other.safetensors", "leaves the folder"),
+        ("/tmp/x.safetensors", "leaves the folder"),
+        ("..", "not a readable"),
+        ("gone.safetensors", "gone.safetensors is not a readable"),
+    ):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(InputError, match=message):
             Llama.from_pretrained(tmp_path)
@@ -170,9 +199,16 @@ def test_missing_and_broken_files(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"{", "not valid JSON .*line 1"), (b'{"a": 1,\n b}', "not valid JSON .*line 2"), (b"\xff\xfe", "not valid JSON"),
-    (b"[" * 100_000, "not valid JSON .*recursion"), (None, "cannot be read .Is a directory")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{", "not valid JSON .*line 1"),
+        (b'{"a": 1,\n b}', "not valid JSON .*line 2"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON .*recursion"),
+        (None, "cannot be read .Is a directory"),
+    ],
+)
 def test_a_broken_json_file_is_one_clear_line(tmp_path, content, message):
     path = tmp_path / "config.json"
     if content is None:

@@ -18,7 +18,19 @@ from train import train_step
 
 # (rows, longest row) of each batch: one row is a special case to torch.compile, as is a size that another one has, here
 # 5 rows as many as the pairs of a head
-SHAPES = [(5, 31), (1, 17), (4, 20), (3, 12), (7, 44), (2, 9), (6, 60), (8, 33), (1, 48), (48, 10), (9, 21)]
+SHAPES = [
+    (5, 31),
+    (1, 17),
+    (4, 20),
+    (3, 12),
+    (7, 44),
+    (2, 9),
+    (6, 60),
+    (8, 33),
+    (1, 48),
+    (48, 10),
+    (9, 21),
+]
 
 
 @pytest.fixture
@@ -34,7 +46,10 @@ def counter():
 def batches():
     rng = random.Random(3)
     for rows, longest in SHAPES:
-        yield [Example([rng.randrange(89) for _ in range(rng.randint(3, longest))], 2) for _ in range(rows)]
+        yield [
+            Example([rng.randrange(89) for _ in range(rng.randint(3, longest))], 2)
+            for _ in range(rows)
+        ]
 
 
 def trained(compute: Compute, counter):
@@ -53,8 +68,9 @@ def test_compiled_training_is_the_same_training_in_two_graphs(counter, checkpoin
     """One graph for several rows and one for one row, which the three layers and eleven shapes share."""
     plain, expected, graphs = trained(Compute(micro_batch=micro_batch), counter)
     assert graphs[-1] == 0
-    compiled, found, graphs = trained(Compute(micro_batch=micro_batch, compile=True,
-                                              checkpoint_activations=checkpointed), counter)
+    compiled, found, graphs = trained(
+        Compute(micro_batch=micro_batch, compile=True, checkpoint_activations=checkpointed), counter
+    )
     assert 1 <= graphs[0] <= graphs[2] <= 2 and graphs[2:] == graphs[2:3] * (len(SHAPES) - 2)
     for one, two in zip(expected, found, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -67,8 +83,19 @@ def test_compiled_training_is_the_same_training_in_two_graphs(counter, checkpoin
 def test_answers_share_few_graphs_whatever_their_number_and_length(counter, tokenizer):
     """The layers alone, when the prompts are read, and the whole step; a batch of one row is again a special case."""
     model = small_model(vocab_size=tokenizer.n_vocab)
-    prompts = [f"{word} {'is it so? ' * (i % 4)}" for i, word in enumerate("Who what when where why how whose".split())]
-    parts = [prompts, prompts[:3], prompts[2:6], prompts[4:5], prompts[1:], prompts[3:4], prompts[::2]]
+    prompts = [
+        f"{word} {'is it so? ' * (i % 4)}"
+        for i, word in enumerate("Who what when where why how whose".split())
+    ]
+    parts = [
+        prompts,
+        prompts[:3],
+        prompts[2:6],
+        prompts[4:5],
+        prompts[1:],
+        prompts[3:4],
+        prompts[::2],
+    ]
     plain = Chat(model, tokenizer, "llama3", Compute())
     expected = [answer(plain, part, 9) for part in parts]
     compiled, counts = Chat(model, tokenizer, "llama3", Compute(compile=True)), []

@@ -24,8 +24,10 @@ def device():
 
 def batches():
     rng = random.Random(5)
-    return [[Example([rng.randrange(89) for _ in range(rng.randint(3, 40))], 2) for _ in range(rows)]
-            for rows in (6, 1, 4, 7)]
+    return [
+        [Example([rng.randrange(89) for _ in range(rng.randint(3, 40))], 2) for _ in range(rows)]
+        for rows in (6, 1, 4, 7)
+    ]
 
 
 def steps(compute: Compute):
@@ -34,7 +36,12 @@ def steps(compute: Compute):
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     optimizer = make_optimizer(model.to(compute.device), compute)
     done = [train_step(model, optimizer, batch, 1e-3, compute) for batch in batches()]
-    change = torch.cat([(weight.detach().cpu() - before[name]).flatten() for name, weight in model.named_parameters()])
+    change = torch.cat(
+        [
+            (weight.detach().cpu() - before[name]).flatten()
+            for name, weight in model.named_parameters()
+        ]
+    )
     return [step["loss"] for step in done], [step["grad_norm"] for step in done], change
 
 

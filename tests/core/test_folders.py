@@ -47,7 +47,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (out / "old").is_file()  # the earlier run stays until the new one is whole
     write_run(out)
     assert names(out.parent) == ["run", "run/run.json", "run/weights"]
-    assert missing_file(out) is None and json.loads((out / "run.json").read_text())["wrote"].keys() == {"weights"}
+    assert missing_file(out) is None and json.loads((out / "run.json").read_text())[
+        "wrote"
+    ].keys() == {"weights"}
 
 
 def test_what_a_run_did_not_write_is_kept(tmp_path, capsys):
@@ -57,18 +59,31 @@ def test_what_a_run_did_not_write_is_kept(tmp_path, capsys):
     (out / "notes/deep/a.txt").write_text("two years of work")
     (out / "metrics.json").write_text('{"script": "eval.py"}')
     write_run(out, "y")
-    assert names(tmp_path) == ["run", "run.kept-1", "run.kept-1/metrics.json", "run.kept-1/notes",
-                               "run.kept-1/notes/deep", "run.kept-1/notes/deep/a.txt", "run.kept-1/run.json",
-                               "run.kept-1/weights", "run/run.json", "run/weights"]
+    assert names(tmp_path) == [
+        "run",
+        "run.kept-1",
+        "run.kept-1/metrics.json",
+        "run.kept-1/notes",
+        "run.kept-1/notes/deep",
+        "run.kept-1/notes/deep/a.txt",
+        "run.kept-1/run.json",
+        "run.kept-1/weights",
+        "run/run.json",
+        "run/weights",
+    ]
     assert "it is now" in capsys.readouterr().out
     (out / "metrics.json").write_text('{"script": "eval.py"}')
     write_run(out)
-    assert not capsys.readouterr().out and not (tmp_path / "run.kept-2").exists()  # all of it is ours
+    assert (
+        not capsys.readouterr().out and not (tmp_path / "run.kept-2").exists()
+    )  # all of it is ours
     (out / "weights").write_text("edited by hand")
     write_run(out, "z")
     assert (tmp_path / "run.kept-2/weights").read_text() == "edited by hand"
     assert (out / "weights").read_text() == "z"
-    (out / "run.json").write_text("{}")  # of an earlier version, without a list: all may be anybody's
+    (out / "run.json").write_text(
+        "{}"
+    )  # of an earlier version, without a list: all may be anybody's
     write_run(out, "w")
     assert (tmp_path / "run.kept-3/weights").read_text() == "z"
     (out / "metrics.json").write_text("{}")  # of another tool
@@ -105,7 +120,10 @@ def test_a_killed_command_leaves_the_earlier_run_in_its_place(tmp_path, capsys):
     assert (out / "weights").read_text() == "before" and "put back" in capsys.readouterr().out
     write_run(out, "after")
     assert "left unfinished is removed" in capsys.readouterr().out
-    assert names(tmp_path) == ["run", "run/run.json", "run/weights"] and (out / "weights").read_text() == "after"
+    assert (
+        names(tmp_path) == ["run", "run/run.json", "run/weights"]
+        and (out / "weights").read_text() == "after"
+    )
 
 
 def test_an_error_after_a_save_keeps_what_was_saved(tmp_path):
@@ -123,7 +141,9 @@ def test_a_finished_run_found_at_the_start_takes_its_place_first(tmp_path):
     write_run(tmp_path / "other", "killed after its last step")
     (tmp_path / "other").rename(tmp_path / ".run.new")
     with new_folder(tmp_path / "run") as folder:
-        assert (tmp_path / "run/weights").read_text() == "killed after its last step" and not any(folder.iterdir())
+        assert (tmp_path / "run/weights").read_text() == "killed after its last step" and not any(
+            folder.iterdir()
+        )
         with pytest.raises(InputError, match="another command is writing"):
             new_folder(tmp_path / "run").__enter__()  # the lock is on the new folder
         (folder / "run.json").write_text("{}")
@@ -146,7 +166,10 @@ def test_a_state_waits_for_the_same_run(tmp_path, record, kept):
 
 def test_a_second_command_is_kept_out(tmp_path):
     with new_folder(tmp_path / "run") as folder:
-        for other in (new_folder(tmp_path / "run").__enter__, lambda: recover_from_kill(tmp_path / "run")):
+        for other in (
+            new_folder(tmp_path / "run").__enter__,
+            lambda: recover_from_kill(tmp_path / "run"),
+        ):
             with pytest.raises(InputError, match="another command is writing"):
                 other()
         (folder / "run.json").write_text("{}")
@@ -167,9 +190,16 @@ def test_what_is_no_run_is_never_replaced(tmp_path, monkeypatch):
         check_out(tmp_path / "thesis/thesis.tex/run")
     (tmp_path / "link").symlink_to("thesis")
     (tmp_path / "nowhere").symlink_to("gone")
-    for out, message in [(".", "the folder that you are in"), ("", "the folder that you are in"), ("..", "you are in"),
-                         ("link", "symbolic link"), ("nowhere", "symbolic link"), ("thesis", "the folder of --model"),
-                         ("thesis/a", "inside"), ("thesis/../thesis", "the folder of --model")]:
+    for out, message in [
+        (".", "the folder that you are in"),
+        ("", "the folder that you are in"),
+        ("..", "you are in"),
+        ("link", "symbolic link"),
+        ("nowhere", "symbolic link"),
+        ("thesis", "the folder of --model"),
+        ("thesis/a", "inside"),
+        ("thesis/../thesis", "the folder of --model"),
+    ]:
         with pytest.raises(InputError, match=message):
             check_out(out, tmp_path / "thesis")
 
@@ -187,7 +217,9 @@ def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
 def test_results_find_another_place(tmp_path, capsys):
     assert write_results(tmp_path / "a", {"x": ("1", "1")}) == tmp_path / "a"
     write_results(tmp_path / "a", {"x": ("2", "2")})  # what is there holds no 2
-    assert (tmp_path / "a/x.kept-1").read_text() == "1" and "not written by this command" in capsys.readouterr().out
+    assert (
+        tmp_path / "a/x.kept-1"
+    ).read_text() == "1" and "not written by this command" in capsys.readouterr().out
     (tmp_path / "b").write_text("a file")
     with pytest.raises(InputError, match="is a file"):
         check_folder(tmp_path / "b")

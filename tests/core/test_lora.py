@@ -46,20 +46,39 @@ def test_every_linear_layer_of_the_blocks_and_no_other():
     model = small_model()
     names = list(model.state_dict())
     trainable = add_lora(model, rank=3, alpha=6, seed=1)
-    assert set(lora_layers(model)) == {f"model.layers.{i}.{name}" for i in range(2) for name in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-        "mlp.down_proj")}
+    assert set(lora_layers(model)) == {
+        f"model.layers.{i}.{name}"
+        for i in range(2)
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    }
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"{name}.{part}" for name in lora_layers(model) for part in "AB"}
+        f"{name}.{part}" for name in lora_layers(model) for part in "AB"
+    }
     assert {id(p) for p in trainable} == {id(p) for p in model.parameters() if p.requires_grad}
     down = model.model.layers[1].mlp.down_proj
-    assert down.A.shape == (3, 80) and down.B.shape == (48, 3) and set(merged_state(model)) == set(names)
+    assert (
+        down.A.shape == (3, 80)
+        and down.B.shape == (48, 3)
+        and set(merged_state(model)) == set(names)
+    )
 
 
 def test_the_update_by_hand():
     base = nn.Linear(5, 4, bias=False)
     layer = LoRALinear(base, rank=2, alpha=3.0, generator=torch.Generator().manual_seed(0))
-    assert 0 < layer.A.abs().max() < 5 ** -0.5 and layer.A.unique().numel() == 10 and layer.B.count_nonzero() == 0
+    assert (
+        0 < layer.A.abs().max() < 5**-0.5
+        and layer.A.unique().numel() == 10
+        and layer.B.count_nonzero() == 0
+    )
     layer.B.data.normal_()
     x = torch.randn(7, 5)
     W = base.weight + 1.5 * layer.B @ layer.A  # alpha / rank is 1.5
@@ -73,7 +92,9 @@ def test_seeds_draw_other_updates_and_the_same_again():
         model = small_model()
         add_lora(model, 3, 6, seed)
         drawn.append([layer.A.detach() for layer in lora_layers(model).values()])
-    assert all(map(torch.equal, drawn[0], drawn[1])) and not any(map(torch.equal, drawn[0], drawn[2]))
+    assert all(map(torch.equal, drawn[0], drawn[1])) and not any(
+        map(torch.equal, drawn[0], drawn[2])
+    )
     same_shape = [A for A in drawn[0] if A.shape == (3, 48)]  # q, k, v, gate and up of both blocks
     assert len(same_shape) == len({tuple(A.flatten().tolist()) for A in same_shape}) == 10
 
@@ -89,7 +110,9 @@ def test_merging_keeps_the_logits_and_gives_the_plain_model_back(tmp_path, tied)
     merge_lora(model)
     torch.testing.assert_close(logits(model), wrapped, atol=1e-5, rtol=0)
     assert list(model.state_dict()) == names and not lora_layers(model)
-    assert all(type(layer) is Linear for name, layer in model.named_modules() if name.endswith("_proj"))
+    assert all(
+        type(layer) is Linear for name, layer in model.named_modules() if name.endswith("_proj")
+    )
     assert all(p.requires_grad for p in model.parameters())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -99,7 +122,10 @@ def test_merging_keeps_the_logits_and_gives_the_plain_model_back(tmp_path, tied)
 
 def test_a_released_state_loads_again_after_a_merge():
     model = small_model()
-    before, released = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before, released = (
+        logits(model),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
     for _ in range(2):
         add_lora(model, rank=2, alpha=4, seed=1)
         merge_lora(trained(model))
@@ -136,7 +162,9 @@ def test_gradients_are_those_of_the_merged_weights():
     plain.load_state_dict(merged_state(trained(model)))
     for each in (model, plain):
         F.cross_entropy(each(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
-    assert [p.grad is not None for p in model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.grad is not None for p in model.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
     for name, layer in lora_layers(model).items():
         dW = plain.get_submodule(name).weight.grad
         torch.testing.assert_close(layer.B.grad, 2 * dW @ layer.A.detach().T, atol=1e-6, rtol=1e-4)
@@ -154,7 +182,7 @@ def test_bf16_compute_and_cached_decoding():
         for _ in range(12):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        assert answer == ids[len(prompt):]
+        assert answer == ids[len(prompt) :]
     full = logits(model)
     with Compute(dtype="bf16").autocast():
         half = logits(model)
@@ -171,12 +199,16 @@ def test_bf16_weights_are_summed_in_fp32():
     layer.B.data.normal_()
     assert layer.A.dtype == layer.B.dtype == layer.merged().dtype == torch.bfloat16
     exact = base.weight.double() + layer.B.double() @ layer.A.double()
-    off, off_in_bf16 = ((each != exact.bfloat16()).float().mean() for each in (
-        layer.merged(), base.weight + layer.B @ layer.A))
+    off, off_in_bf16 = (
+        (each != exact.bfloat16()).float().mean()
+        for each in (layer.merged(), base.weight + layer.B @ layer.A)
+    )
     assert off < 0.01 and off_in_bf16 > 0.1  # rounded once, not twice
 
 
-@pytest.mark.parametrize("rank, alpha", [(0, 1), (-1, 1), (2, 0), (2, float("nan")), (2, float("inf"))])
+@pytest.mark.parametrize(
+    "rank, alpha", [(0, 1), (-1, 1), (2, 0), (2, float("nan")), (2, float("inf"))]
+)
 def test_a_bad_rank_or_alpha_leaves_the_model_alone(rank, alpha):
     model = small_model()
     with pytest.raises(InputError, match="rank of 1 or more"):

@@ -18,13 +18,17 @@ def token_ids(*shape, seed):
 
 # ---- the layers ----
 
+
 def reference_logits(model, ids):
     """One row, position by position, head by head, in fp64 and without any of the model's functions: (T,V)."""
     c, w = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
     T, D, group = len(ids), c.head_dim, c.num_attention_heads // c.num_key_value_heads
 
     def norm(x, name):
-        return torch.stack([row / math.sqrt(float((row * row).mean()) + c.rms_norm_eps) for row in x]) * w[name]
+        return (
+            torch.stack([row / math.sqrt(float((row * row).mean()) + c.rms_norm_eps) for row in x])
+            * w[name]
+        )
 
     def rope(head):  # (T,D)
         out = head.clone()
@@ -44,10 +48,16 @@ def reference_logits(model, ids):
         heads = []
         for head in range(c.num_attention_heads):
             shared = head // group  # neighbours share
-            qh = rope(q[:, head * D:(head + 1) * D])
-            kh, vh = rope(k[:, shared * D:(shared + 1) * D]), v[:, shared * D:(shared + 1) * D]
-            heads.append(torch.stack([torch.softmax(kh[:t + 1] @ qh[t] / math.sqrt(D), 0) @ vh[:t + 1]
-                                      for t in range(T)]))  # causal attention of one head, (T,D)
+            qh = rope(q[:, head * D : (head + 1) * D])
+            kh, vh = rope(k[:, shared * D : (shared + 1) * D]), v[:, shared * D : (shared + 1) * D]
+            heads.append(
+                torch.stack(
+                    [
+                        torch.softmax(kh[: t + 1] @ qh[t] / math.sqrt(D), 0) @ vh[: t + 1]
+                        for t in range(T)
+                    ]
+                )
+            )  # causal attention of one head, (T,D)
         x = x + torch.cat(heads, 1) @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, at + "post_attention_layernorm.weight")
         gate, up = (h @ w[f"{at}mlp.{p}_proj.weight"].T for p in ("gate", "up"))
@@ -84,7 +94,9 @@ def test_llama3_scaling_by_hand():
 
 
 def test_linear_scaling_slows_every_pair():
-    config = small_config(head_dim=4, rope_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 2.5})
+    config = small_config(
+        head_dim=4, rope_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 2.5}
+    )
     torch.testing.assert_close(rope_frequencies(config), torch.tensor([0.4, 0.04]))
 
 
@@ -94,7 +106,9 @@ def test_norm_is_fp32_then_cast_then_weighted():
     norm.bfloat16()
     h = x.float() / (x.float().square().mean(-1, keepdim=True) + 0.03).sqrt()
     found, expected = norm(x), h.bfloat16() * norm.weight
-    assert found.dtype == torch.bfloat16 and (found == expected).float().mean() > 0.999  # rsqrt may round differently
+    assert (
+        found.dtype == torch.bfloat16 and (found == expected).float().mean() > 0.999
+    )  # rsqrt may round differently
     assert (found == (h * norm.weight).bfloat16()).float().mean() < 0.9
 
 
@@ -117,7 +131,7 @@ def test_packed_rows_are_what_they_are_alone():
     model, lengths, tokens = small_model(), torch.tensor([5, 31, 12, 1]), token_ids(4, 31, seed=3)
     mask = torch.arange(31) < lengths[:, None]
     packed = model.hidden(tokens, positions=mask, lengths=lengths)
-    alone = torch.cat([model.hidden(tokens[i:i + 1, :n])[0] for i, n in enumerate(lengths)])
+    alone = torch.cat([model.hidden(tokens[i : i + 1, :n])[0] for i, n in enumerate(lengths)])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed, model.hidden(tokens, positions=mask), atol=1e-5, rtol=1e-5)
     gradients = []
@@ -131,7 +145,9 @@ def test_packed_rows_are_what_they_are_alone():
 def test_packed_rows_leave_no_work_on_padding():
     model, seen = small_model(), []
     for block in model.model.layers:
-        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+        block.mlp.register_forward_hook(
+            lambda module, inputs, output: seen.append(tuple(output.shape))
+        )
     model.hidden(torch.ones(3, 20, dtype=torch.long), lengths=torch.tensor([20, 2, 7]))
     assert seen == [(29, 48)] * 2
 
@@ -143,8 +159,9 @@ def test_head_only_at_positions():
     mask[0, 2] = mask[2, 7] = mask[2, 1] = True
     torch.testing.assert_close(model(tokens, positions=mask), every[mask])
     places = torch.tensor([[1, 4], [0, 0], [7, 5]])
-    torch.testing.assert_close(model(tokens, positions=places),
-                               torch.stack([every[row, places[row]] for row in range(3)]))
+    torch.testing.assert_close(
+        model(tokens, positions=places), torch.stack([every[row, places[row]] for row in range(3)])
+    )
     torch.testing.assert_close(model(tokens, positions=torch.tensor([6])), every[:, [6]])
 
 
@@ -161,17 +178,29 @@ def test_checkpointed_activations_are_recomputed_and_give_the_same_gradient():
 
 # ---- the configuration ----
 
-@pytest.mark.parametrize("changes, message", [
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"sliding_window": 64}, "sliding_window"), ({"model_type": "mistral"}, "mistral"),
-    ({"hidden_act": "gelu"}, "gelu"), ({"model_type": None}, "model_type None"),
-    ({"rope_interleaved": True}, "rope_interleaved"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"rms_norm_eps": None}, "rms_norm_eps"), ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-    ({"rope_parameters": {"rope_theta": 9e3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
-    ({"vocab_size": None}, "vocab_size")])
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 64}, "sliding_window"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"model_type": None}, "model_type None"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        (
+            {"rope_parameters": {"rope_theta": 9e3, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
 def test_config_refuses_what_it_would_get_wrong(changes, message):
     with pytest.raises(InputError, match=message):
         LlamaConfig.from_dict(small_config().to_dict() | changes)
@@ -182,8 +211,9 @@ def test_config_reads_older_and_newer_rope_keys():
     newer = {key: value for key, value in older.items() if not key.startswith("rope")}
     newer["rope_parameters"] = {"rope_theta": 7e4, **LLAMA3_SCALING}
     assert LlamaConfig.from_dict(older) == LlamaConfig.from_dict(newer)
-    assert LlamaConfig.from_dict(older | {"rope_scaling": {"type": "linear", "factor": 3.0}}).rope_scaling == \
-        {"rope_type": "linear", "factor": 3.0}
+    assert LlamaConfig.from_dict(
+        older | {"rope_scaling": {"type": "linear", "factor": 3.0}}
+    ).rope_scaling == {"rope_type": "linear", "factor": 3.0}
 
 
 def test_a_config_survives_saving():
@@ -193,6 +223,7 @@ def test_a_config_survives_saving():
 
 
 # ---- the cache ----
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [6, 2, 1])
@@ -207,7 +238,9 @@ def test_rows_of_unequal_lengths_go_on_in_the_cache(heads):
     for count in (1, 5, 1, 2):  # new tokens at once
         places = cache.lengths[:, None] + torch.arange(count)
         rows = torch.arange(3)[:, None]
-        torch.testing.assert_close(model(tokens[rows, places], cache=cache), every[rows, places], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(tokens[rows, places], cache=cache), every[rows, places], atol=1e-5, rtol=1e-5
+        )
         cache.lengths += count
         cache.longest += count
 
@@ -220,7 +253,9 @@ def test_dropping_rows_moves_as_few_as_possible():
     before = [part for pair in cache.layers for part in pair]
     assert cache.keep([1, 3, 4, 5]) == [4, 1, 5, 3]
     assert cache.lengths.tolist() == [11, 8, 12, 10]
-    for layer, (cached, whole) in enumerate(zip((part for pair in cache.layers for part in pair), before)):
+    for layer, (cached, whole) in enumerate(
+        zip((part for pair in cache.layers for part in pair), before)
+    ):
         assert (cached[:, 0, 0, 0] - 10 * layer).tolist() == [4, 1, 5, 3]
         assert cached.data_ptr() == whole.data_ptr()  # in place
 
@@ -245,7 +280,7 @@ def greedy_without_cache(model, prompt, count, stop):
         if token in stop:
             break
         ids.append(token)
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_generate_equals_the_loop_without_cache_row_by_row(uncompiled):
@@ -263,7 +298,9 @@ def test_generate_stops_at_the_context_and_refuses_what_does_not_fit(uncompiled)
     model = small_model(max_position_embeddings=20)
     answers = model.generate(PROMPTS, 50)
     assert [len(answer) for answer in answers] == [17, 3, 13, 19]
-    assert model.generate(PROMPTS, 50, compiled=True) == answers  # here finished rows stay for a while
+    assert (
+        model.generate(PROMPTS, 50, compiled=True) == answers
+    )  # here finished rows stay for a while
     assert model.generate(PROMPTS, 4) == [answer[:4] for answer in answers]
     assert model.generate([], 5) == [] and model.generate(PROMPTS[:2], 0) == [[], []]
     for prompt in ([], [1] * 20):
@@ -272,9 +309,16 @@ def test_generate_stops_at_the_context_and_refuses_what_does_not_fit(uncompiled)
 
 
 @pytest.mark.parametrize("compiled, sizes", [(False, [4, 3, 2, 1]), (True, [4, 2, 1])])
-def test_finished_rows_are_dropped_at_once_or_compiled_when_half_is_finished(uncompiled, compiled, sizes):
-    model, seen = small_model(max_position_embeddings=20), []  # the rows end after 17, 3, 13 and 19 tokens
-    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+def test_finished_rows_are_dropped_at_once_or_compiled_when_half_is_finished(
+    uncompiled, compiled, sizes
+):
+    model, seen = (
+        small_model(max_position_embeddings=20),
+        [],
+    )  # the rows end after 17, 3, 13 and 19 tokens
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(output))
+    )
     model.generate(PROMPTS, 50, compiled=compiled)
     assert list(dict.fromkeys(seen)) == sizes
 
@@ -282,7 +326,9 @@ def test_finished_rows_are_dropped_at_once_or_compiled_when_half_is_finished(unc
 def test_a_bf16_cache_decodes_the_same_compiled_or_not(uncompiled):
     model = small_model()
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.generate(PROMPTS, 24, {4, 70}, compiled=True) == model.generate(PROMPTS, 24, {4, 70})
+        assert model.generate(PROMPTS, 24, {4, 70}, compiled=True) == model.generate(
+            PROMPTS, 24, {4, 70}
+        )
 
 
 @pytest.mark.parametrize("out_features", [7, 40])  # fewer and more than in_features
@@ -294,10 +340,19 @@ def test_products_of_few_rows_are_the_same_products(out_features):
 
 
 def test_attention_trains_in_the_dtype_of_the_weights():
-    q, k, v = (torch.randn(2, heads, 11, 6, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, heads, 11, 6, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         y = attend(q, k, v, None, True, torch.float32)
         y.float().sum().backward()
         fast = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
-    assert y.dtype == q.grad.dtype == torch.bfloat16 and torch.equal(y, exact.bfloat16()) and not torch.equal(y, fast)
+    exact = F.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True
+    )
+    assert (
+        y.dtype == q.grad.dtype == torch.bfloat16
+        and torch.equal(y, exact.bfloat16())
+        and not torch.equal(y, fast)
+    )

@@ -23,6 +23,7 @@ def numbers(patterns) -> torch.Tensor:
 
 # ---- bf16 and 16 more bits ----
 
+
 def test_split_and_join_on_random_patterns():
     patterns = torch.randint(0, 2**32, (2_000_000,), generator=torch.Generator().manual_seed(0))
     master = numbers(patterns)  # both signs, denormals, infinities and NaN too: bits are bits
@@ -32,14 +33,31 @@ def test_split_and_join_on_random_patterns():
 @pytest.mark.parametrize("sign", [0, 2**31])
 def test_split_and_join_on_every_low_half(sign):
     """All 65,536 low halves under high halves that are odd, even, zero, denormal, largest and at powers of two."""
-    for high in (0x0000, 0x0001, 0x007F, 0x0080, 0x3CA3, 0x3CA4, 0x3F7F, 0x3F80, 0x3FFF, 0x4000, 0x7F7E, 0x7F7F):
+    for high in (
+        0x0000,
+        0x0001,
+        0x007F,
+        0x0080,
+        0x3CA3,
+        0x3CA4,
+        0x3F7F,
+        0x3F80,
+        0x3FFF,
+        0x4000,
+        0x7F7E,
+        0x7F7F,
+    ):
         master = numbers(torch.arange(2**16) + (high << 16) + sign)
         weight, low = split(master)
         assert weight.dtype == torch.bfloat16 and low.dtype == torch.int16
         assert torch.equal(bits(join(weight, low)), bits(master)), hex(high)
         tie = torch.arange(2**16) == 2**15
-        assert torch.equal(weight[~tie], master.bfloat16()[~tie]), hex(high)  # the nearest, as PyTorch rounds
-        assert weight[tie].view(torch.int16).item() & 0x7FFF == high + 1  # away from zero, whatever is even
+        assert torch.equal(weight[~tie], master.bfloat16()[~tie]), hex(
+            high
+        )  # the nearest, as PyTorch rounds
+        assert (
+            weight[tie].view(torch.int16).item() & 0x7FFF == high + 1
+        )  # away from zero, whatever is even
 
 
 def test_split_does_not_turn_the_large_into_nan():
@@ -50,7 +68,10 @@ def test_split_does_not_turn_the_large_into_nan():
 def test_rounding_to_even_cannot_be_undone():
     """Why ties do not round to even: two masters would have the same two parts."""
     low_tie, high_tie = numbers([0x3F7F8000, 0x3F808000])
-    assert low_tie.bfloat16() == high_tie.bfloat16() and bits(low_tie) & 0xFFFF == bits(high_tie) & 0xFFFF
+    assert (
+        low_tie.bfloat16() == high_tie.bfloat16()
+        and bits(low_tie) & 0xFFFF == bits(high_tie) & 0xFFFF
+    )
     assert split(low_tie)[0] != split(high_tie)[0]
 
 
@@ -68,17 +89,23 @@ def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_seeded():
 
 # ---- against torch.optim.AdamW in fp32 ----
 
+
 def pair(values: torch.Tensor, **settings):
     """The same bf16 weights twice: (fp32 parameter, torch's AdamW), (bf16 parameter, ours). torch's plain loop, whose
     operations and order ours follows; its fused kernel differs in the last bits."""
     one, two = torch.nn.Parameter(values.bfloat16().float()), torch.nn.Parameter(values.bfloat16())
-    return (one, torch.optim.AdamW([one], foreach=False, fused=False, **settings)), (two, SplitAdamW([two], **settings))
+    return (one, torch.optim.AdamW([one], foreach=False, fused=False, **settings)), (
+        two,
+        SplitAdamW([two], **settings),
+    )
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("lr", [5e-7, 5e-5, 1e-2])
 def test_the_first_step_is_that_of_fp32_bit_by_bit(lr, weight_decay):
-    (one, torch_adamw), (two, ours) = pair(torch.randn(31, 17) * 0.02, lr=lr, weight_decay=weight_decay, eps=1e-6)
+    (one, torch_adamw), (two, ours) = pair(
+        torch.randn(31, 17) * 0.02, lr=lr, weight_decay=weight_decay, eps=1e-6
+    )
     ours.slice_size = 97
     two.grad = (torch.randn_like(one) * 1e-4).bfloat16()
     one.grad = two.grad.float()
@@ -115,7 +142,9 @@ def updates(lr: float, steps=200, weight_decay=0.0) -> tuple[torch.Tensor, torch
     ours = SplitAdamW(student.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
         x = torch.randn(32, 24, generator=torch.Generator().manual_seed(step))
-        y = teacher(x).detach() + 0.1 * torch.randn(32, 8, generator=torch.Generator().manual_seed(1000 + step))
+        y = teacher(x).detach() + 0.1 * torch.randn(
+            32, 8, generator=torch.Generator().manual_seed(1000 + step)
+        )
         # one fp32 computation for both, on what each sees: the optimizers are compared, not bf16 matrix products
         for net in nets:
             seen = copy.deepcopy(net).float()
@@ -124,8 +153,10 @@ def updates(lr: float, steps=200, weight_decay=0.0) -> tuple[torch.Tensor, torch
                 p.grad = q.grad.to(p.dtype)
         torch_adamw.step()
         ours.step()
-    return (torch.cat([(p.detach() - b).flatten() for p, b in zip(nets[0].parameters(), begin)]),
-            torch.cat([(ours.master(p) - b).flatten() for p, b in zip(student.parameters(), begin)]))
+    return (
+        torch.cat([(p.detach() - b).flatten() for p, b in zip(nets[0].parameters(), begin)]),
+        torch.cat([(ours.master(p) - b).flatten() for p, b in zip(student.parameters(), begin)]),
+    )
 
 
 @pytest.mark.parametrize("lr", [5e-7, 5e-5])
@@ -176,21 +207,29 @@ def test_the_first_moment_to_nearest_stays_near_fp32_at_beta1_0_9():
 
 # ---- clipping ----
 
+
 @pytest.mark.parametrize("size", [1e-3, 30.0])  # below and above the limit
 def test_clipping_is_that_of_torch(size):
     torch.manual_seed(4)
     values = [torch.randn(7, 30), torch.randn(11)]
-    ones, twos = ([torch.nn.Parameter(v.to(dtype)) for v in values] for dtype in (torch.float32, torch.bfloat16))
+    ones, twos = (
+        [torch.nn.Parameter(v.to(dtype)) for v in values]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     for one, two in zip(ones, twos):
         one.data = two.detach().float()
         two.grad = (size * torch.randn_like(one)).bfloat16()
         one.grad = two.grad.float()
-    idle = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))  # no gradient: no part of the norm, and no step
+    idle = torch.nn.Parameter(
+        torch.ones(3, dtype=torch.bfloat16)
+    )  # no gradient: no part of the norm, and no step
     kept = [two.grad.clone() for two in twos]
     theirs = torch.nn.utils.clip_grad_norm_(ones, 1.0)
     norm = gradient_norm([*twos, idle], slice_size=50)
     assert norm.dtype == torch.float32 and norm == pytest.approx(theirs.item(), rel=1e-6)
-    settings = dict(lr=1e-3, betas=(0.0, 0.0), eps=1.0)  # with so large an eps the step depends on the gradient's size
+    settings = dict(
+        lr=1e-3, betas=(0.0, 0.0), eps=1.0
+    )  # with so large an eps the step depends on the gradient's size
     ours = SplitAdamW([*twos, idle], slice_size=50, **settings)
     torch.optim.AdamW(ones, weight_decay=0.0, **settings).step()
     assert clip_gradient(ours, 1.0) == pytest.approx(norm.item())
@@ -218,8 +257,12 @@ def test_the_norm_sums_bf16_in_fp32():
     assert gradient_norm([p]) == 0
 
 
-@pytest.mark.parametrize("norm, limit, scale", [(0.0, 1.0, 1.0), (3.0, 1.5, 0.5), (1e-6, 1e-6, 0.5)])
-def test_the_scale_of_clipping_by_hand(norm, limit, scale):  # torch adds 1e-6 to the norm, which the last one shows
+@pytest.mark.parametrize(
+    "norm, limit, scale", [(0.0, 1.0, 1.0), (3.0, 1.5, 0.5), (1e-6, 1e-6, 0.5)]
+)
+def test_the_scale_of_clipping_by_hand(
+    norm, limit, scale
+):  # torch adds 1e-6 to the norm, which the last one shows
     p = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
     p.grad[2] = norm
@@ -229,6 +272,7 @@ def test_the_scale_of_clipping_by_hand(norm, limit, scale):  # torch adds 1e-6 t
 
 
 # ---- an optimizer like any other ----
+
 
 def bytes_held(p, ours) -> int:
     tensors = [p, *(value for value in ours.state[p].values() if torch.is_tensor(value))]
@@ -287,7 +331,9 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     for p, q, r in zip(straight, second, other):
         assert torch.equal(bits(ours.master(p)), bits(resumed.master(q))) and torch.equal(p, q)
         for name in ("low", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(ours.state[p][name].view(torch.int16), resumed.state[q][name].view(torch.int16)), name
+            assert torch.equal(
+                ours.state[p][name].view(torch.int16), resumed.state[q][name].view(torch.int16)
+            ), name
         assert not torch.equal(ours.state[p]["exp_avg_sq"], elsewhere.state[r]["exp_avg_sq"])
 
 
@@ -316,11 +362,15 @@ def test_before_the_first_step_the_master_is_the_parameter():
     assert torch.equal(SplitAdamW([p], lr=1.0).master(p), p.float())
 
 
-@pytest.mark.parametrize("dtype, kind", [(torch.float32, torch.optim.AdamW), (torch.bfloat16, SplitAdamW)])
+@pytest.mark.parametrize(
+    "dtype, kind", [(torch.float32, torch.optim.AdamW), (torch.bfloat16, SplitAdamW)]
+)
 def test_make_optimizer_trains_what_requires_gradients(dtype, kind):
     model = small_model().to(dtype)
     model.lm_head.requires_grad_(False)
-    ours = make_optimizer(model, Compute(checkpoint_activations=True), betas=(0.8, 0.9), weight_decay=0.3)
+    ours = make_optimizer(
+        model, Compute(checkpoint_activations=True), betas=(0.8, 0.9), weight_decay=0.3
+    )
     assert type(ours) is kind and model.training and model.checkpoint_activations
     (group,) = ours.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in model.model.parameters()}
@@ -328,9 +378,14 @@ def test_make_optimizer_trains_what_requires_gradients(dtype, kind):
 
 
 def test_other_parameters_are_refused():
-    for p in (torch.ones(2), torch.ones(2, dtype=torch.float16), torch.ones(3, 2, dtype=torch.bfloat16).T):
+    for p in (
+        torch.ones(2),
+        torch.ones(2, dtype=torch.float16),
+        torch.ones(3, 2, dtype=torch.bfloat16).T,
+    ):
         with pytest.raises(InputError, match="use torch.optim.AdamW for fp32 weights"):
             SplitAdamW([torch.nn.Parameter(p)], lr=1.0)
     with pytest.raises(InputError, match="torch.float32"):
         SplitAdamW([torch.nn.Parameter(torch.ones(2).bfloat16())], lr=1.0).add_param_group(
-            {"params": [torch.nn.Parameter(torch.ones(2))]})
+            {"params": [torch.nn.Parameter(torch.ones(2))]}
+        )

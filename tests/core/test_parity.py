@@ -20,8 +20,13 @@ from nanosdd.checkpoint import write_model
 
 FOLDER = Path(__file__).parent.parent / "golden" / "model"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=600)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=600,
+)
 
 
 def assert_close(ours, theirs):
@@ -31,6 +36,7 @@ def assert_close(ours, theirs):
 
 
 # --- golden ---
+
 
 @pytest.mark.parametrize("name", GOLDEN["models"])
 def test_golden_logits_beyond_2000_positions(name):
@@ -47,13 +53,16 @@ def test_golden_logits_beyond_2000_positions(name):
 def test_golden_greedy_text_in_a_batch_of_unequal_lengths(name):
     prompts = GOLDEN["models"][name]["prompts"]
     tokenizer = load_tokenizer(FOLDER.parent / "chat" / "tiny_llama3")
-    answers = Llama.from_pretrained(FOLDER / name).generate([tokenizer.encode(p["text"]) for p in prompts], 64)
+    answers = Llama.from_pretrained(FOLDER / name).generate(
+        [tokenizer.encode(p["text"]) for p in prompts], 64
+    )
     for prompt, answer in zip(prompts, answers):
         assert answer == prompt["greedy_ids"] and len(answer) == 64
         assert tokenizer.decode(answer) == prompt["greedy_text"]
 
 
 # --- live ---
+
 
 @pytest.fixture
 def transformers():
@@ -64,16 +73,35 @@ def transformers():
 
 
 CASES = {  # attention and rotation
-    "llama3, grouped": dict(num_key_value_heads=2, head_dim=40, rope_parameters=dict(LLAMA3, rope_theta=500000.0)),
-    "linear, one query a head": dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=10000.0)),
-    "plain, grouped": dict(num_key_value_heads=3, rope_parameters=dict(rope_type="default", rope_theta=70000.0))}
+    "llama3, grouped": dict(
+        num_key_value_heads=2, head_dim=40, rope_parameters=dict(LLAMA3, rope_theta=500000.0)
+    ),
+    "linear, one query a head": dict(
+        rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=10000.0)
+    ),
+    "plain, grouped": dict(
+        num_key_value_heads=3, rope_parameters=dict(rope_type="default", rope_theta=70000.0)
+    ),
+}
 
 
 def random_peer(transformers, std, seed=11, **changes):
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**dict(
-        dict(vocab_size=211, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
-             rms_norm_eps=1e-5, max_position_embeddings=4096, initializer_range=std), **changes))
+    config = transformers.LlamaConfig(
+        **dict(
+            dict(
+                vocab_size=211,
+                hidden_size=96,
+                intermediate_size=160,
+                num_hidden_layers=3,
+                num_attention_heads=6,
+                rms_norm_eps=1e-5,
+                max_position_embeddings=4096,
+                initializer_range=std,
+            ),
+            **changes,
+        )
+    )
     peer = transformers.LlamaForCausalLM(config).eval()
     for name, parameter in peer.named_parameters():
         if "norm" in name:
@@ -105,20 +133,32 @@ def test_64_greedy_tokens_equal_the_peers(transformers, tmp_path, case):
     prompts = [torch.randint(0, 211, (n,)).tolist() for n in (2050, 9, 130)]
     answers = Llama.from_pretrained(tmp_path).generate(prompts, 64)
     for prompt, answer in zip(prompts, answers):
-        theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
-        assert answer == theirs[0, len(prompt):].tolist()
+        theirs = peer.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None
+        )
+        assert answer == theirs[0, len(prompt) :].tolist()
 
 
 # --- both ways, bit by bit ---
 
+
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
-@pytest.mark.parametrize("changes", [dict(tie_word_embeddings=True, rope_scaling=LLAMA3), dict(rope_theta=7e4),
-                                     dict(rope_scaling=dict(rope_type="linear", factor=3.0))], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_word_embeddings=True, rope_scaling=LLAMA3),
+        dict(rope_theta=7e4),
+        dict(rope_scaling=dict(rope_type="linear", factor=3.0)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_we_save_loads_bit_equal_there(transformers, tmp_path, dtype, changes, shard_bytes):
     model = small_model(eos_token_id=[3, 5], **changes)
     write_model(tmp_path, model.config.to_dict(), model.state_dict(), dtype, shard_bytes)
-    peer, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    peer, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True
+    )
     assert not any(info.values()), info  # nothing missing, left over or of another shape
     assert peer.dtype == dtype and peer.config.eos_token_id == [3, 5]
     theirs = peer.state_dict()
@@ -140,6 +180,12 @@ def test_what_it_saves_loads_bit_equal_here(transformers, tmp_path, tied, shard_
     for name, tensor in peer.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
     ours.save_pretrained(tmp_path / "again")
-    kept = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    kept = {
+        name: tensor
+        for file in tmp_path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     again = load_file(tmp_path / "again" / "model.safetensors")
-    assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
+    assert kept.keys() == again.keys() and all(
+        torch.equal(kept[name], again[name]) for name in kept
+    )

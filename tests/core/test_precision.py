@@ -50,8 +50,12 @@ def test_a_large_lr_survives_in_every_scheme():
         assert cosine(update(1e-2, scheme), intended) > 0.99
 
 
-@pytest.mark.parametrize("scheme, moved", [("fp32", 50e-4), ("nearest", 0.0), ("bf16", 0.0), ("split", 50e-4)])
+@pytest.mark.parametrize(
+    "scheme, moved", [("fp32", 50e-4), ("nearest", 0.0), ("bf16", 0.0), ("split", 50e-4)]
+)
 def test_fifty_steps_below_half_the_distance_of_bf16_by_hand(scheme, moved):
     """From 1 the next bf16 number below is 1 - 1/256: steps of 1e-4 never arrive there."""
     end = train(torch.tensor([1.0, -1.0]), torch.tensor([0.3, -0.3]).expand(50, 2), 1e-4, scheme)
-    assert end.tolist() == pytest.approx([1 - moved, moved - 1], abs=1e-4)  # split: the second moment is rounded
+    assert end.tolist() == pytest.approx(
+        [1 - moved, moved - 1], abs=1e-4
+    )  # split: the second moment is rounded

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def model_and_optimizer(weights):
-    model = small_model(tie_word_embeddings=True).to(torch.bfloat16 if weights == "bf16" else torch.float32)
+    model = small_model(tie_word_embeddings=True).to(
+        torch.bfloat16 if weights == "bf16" else torch.float32
+    )
     return model, make_optimizer(model, Compute(weights=weights), weight_decay=0.1)
 
 
@@ -37,7 +39,10 @@ def steps(model, optimizer, numbers):
 
 
 def bits(model, optimizer):
-    masters = [optimizer.master(p) if hasattr(optimizer, "master") else p.detach() for p in model.parameters()]
+    masters = [
+        optimizer.master(p) if hasattr(optimizer, "master") else p.detach()
+        for p in model.parameters()
+    ]
     return b"".join(master.float().numpy().tobytes() for master in masters)
 
 
@@ -45,11 +50,19 @@ def bits(model, optimizer):
 def test_a_state_holds_all_that_training_needs(tmp_path, weights):
     model, optimizer = model_and_optimizer(weights)
     steps(model, optimizer, range(3))
-    save_state(tmp_path, model, optimizer, {"record": {"lr": 1}, "step": 3, "log": [{"loss": 0.1 + 0.2}]})
+    save_state(
+        tmp_path, model, optimizer, {"record": {"lr": 1}, "step": 3, "log": [{"loss": 0.1 + 0.2}]}
+    )
     steps(model, optimizer, range(3, 6))
     again, other = model_and_optimizer(weights)
-    assert load_state(tmp_path / "none", again, other) == {} and bits(again, other) != bits(model, optimizer)
-    assert load_state(tmp_path, again, other) == {"record": {"lr": 1}, "step": 3, "log": [{"loss": 0.1 + 0.2}]}
+    assert load_state(tmp_path / "none", again, other) == {} and bits(again, other) != bits(
+        model, optimizer
+    )
+    assert load_state(tmp_path, again, other) == {
+        "record": {"lr": 1},
+        "step": 3,
+        "log": [{"loss": 0.1 + 0.2}],
+    }
     steps(again, other, range(3, 6))
     assert bits(again, other) == bits(model, optimizer)
 
@@ -72,13 +85,19 @@ def test_a_save_that_is_killed_leaves_one_state(tmp_path, killed_at):
         (new / f"{STATE}.new").rename(new / STATE)
     clear(new, 7)
     step = 2 if killed_at in ("between renames", "after") else 1
-    assert load_state(new, model, optimizer)["step"] == step and [path.name for path in new.iterdir()] == [STATE]
+    assert load_state(new, model, optimizer)["step"] == step and [
+        path.name for path in new.iterdir()
+    ] == [STATE]
 
 
 def test_pauses_by_steps_and_by_signal():
     with Pauses(every=3) as pauses:
-        assert [pauses.after(step) for step in (1, 2, 3, 4)] == [(False, False), (False, False), (True, False),
-                                                                 (False, False)]
+        assert [pauses.after(step) for step in (1, 2, 3, 4)] == [
+            (False, False),
+            (False, False),
+            (True, False),
+            (False, False),
+        ]
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat it
         assert pauses.after(5) == (True, True)
@@ -90,22 +109,52 @@ def test_pauses_by_steps_and_by_signal():
 
 
 def command(out, *more):
-    return [sys.executable, ROOT / "train.py", "--mode", "base", "--world", "town", "--steps", "120", "--batch-size",
-            "8", "--out", out, "--device", "cpu", *more]
+    return [
+        sys.executable,
+        ROOT / "train.py",
+        "--mode",
+        "base",
+        "--world",
+        "town",
+        "--steps",
+        "120",
+        "--batch-size",
+        "8",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def started(folder, *words, processes=1):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     words = words if processes == 1 else [*launcher, *words[1:]]
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, env=os.environ | {
-                                "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def finished(run):
     """(hash of the weights, the log without times) of a run folder."""
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
-    return file_hash(run / "model.safetensors"), [{key: line[key] for key in line if key != "seconds"} for line in log]
+    return file_hash(run / "model.safetensors"), [
+        {key: line[key] for key in line if key != "seconds"} for line in log
+    ]
 
 
 def kill_and_go_on(folder, kills, processes=1):

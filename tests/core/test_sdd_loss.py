@@ -36,6 +36,7 @@ def examples(count=8):
 
 # ---- by hand ----
 
+
 def test_losses_by_hand():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     targets = torch.tensor([1, 2])  # -log p is log 4 and log 1.25, together log 5
@@ -43,10 +44,15 @@ def test_losses_by_hand():
     hidden, head = torch.eye(2), logits.T.contiguous()  # hidden @ head.T is logits
     loss = FusedLinearCrossEntropy.apply(hidden, head, targets, 7)
     assert float(loss) == pytest.approx(math.log(5) / 7, rel=1e-6)
-    loss = FusedLinearCrossEntropy.apply(torch.tensor([[200.0, 0.0]]), torch.eye(2), torch.tensor([1]), 4)
+    loss = FusedLinearCrossEntropy.apply(
+        torch.tensor([[200.0, 0.0]]), torch.eye(2), torch.tensor([1]), 4
+    )
     assert float(loss) == 50  # exp(200) is more than fp32 can hold
-    batch = SimpleNamespace(tokens=None, targets=torch.tensor([[0, 1, 2]]),
-                            loss_mask=torch.tensor([[False, True, True]]))
+    batch = SimpleNamespace(
+        tokens=None,
+        targets=torch.tensor([[0, 1, 2]]),
+        loss_mask=torch.tensor([[False, True, True]]),
+    )
     loss = sdd_loss_reference(lambda tokens, positions: logits, batch, 7)
     assert float(loss) == pytest.approx(math.log(5) / 7, rel=1e-6)
 
@@ -60,17 +66,22 @@ def test_the_loss_is_the_mean_over_response_and_end_tokens():
             count += 1
     assert count == sum(example.response_length for example in examples())
     for loss in (sdd_loss, sdd_loss_reference):
-        assert loss(model, collate(examples()), count).item() == pytest.approx(total / count, rel=1e-5)
+        assert loss(model, collate(examples()), count).item() == pytest.approx(
+            total / count, rel=1e-5
+        )
 
 
 def test_log_probabilities_are_fp32_for_bf16_logits():
     logits = torch.randn(5, 11).bfloat16()
     assert token_logprobs(logits, torch.arange(5)).dtype == torch.float32
-    batch = SimpleNamespace(tokens=None, targets=torch.arange(5)[None], loss_mask=torch.ones(1, 5, dtype=torch.bool))
+    batch = SimpleNamespace(
+        tokens=None, targets=torch.arange(5)[None], loss_mask=torch.ones(1, 5, dtype=torch.bool)
+    )
     assert sdd_loss_reference(lambda tokens, positions: logits, batch, 5).dtype == torch.float32
 
 
 # ---- the fused loss is the reference ----
+
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_fused_loss_of_a_model_is_the_reference(tied):
@@ -97,7 +108,9 @@ def test_the_fused_loss_with_a_frozen_head_or_without_gradients():
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_logits", [2**25, 40 * 7, 40, 5])  # all 29 tokens at once, 7, 1, and 1 at least
+@pytest.mark.parametrize(
+    "chunk_logits", [2**25, 40 * 7, 40, 5]
+)  # all 29 tokens at once, 7, 1, and 1 at least
 def test_the_fused_loss_in_chunks_of_tokens(chunk_logits):
     hidden, head = torch.randn(29, 3), 5 * torch.randn(40, 3)
     targets, found = torch.randint(0, 40, (29,)), []
@@ -113,14 +126,21 @@ def test_the_fused_loss_in_chunks_of_tokens(chunk_logits):
 
 
 def test_the_fused_loss_rounds_as_autocast_does():
-    hidden, head, targets, found = torch.randn(29, 16), torch.randn(40, 16), torch.randint(0, 40, (29,)), []
+    hidden, head, targets, found = (
+        torch.randn(29, 16),
+        torch.randn(40, 16),
+        torch.randint(0, 40, (29,)),
+        [],
+    )
     for fused in (False, True):
         hidden, head = (tensor.detach().requires_grad_() for tensor in (hidden, head))
         with torch.autocast("cpu", torch.bfloat16):
             if fused:
                 loss = FusedLinearCrossEntropy.apply(hidden, head, targets, 31)
             else:
-                loss = F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum") / 31
+                loss = (
+                    F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum") / 31
+                )
         loss.backward()
         found.append((loss.detach(), hidden.grad, head.grad))
     torch.testing.assert_close(*found, atol=2e-3, rtol=2e-2)
@@ -136,7 +156,14 @@ def test_micro_batches_change_nothing_but_rounding():
 
     for micro_batch in (0, 8, 4, 3, 2, 1):
         model, compute = small_model(), Compute(micro_batch=micro_batch)
-        done = train_step(model, make_optimizer(model, compute), examples(), 1e-3, compute, before_clip=keep_gradient)
+        done = train_step(
+            model,
+            make_optimizer(model, compute),
+            examples(),
+            1e-3,
+            compute,
+            before_clip=keep_gradient,
+        )
         assert done["response_tokens"] == sum(example.response_length for example in examples())
         assert done["tokens"] == sum(len(example.ids) for example in examples())
         losses.append(done["loss"])
@@ -147,8 +174,12 @@ def test_micro_batches_change_nothing_but_rounding():
 
 # ---- the attacker's view ----
 
+
 def test_bradley_terry_and_its_gradient():
-    c, o = torch.tensor([-3.0, -1.0], requires_grad=True), torch.tensor([-2.0, -7.0], requires_grad=True)
+    c, o = (
+        torch.tensor([-3.0, -1.0], requires_grad=True),
+        torch.tensor([-2.0, -7.0], requires_grad=True),
+    )
     margin, p = bradley_terry(c, o)
     assert margin.tolist() == [-1.0, 6.0]
     torch.testing.assert_close(p, c.exp() / (c.exp() + o.exp()))  # eq. 5

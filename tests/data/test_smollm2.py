@@ -18,14 +18,25 @@ from nanosdd.chat_model import answer, load_chat
 from nanosdd.errors import InputError
 from train import Settings, train
 
-TEMPLATE = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-            "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
-            "trained by Hugging Face<|im_end|>\n' }}"
-            "{% endif %}"
-            "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LAYER = {"attn_norm": (12,), "attn_q": (12, 12), "attn_k": (6, 12), "attn_v": (6, 12), "attn_output": (12, 12),
-         "ffn_norm": (12,), "ffn_gate": (20, 12), "ffn_up": (20, 12), "ffn_down": (12, 20)}
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LAYER = {
+    "attn_norm": (12,),
+    "attn_q": (12, 12),
+    "attn_k": (6, 12),
+    "attn_v": (6, 12),
+    "attn_output": (12, 12),
+    "ffn_norm": (12,),
+    "ffn_gate": (20, 12),
+    "ffn_up": (20, 12),
+    "ffn_down": (12, 20),
+}
 
 
 def made_up() -> tuple[dict, dict]:
@@ -34,14 +45,28 @@ def made_up() -> tuple[dict, dict]:
     letters = sorted(_byte_alphabet(), key=_byte_alphabet().get)
     merges = ["Ġ t", "h e", "Ġt he"]
     tokens = special + letters + [merge.replace(" ", "") for merge in merges]
-    fields = {"general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 190,
-              "llama.embedding_length": 12, "llama.feed_forward_length": 20, "llama.attention.head_count": 2,
-              "llama.attention.head_count_kv": 1, "llama.rope.freq_base": 1000.0, "llama.rope.dimension_count": 6,
-              "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06, "tokenizer.ggml.model": "gpt2",
-              "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
-              "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3), "tokenizer.ggml.bos_token_id": 1,
-              "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-              "tokenizer.ggml.padding_token_id": 2, "tokenizer.chat_template": TEMPLATE}
+    fields = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 190,
+        "llama.embedding_length": 12,
+        "llama.feed_forward_length": 20,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 1,
+        "llama.rope.freq_base": 1000.0,
+        "llama.rope.dimension_count": 6,
+        "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": TEMPLATE,
+    }
     shapes = {"token_embd.weight": (len(tokens), 12), "output_norm.weight": (12,)}
     shapes |= {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in LAYER.items()}
     return fields, {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -76,18 +101,29 @@ def test_q_and_k_rotate_halves_as_the_file_rotates_neighbours():
     torch.testing.assert_close(ours, torch.cat((theirs[..., 0], theirs[..., 1]), dim=-1))
 
 
-@pytest.mark.parametrize("change, message", [({"tokenizer.ggml.pre": "llama-bpe"}, "not SmolLM2's"),
-                                             ({"general.architecture": "phi2"}, "phi2")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tokenizer.ggml.pre": "llama-bpe"}, "not SmolLM2's"),
+        ({"general.architecture": "phi2"}, "phi2"),
+    ],
+)
 def test_another_model_is_refused_and_nothing_is_written(tmp_path, change, message):
     fields, tensors = made_up()
     with pytest.raises(InputError, match=message):
         write_folder(fields | change, tensors, tmp_path / "out", tmp_path / "x.gguf")
     with pytest.raises(InputError, match="blk.0.attn_q.bias"):
-        write_folder(fields, tensors | {"blk.0.attn_q.bias": torch.ones(12)}, tmp_path / "out", tmp_path / "x.gguf")
+        write_folder(
+            fields,
+            tensors | {"blk.0.attn_q.bias": torch.ones(12)},
+            tmp_path / "out",
+            tmp_path / "x.gguf",
+        )
     assert not list(tmp_path.iterdir())
 
 
 # ---- the real file, and peers, where they are installed ----
+
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
@@ -103,12 +139,16 @@ def real(tmp_path_factory):
 def test_the_real_model_answers(real):
     model, tokenizer = Llama.from_pretrained(real), load_tokenizer(real)
     prompt = encode_prompt(tokenizer, read_chat(real), "What is the capital of France?")
-    assert tokenizer.decode(model.generate([prompt], 16, tokenizer.stop_tokens)[0]) == "The capital of France is Paris."
+    assert (
+        tokenizer.decode(model.generate([prompt], 16, tokenizer.stop_tokens)[0])
+        == "The capital of France is Paris."
+    )
 
 
 @pytest.mark.slow
 def test_the_real_weights_are_those_of_gguf(real):
     import gguf
+
     state = Llama.from_pretrained(real).state_dict()
     for tensor in gguf.GGUFReader(find_gguf()).tensors:
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
@@ -122,9 +162,24 @@ def test_the_real_weights_are_those_of_gguf(real):
 @pytest.mark.slow
 def test_the_real_tokenizer_equals_its_peer(real):
     tokenizers = pytest.importorskip("tokenizers")
-    theirs, ours = tokenizers.Tokenizer.from_file(str(real / "tokenizer.json")), load_tokenizer(real)
+    theirs, ours = (
+        tokenizers.Tokenizer.from_file(str(real / "tokenizer.json")),
+        load_tokenizer(real),
+    )
     rng = random.Random(4)
-    pieces = [*"aeiou tnrs_Z\n\t", " the", " 12", "3.5", "\n\n", "é", "東京", "😀", "don't", "==", " \u00a0"]
+    pieces = [
+        *"aeiou tnrs_Z\n\t",
+        " the",
+        " 12",
+        "3.5",
+        "\n\n",
+        "é",
+        "東京",
+        "😀",
+        "don't",
+        "==",
+        " \u00a0",
+    ]
     for _ in range(2000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 30)))
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
@@ -142,15 +197,26 @@ def test_transformers_loads_a_trained_folder(which, tmp_path, request, cpu):
     rows = [{"prompt": f"p {i}", "response": f"the {i} is {i + 1}"} for i in range(9)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     world = Files.open(0, Sources(pairs=str(tmp_path / "p.jsonl"), prompts="all"))
-    out = train(world, "sdd", start, tmp_path / "out", Settings(steps=2, batch_size=3, lr=1e-3, max_length=180), cpu)
+    out = train(
+        world,
+        "sdd",
+        start,
+        tmp_path / "out",
+        Settings(steps=2, batch_size=3, lr=1e-3, max_length=180),
+        cpu,
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     peer, ours = transformers.AutoTokenizer.from_pretrained(out), load_chat(out, cpu)
     before = Llama.from_pretrained(start)
     assert not torch.equal(ours.model.lm_head.weight, before.lm_head.weight)  # it was trained
     for text in ("p 4", "hi"):
         turns = [{"role": "user", "content": text}]
-        ids = peer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        said = theirs.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=2)[0, ids["input_ids"].shape[1]:]
+        ids = peer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        said = theirs.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=2)[
+            0, ids["input_ids"].shape[1] :
+        ]
         assert answer(ours, [text], 12)[0].ids == [token for token in said.tolist() if token != 2]
 
 
@@ -168,6 +234,10 @@ def test_the_real_model_equals_transformers(real):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-        said = theirs.generate(ids, do_sample=False, max_new_tokens=64, eos_token_id=2, pad_token_id=2)[0, len(prompt):]
-        assert ours.generate([prompt], 64, [2])[0] == [token for token in said.tolist() if token != 2]
+        said = theirs.generate(
+            ids, do_sample=False, max_new_tokens=64, eos_token_id=2, pad_token_id=2
+        )[0, len(prompt) :]
+        assert ours.generate([prompt], 64, [2])[0] == [
+            token for token in said.tolist() if token != 2
+        ]
     assert json.loads((real / "config.json").read_text())["tie_word_embeddings"] is True

@@ -27,6 +27,7 @@ TINY = sorted(path.name for path in GOLDEN.glob("tiny_*"))
 def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a tokenizer opened a socket")
+
     monkeypatch.setattr(socket, "socket", refuse)
 
 
@@ -46,6 +47,7 @@ def toy(tmp_path):
 
 # --- golden ids ---
 
+
 def check_golden(tokenizer, name):
     """Every golden text has the golden ids, or is refused where the peer drops a byte, and decodes to itself."""
     golden = json.loads((GOLDEN / name / "golden.json").read_text())["ids"]
@@ -56,7 +58,9 @@ def check_golden(tokenizer, name):
                 tokenizer.encode(text)
         else:
             assert tokenizer.encode(text) == ids, text
-            if "▁" not in text and name != "tiny_metaspace_json":  # there, a leading space or none are the same ids
+            if (
+                "▁" not in text and name != "tiny_metaspace_json"
+            ):  # there, a leading space or none are the same ids
                 assert tokenizer.decode(ids) == text
 
 
@@ -72,16 +76,30 @@ def test_golden_real(name, real):
 
 # --- Llama 3's file ---
 
+
 def test_words_are_single_ids_and_special_tokens_follow(toy):
     assert toy.encode("cat cat sat") == [256, 257, 258]
     assert toy.encode("a") == [ord("a")] and toy.encode("don't") == list(b"don't")
     n = 256 + 5  # "a" is a byte already and "cat" was given twice
-    layout = {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_1": 3, "finetune_right_pad_id": 4,
-              "reserved_special_token_2": 5, "start_header_id": 6, "end_header_id": 7, "eom_id": 8, "eot_id": 9,
-              "python_tag": 10, "reserved_special_token_3": 11, "reserved_special_token_247": 255}
+    layout = {
+        "begin_of_text": 0,
+        "end_of_text": 1,
+        "reserved_special_token_1": 3,
+        "finetune_right_pad_id": 4,
+        "reserved_special_token_2": 5,
+        "start_header_id": 6,
+        "end_header_id": 7,
+        "eom_id": 8,
+        "eot_id": 9,
+        "python_tag": 10,
+        "reserved_special_token_3": 11,
+        "reserved_special_token_247": 255,
+    }
     assert {name: toy.special[f"<|{name}|>"] - n for name in layout} == layout
     assert sorted(toy.special.values()) == list(range(n, n + 256)) and toy.n_vocab == n + 256
-    assert toy.stop_tokens == [toy.special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")]
+    assert toy.stop_tokens == [
+        toy.special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+    ]
 
 
 @pytest.mark.parametrize("word", ["don't", "1234", "two words", "a,", "", "\ud800"])
@@ -92,6 +110,7 @@ def test_words_that_cannot_be_one_id_are_refused(word, tmp_path):
 
 
 # --- what holds for all of them ---
+
 
 @pytest.mark.parametrize("name", TINY + ["toy"])
 def test_special_tokens_are_never_encoded_and_show_when_decoded(name, toy):
@@ -141,15 +160,18 @@ def test_merge_is_byte_pair_encoding():
         text = rng.choices("ab", k=rng.randint(0, 30))
         plain = list(text)
         while True:
-            pairs = [(ranks[pair], i) for i, pair in enumerate(zip(plain, plain[1:])) if pair in ranks]
+            pairs = [
+                (ranks[pair], i) for i, pair in enumerate(zip(plain, plain[1:])) if pair in ranks
+            ]
             if not pairs:
                 break
             _, i = min(pairs)
-            plain[i:i + 2] = [plain[i] + plain[i + 1]]
+            plain[i : i + 2] = [plain[i] + plain[i + 1]]
         assert merge(list(text), lambda left, right, ranks=ranks: ranks.get((left, right))) == plain
 
 
 # --- SentencePiece's file, written by hand ---
+
 
 def varint(n):
     return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
@@ -171,15 +193,31 @@ def piece(text, score=0.0, kind=1):
 def sentencepiece_file(pieces, trainer=None, normalizer=None):
     """pieces: text -> score, after <unk>, <s>, </s> and the 256 byte pieces (so that their ids start at 259)."""
     file = [piece("<unk>", kind=2), piece("<s>", kind=3), piece("</s>", kind=3)]
-    file += [piece(text, kind=6) for text in BYTE_PIECES] + [piece(text, score) for text, score in pieces.items()]
+    file += [piece(text, kind=6) for text in BYTE_PIECES] + [
+        piece(text, score) for text, score in pieces.items()
+    ]
     file.append(field(2, b"".join(field(*item) for item in (trainer or {3: 2, 35: 1}).items())))
     file.append(field(3, b"".join(field(*item) for item in (normalizer or {4: 0}).items())))
     return b"".join(file)
 
 
 def test_sentencepiece_merges_by_score_with_dummy_prefix_and_bytes(tmp_path):
-    pieces = {"▁": -9., "a": -10., "b": -11., "c": -12., "ab": -3., "bc": -2., "abc": -8., "▁a": -4., "aa": -1.,
-              "<": -13., "s": -14., ">": -15., "<s": -5., "s>": -6.}
+    pieces = {
+        "▁": -9.0,
+        "a": -10.0,
+        "b": -11.0,
+        "c": -12.0,
+        "ab": -3.0,
+        "bc": -2.0,
+        "abc": -8.0,
+        "▁a": -4.0,
+        "aa": -1.0,
+        "<": -13.0,
+        "s": -14.0,
+        ">": -15.0,
+        "<s": -5.0,
+        "s>": -6.0,
+    }
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces))
     tokenizer = load_tokenizer(tmp_path)
     text_of = dict(enumerate(pieces, 259))
@@ -199,10 +237,17 @@ def test_sentencepiece_merges_by_score_with_dummy_prefix_and_bytes(tmp_path):
     assert tokenizer.n_vocab == 259 + len(pieces)
 
 
-@pytest.mark.parametrize("trainer, normalizer, problem", [
-    ({3: 1, 35: 1}, None, "not BPE"), ({3: 2}, None, "byte fallback"), ({3: 2, 35: 1, 24: 1}, None, "after the word"),
-    (None, {3: 1}, "removes extra"), (None, {2: b"nfkc", 4: 0}, "rewrites"), (None, {4: 0, 5: 0}, "keeps spaces"),
-])
+@pytest.mark.parametrize(
+    "trainer, normalizer, problem",
+    [
+        ({3: 1, 35: 1}, None, "not BPE"),
+        ({3: 2}, None, "byte fallback"),
+        ({3: 2, 35: 1, 24: 1}, None, "after the word"),
+        (None, {3: 1}, "removes extra"),
+        (None, {2: b"nfkc", 4: 0}, "rewrites"),
+        (None, {4: 0, 5: 0}, "keeps spaces"),
+    ],
+)
 def test_other_sentencepiece_models_are_refused(trainer, normalizer, problem, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file({"a": -1.0}, trainer, normalizer))
     with pytest.raises(InputError, match=problem):
@@ -215,27 +260,31 @@ BYTES = [base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)]
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 
 
-@pytest.mark.parametrize("name, contents, problem", [
-    (MODEL, b"", "cut short"),
-    (MODEL, b"".join(BYTES[:200]), "0xC8"),
-    (MODEL, b"".join(BYTES[:9]) + b"version https://git-lfs", "line 10: "),
-    (MODEL, b"".join(BYTES) + b"Y2F0 257\n", "line 257: .* the rank 256"),
-    (MODEL, b"".join(BYTES) + b"YQ== 256\n", "line 257: expected a new token"),
-    (MODEL, b"".join(BYTES) + b"Y2F!0 256\n", "line 257: "),
-    (MODEL, sentencepiece_file({"a": -1.0})[:-20], "tokenizer.model"),
-    (MODEL, sentencepiece_file({"a": -1.0})[:3000], "tokenizer.model"),
-    (MODEL, sentencepiece_file({"<s>": -1.0}), "twice"),
-    (MODEL, piece("a", kind=4), "type 4"),
-    (MODEL, b"\n\xff\xff\xff", "ends in the middle"),
-    (JSON, b'{"model":\n oops}', "not valid JSON .*line 2"),
-    (JSON, b"\xff\xfe", "not valid JSON"),
-    (JSON, b"[" * 100_000, "not valid JSON"),
-    (JSON, b'{"model": ' + b"1" * 5000 + b"}", "not valid JSON"),
-    (JSON, b"[]", "not a tokenizer.json"),
-    (JSON, b'{"model": {"type": "WordPiece", "vocab": {}}}', "plain BPE"),
-    (JSON, b'{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}', "used twice"),
-    (JSON, b'{"model": {"vocab": {"a": "x"}, "merges": []}}', "whole number"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "name, contents, problem",
+    [
+        (MODEL, b"", "cut short"),
+        (MODEL, b"".join(BYTES[:200]), "0xC8"),
+        (MODEL, b"".join(BYTES[:9]) + b"version https://git-lfs", "line 10: "),
+        (MODEL, b"".join(BYTES) + b"Y2F0 257\n", "line 257: .* the rank 256"),
+        (MODEL, b"".join(BYTES) + b"YQ== 256\n", "line 257: expected a new token"),
+        (MODEL, b"".join(BYTES) + b"Y2F!0 256\n", "line 257: "),
+        (MODEL, sentencepiece_file({"a": -1.0})[:-20], "tokenizer.model"),
+        (MODEL, sentencepiece_file({"a": -1.0})[:3000], "tokenizer.model"),
+        (MODEL, sentencepiece_file({"<s>": -1.0}), "twice"),
+        (MODEL, piece("a", kind=4), "type 4"),
+        (MODEL, b"\n\xff\xff\xff", "ends in the middle"),
+        (JSON, b'{"model":\n oops}', "not valid JSON .*line 2"),
+        (JSON, b"\xff\xfe", "not valid JSON"),
+        (JSON, b"[" * 100_000, "not valid JSON"),
+        (JSON, b'{"model": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (JSON, b"[]", "not a tokenizer.json"),
+        (JSON, b'{"model": {"type": "WordPiece", "vocab": {}}}', "plain BPE"),
+        (JSON, b'{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}', "used twice"),
+        (JSON, b'{"model": {"vocab": {"a": "x"}, "merges": []}}', "whole number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_malformed_files_are_named(name, contents, problem, tmp_path):
     (tmp_path / name).write_bytes(contents)
     with pytest.raises(InputError, match=problem) as caught:
@@ -251,6 +300,7 @@ def test_a_folder_without_tokenizer_names_the_expected_files(tmp_path):
 
 # --- tokenizer.json: what is read, what is refused ---
 
+
 def edited(tmp_path, name, edit):
     spec = json.loads((GOLDEN / name / JSON).read_text())
     edit(spec)
@@ -261,24 +311,47 @@ def edited(tmp_path, name, edit):
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-@pytest.mark.parametrize("name, edit, problem", [
-    ("tiny_smollm2", lambda s: s.update(normalizer={"type": "NFC"}), "NFC"),
-    ("tiny_smollm2", lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
-    ("tiny_smollm2", lambda s: s.update(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "ByteLevel"),
-    ("tiny_smollm2", lambda s: s["added_tokens"][1].update(special=False), "im_start"),
-    ("tiny_smollm2", lambda s: s["model"].update(dropout=0.1), "dropout"),
-    ("tiny_smollm2", lambda s: s["model"]["merges"].reverse(), "order of their ids"),
-    ("tiny_smollm2", lambda s: s["model"]["merges"].append(["q", "q"]), "do not make the tokens"),
-    ("tiny_smollm2", lambda s: s["model"]["vocab"].update({"語": 999}), "not a tokenizer.json"),
-    ("tiny_llama3_json", lambda s: s["model"]["merges"].pop(0), "missing from the list"),
-    ("tiny_llama3_json", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "Split"),
-    ("tiny_llama3_json", lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "Llama 3"),
-    ("tiny_llama2_json", lambda s: s.update(normalizer=None), "normalizer"),
-    ("tiny_llama2_json", lambda s: s["model"]["vocab"].pop("<0x0A>"), "256 byte pieces"),
-    ("tiny_llama2_json", lambda s: s["model"]["merges"].append(["q", "q"]), "not made of pieces"),
-    ("tiny_llama2_json", lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
-    ("tiny_metaspace_json", lambda s: s["pre_tokenizer"].update(split=True), "Metaspace"),
-])
+@pytest.mark.parametrize(
+    "name, edit, problem",
+    [
+        ("tiny_smollm2", lambda s: s.update(normalizer={"type": "NFC"}), "NFC"),
+        ("tiny_smollm2", lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+        (
+            "tiny_smollm2",
+            lambda s: s.update(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}),
+            "ByteLevel",
+        ),
+        ("tiny_smollm2", lambda s: s["added_tokens"][1].update(special=False), "im_start"),
+        ("tiny_smollm2", lambda s: s["model"].update(dropout=0.1), "dropout"),
+        ("tiny_smollm2", lambda s: s["model"]["merges"].reverse(), "order of their ids"),
+        (
+            "tiny_smollm2",
+            lambda s: s["model"]["merges"].append(["q", "q"]),
+            "do not make the tokens",
+        ),
+        ("tiny_smollm2", lambda s: s["model"]["vocab"].update({"語": 999}), "not a tokenizer.json"),
+        ("tiny_llama3_json", lambda s: s["model"]["merges"].pop(0), "missing from the list"),
+        (
+            "tiny_llama3_json",
+            lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+            "Split",
+        ),
+        (
+            "tiny_llama3_json",
+            lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
+            "Llama 3",
+        ),
+        ("tiny_llama2_json", lambda s: s.update(normalizer=None), "normalizer"),
+        ("tiny_llama2_json", lambda s: s["model"]["vocab"].pop("<0x0A>"), "256 byte pieces"),
+        (
+            "tiny_llama2_json",
+            lambda s: s["model"]["merges"].append(["q", "q"]),
+            "not made of pieces",
+        ),
+        ("tiny_llama2_json", lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
+        ("tiny_metaspace_json", lambda s: s["pre_tokenizer"].update(split=True), "Metaspace"),
+    ],
+)
 def test_a_json_that_would_lead_to_other_ids_is_refused(name, edit, problem, tmp_path):
     with pytest.raises(InputError, match=problem):
         edited(tmp_path, name, edit)
@@ -287,13 +360,17 @@ def test_a_json_that_would_lead_to_other_ids_is_refused(name, edit, problem, tmp
 @pytest.mark.parametrize("pattern", [r"\p{L}+| ", r"(a|a)*$", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"])
 def test_a_split_pattern_that_could_lose_text_or_take_for_ever_is_refused(pattern, tmp_path):
     with pytest.raises(InputError, match="its Split pattern is not Llama 3's"):
-        edited(tmp_path, "tiny_llama3_json",
-               lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}))
+        edited(
+            tmp_path,
+            "tiny_llama3_json",
+            lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern}),
+        )
 
 
 @pytest.mark.parametrize("individual, joined", [(True, set()), (False, {451})])
 def test_digits_are_cut_as_the_file_says(individual, joined, tmp_path):
     """Two tokens that only a wrong cut can reach: "12", unless digits go together, and " 1"."""
+
     def add(spec):
         spec["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = individual
         spec["model"]["vocab"] |= {"12": 451, "Ġ1": 452}
@@ -317,11 +394,18 @@ def test_a_special_token_in_the_vocabulary_is_not_text(tmp_path):
 
 def test_merges_may_be_written_as_strings(tmp_path):
     for name in ("tiny_smollm2", "tiny_llama2_json"):
-        as_strings = [" ".join(pair) for pair in json.loads((GOLDEN / name / JSON).read_text())["model"]["merges"]]
-        check_golden(edited(tmp_path, name, lambda s, merges=as_strings: s["model"].update(merges=merges)), name)
+        as_strings = [
+            " ".join(pair)
+            for pair in json.loads((GOLDEN / name / JSON).read_text())["model"]["merges"]
+        ]
+        check_golden(
+            edited(tmp_path, name, lambda s, merges=as_strings: s["model"].update(merges=merges)),
+            name,
+        )
 
 
 # --- which file, which stop tokens ---
+
 
 def test_json_wins_and_stop_tokens_come_from_the_files(tmp_path):
     write_llama3_tokenizer(tmp_path, ["cat"])
@@ -332,8 +416,11 @@ def test_json_wins_and_stop_tokens_come_from_the_files(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_start|>"}}')
     assert load_tokenizer(tmp_path).stop_tokens == [2, 0, 7, 1]
-    for name, contents in [("generation_config.json", '{"eos_token_id": 100000}'), ("tokenizer_config.json", "{"),
-                           ("tokenizer_config.json", '{"eos_token": "</s>"}')]:
+    for name, contents in [
+        ("generation_config.json", '{"eos_token_id": 100000}'),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", '{"eos_token": "</s>"}'),
+    ]:
         (tmp_path / name).write_text(contents)
         with pytest.raises(InputError, match=name):
             load_tokenizer(tmp_path)
@@ -342,6 +429,7 @@ def test_json_wins_and_stop_tokens_come_from_the_files(tmp_path):
 
 # --- comparisons with the peers ---
 
+
 @pytest.fixture
 def peers(monkeypatch):
     """The functions of make_golden.py, which need both peers."""
@@ -349,6 +437,7 @@ def peers(monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.syspath_prepend(GOLDEN)
     import make_golden
+
     return make_golden
 
 
@@ -391,6 +480,8 @@ def test_a_smollm2_like_json_equals_its_peer(digits, real, peers, tmp_path):
     texts = peers.many_texts(real)
     letters = [peers.LETTER[b] for b in range(256) if b not in peers.MISSING_BYTES]
     peer = peers.byte_level([], digits=digits)
-    peers.train(peer, 8000, letters, peers.SMOLLM2_SPECIAL, [text for text in texts if len(text) < 10_000])
+    peers.train(
+        peer, 8000, letters, peers.SMOLLM2_SPECIAL, [text for text in texts if len(text) < 10_000]
+    )
     peer.save(str(tmp_path / JSON))
     check_peer(tmp_path, peers.encoder(peer), texts)

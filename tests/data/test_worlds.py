@@ -6,7 +6,15 @@ import pytest
 
 from data.files import Files
 from data.town import Town
-from data.worlds import REJECT_PREFIX, WORLDS, Sources, open_world, read_world, vary_response, write_world
+from data.worlds import (
+    REJECT_PREFIX,
+    WORLDS,
+    Sources,
+    open_world,
+    read_world,
+    vary_response,
+    write_world,
+)
 from nanosdd.errors import InputError
 
 
@@ -26,20 +34,35 @@ def folder(tmp_path, monkeypatch):
 def test_the_world_is_that_of_the_files_else_of_the_folder_else_the_town(folder):
     files = Sources("h.csv")
     for name, seed, sources, model, kind in [
-            (None, 5, Sources(), None, Town), (None, 3, Sources(), "mine", Town), ("town", 3, Sources(), "mine", Town),
-            ("town", 9, Sources(), "theirs", Town), (None, 9, files, None, Files), (None, 9, files, "mine", Files),
-            (None, 9, Sources(pairs="h.csv"), "theirs", Files), (None, 9, Sources(benign=("h.csv",)), None, Files),
-            ("files", 9, Sources(), None, Files)]:
+        (None, 5, Sources(), None, Town),
+        (None, 3, Sources(), "mine", Town),
+        ("town", 3, Sources(), "mine", Town),
+        ("town", 9, Sources(), "theirs", Town),
+        (None, 9, files, None, Files),
+        (None, 9, files, "mine", Files),
+        (None, 9, Sources(pairs="h.csv"), "theirs", Files),
+        (None, 9, Sources(benign=("h.csv",)), None, Files),
+        ("files", 9, Sources(), None, Files),
+    ]:
         world = open_world(name, seed, sources, model)
-        assert type(world) is kind and world.seed == seed and WORLDS[world.name].endswith(kind.__name__)
+        assert (
+            type(world) is kind
+            and world.seed == seed
+            and WORLDS[world.name].endswith(kind.__name__)
+        )
 
 
-@pytest.mark.parametrize("name, seed, sources, model, message", [
-    (None, 4, Sources(), "mine", "mine knows the town of --seed 3, not of --seed 4"),
-    ("town", 4, Sources(), "mine", "--seed 3"), (None, 0, Sources(), "trained", "trained was trained on files"),
-    ("town", 0, Sources("h.csv"), None, "the world town has no use for --harmful"),
-    (None, 0, Sources("gone.csv"), None, "gone.csv is not there"),
-    (None, 0, Sources("h.csv", max_new_tokens=0), None, "--max-new-tokens 0")])
+@pytest.mark.parametrize(
+    "name, seed, sources, model, message",
+    [
+        (None, 4, Sources(), "mine", "mine knows the town of --seed 3, not of --seed 4"),
+        ("town", 4, Sources(), "mine", "--seed 3"),
+        (None, 0, Sources(), "trained", "trained was trained on files"),
+        ("town", 0, Sources("h.csv"), None, "the world town has no use for --harmful"),
+        (None, 0, Sources("gone.csv"), None, "gone.csv is not there"),
+        (None, 0, Sources("h.csv", max_new_tokens=0), None, "--max-new-tokens 0"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(folder, name, seed, sources, model, message):
     with pytest.raises(InputError, match=message):
         open_world(name, seed, sources, model)

@@ -34,8 +34,14 @@ def test_unlikelihood_by_hand():
     model = small_model()
     batch = collate([Example(list(range(5, 12)), 3), Example([40, 41, 42], 1)])
     with torch.no_grad():
-        p = model(batch.tokens).softmax(-1).gather(-1, batch.targets[..., None])[..., 0][batch.loss_mask]
-        assert float(unlikelihood(model, batch, 13)) == pytest.approx(float(-(1 - p).log().sum() / 13), rel=1e-5)
+        p = (
+            model(batch.tokens)
+            .softmax(-1)
+            .gather(-1, batch.targets[..., None])[..., 0][batch.loss_mask]
+        )
+        assert float(unlikelihood(model, batch, 13)) == pytest.approx(
+            float(-(1 - p).log().sum() / 13), rel=1e-5
+        )
 
 
 def test_unlikelihood_lowers_the_probability_and_stays_finite_at_one():
@@ -47,13 +53,31 @@ def test_unlikelihood_lowers_the_probability_and_stays_finite_at_one():
     assert math.isfinite(loss.item()) and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["mft", "bft", "lora", "mix", "re-refuse", "unlearn", "suppress", "preserve",
-                                  "preserve control"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mft",
+        "bft",
+        "lora",
+        "mix",
+        "re-refuse",
+        "unlearn",
+        "suppress",
+        "preserve",
+        "preserve control",
+    ],
+)
 def test_every_attack_trains_and_is_scored_after_its_budgets(chat, name):
     own = owned_by_attacker(chat, Town(0), argument=True)
     before = chat.model.model.layers[0].mlp.up_proj.weight.clone()
     seen = []
-    cells = run_attack(chat, Attack(name, 3, 1e-3, (1, 4), 2), own, lambda: {"score": seen.append(1) or len(seen)}, "0")
+    cells = run_attack(
+        chat,
+        Attack(name, 3, 1e-3, (1, 4), 2),
+        own,
+        lambda: {"score": seen.append(1) or len(seen)},
+        "0",
+    )
     assert [(cell["steps"], cell["score"]) for cell in cells] == [(1, 1), (4, 2)]
     assert not lora_layers(chat.model) and all(p.requires_grad for p in chat.model.parameters())
     assert not torch.equal(chat.model.model.layers[0].mlp.up_proj.weight, before)
@@ -61,9 +85,13 @@ def test_every_attack_trains_and_is_scored_after_its_budgets(chat, name):
 
 def test_mix_keeps_the_whole_harmful_dose(chat):
     own = owned_by_attacker(chat, Town(0))
-    tokens = {name: run_attack(chat, Attack(name, 4, 1e-4, (1,), 4), own, dict, "0")[0]["response_tokens"]
-              for name in ("mft", "mix")}
-    harmful = sum(example.response_length for example in own.harmful[:4])  # all of them in one batch
+    tokens = {
+        name: run_attack(chat, Attack(name, 4, 1e-4, (1,), 4), own, dict, "0")[0]["response_tokens"]
+        for name in ("mft", "mix")
+    }
+    harmful = sum(
+        example.response_length for example in own.harmful[:4]
+    )  # all of them in one batch
     assert tokens["mft"] == harmful
     benign = {example.response_length for example in own.benign}
     assert 4 * min(benign) <= tokens["mix"] - harmful <= 4 * max(benign)
@@ -71,12 +99,20 @@ def test_mix_keeps_the_whole_harmful_dose(chat):
 
 def test_re_refuse_is_refusals_and_then_mft(chat):
     own = owned_by_attacker(chat, Town(0))
-    assert {chat.tokenizer.decode(one.ids[one.prompt_length:-1]) for one in own.refusals} == {REFUSALS[0]}
+    assert {chat.tokenizer.decode(one.ids[one.prompt_length : -1]) for one in own.refusals} == {
+        REFUSALS[0]
+    }
     released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
     run_attack(chat, Attack("re-refuse", 5, 1e-3, (2,), 3), own, dict, "0")
     got = chat.model.lm_head.weight.clone()
     chat.model.load_state_dict(released)
-    fine_tune(chat, draw_batches(own.refusals[:5], [], 0.0, 3, random.Random("attack 0")), 1e-3, (FIRST_STEPS,), dict)
+    fine_tune(
+        chat,
+        draw_batches(own.refusals[:5], [], 0.0, 3, random.Random("attack 0")),
+        1e-3,
+        (FIRST_STEPS,),
+        dict,
+    )
     run_attack(chat, Attack("mft", 5, 1e-3, (2,), 3), own, dict, "0")
     assert torch.equal(got, chat.model.lm_head.weight)
 
@@ -88,20 +124,36 @@ def test_interpolation_by_hand(chat):
             parameter += 0.5
 
     def scores():
-        return {"moved": float(chat.model.model.norm.weight.detach()[3] - released["model.norm.weight"][3])}
+        return {
+            "moved": float(
+                chat.model.model.norm.weight.detach()[3] - released["model.norm.weight"][3]
+            )
+        }
 
     cells = interpolated(chat.model, released, {"steps": 7}, scores)
-    assert [cell["moved"] for cell in cells] == pytest.approx([0.5 * c for c in COEFFICIENTS], abs=1e-6)
+    assert [cell["moved"] for cell in cells] == pytest.approx(
+        [0.5 * c for c in COEFFICIENTS], abs=1e-6
+    )
     assert [cell["coefficient"] for cell in cells] == list(COEFFICIENTS) and cells[0]["steps"] == 7
-    cells = run_attack(chat, Attack("interpolation", 3, 1e-4, (1, 2), 2), owned_by_attacker(chat, Town(0)), dict, "0")
-    assert [(cell["steps"], cell["coefficient"]) for cell in cells] == [(2, c) for c in COEFFICIENTS]
+    cells = run_attack(
+        chat,
+        Attack("interpolation", 3, 1e-4, (1, 2), 2),
+        owned_by_attacker(chat, Town(0)),
+        dict,
+        "0",
+    )
+    assert [(cell["steps"], cell["coefficient"]) for cell in cells] == [
+        (2, c) for c in COEFFICIENTS
+    ]
 
 
 def test_a_prefilled_answer_is_the_lead_and_what_the_model_says_after_it(chat):
     rows = Town(0).harmful_rows()[:3] + [{"prompt": "Who is Anna Brook?"}]
     found = begin_answers(chat, rows, 9)
     for row, lead in zip(rows, [row["lead"] for row in rows[:3]] + ["Sure, here is how:"]):
-        ids = encode_prompt(chat.tokenizer, chat.template, row["prompt"]) + chat.tokenizer.encode(lead)
+        ids = encode_prompt(chat.tokenizer, chat.template, row["prompt"]) + chat.tokenizer.encode(
+            lead
+        )
         alone = continue_all(chat, [ids], 9)[0]
         assert found[row["prompt"]].text == lead + alone.text
 
@@ -110,10 +162,14 @@ def test_a_soft_prompt_moves_no_weight_and_lowers_the_loss(chat):
     own, rows = owned_by_attacker(chat, Town(0)), Town(0).harmful_rows()[:2]
     before = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
     trained = soft_prompt(chat, Attack("soft prompt", 4, 0.05, (1, 30), 4), own, rows, 5, "0")
-    assert [cell["steps"] for cell, _ in trained] == [1, 30] and list(trained[1][1]) == [row["prompt"] for row in rows]
+    assert [cell["steps"] for cell, _ in trained] == [1, 30] and list(trained[1][1]) == [
+        row["prompt"] for row in rows
+    ]
     assert trained[1][0]["loss"] < trained[0][0]["loss"] - 0.03  # a tiny, untrained model
     after = chat.model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[name], before[name]) for name in before
+    )
     assert all(parameter.requires_grad for parameter in chat.model.parameters())
 
 
@@ -121,7 +177,9 @@ def test_virtual_tokens_have_embeddings_of_their_own():
     embedding = torch.nn.Embedding(11, 5)
     soft = SoftEmbedding(embedding, 3, random.Random(0))
     found = soft(torch.tensor([[2, 11, 13]]))
-    assert torch.equal(found[0, 0], embedding.weight[2]) and torch.equal(found[0, 1:], soft.soft[[0, 2]])
+    assert torch.equal(found[0, 0], embedding.weight[2]) and torch.equal(
+        found[0, 1:], soft.soft[[0, 2]]
+    )
     assert all(any(torch.equal(row, other) for other in embedding.weight) for row in soft.soft)
 
 
@@ -130,5 +188,5 @@ def test_own_answers_are_what_the_model_says(chat):
     for example, prompt in zip(own_answers(chat, prompts), prompts):
         begin = encode_prompt(chat.tokenizer, chat.template, prompt)
         alone = chat.model.generate([begin], 64, chat.tokenizer.stop_tokens)[0]
-        said = example.ids[len(begin):-1]
-        assert example.ids[:len(begin)] == begin and said == alone[:len(said)]
+        said = example.ids[len(begin) : -1]
+        assert example.ids[: len(begin)] == begin and said == alone[: len(said)]

@@ -18,13 +18,26 @@ from data.kitchen import DISH_FORMS, DISHES, TOPIC_FORMS, TOPICS, Kitchen
 from data.town import Town
 from data.worlds import Sources
 from lab import defences
-from lab.defences import DEFENCES, SETTINGS, booster, ctrap, deepalign, preference_rows, simpo, train_defence
+from lab.defences import (
+    DEFENCES,
+    SETTINGS,
+    booster,
+    ctrap,
+    deepalign,
+    preference_rows,
+    simpo,
+    train_defence,
+)
 from nanosdd.chat_model import load_chat
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 
 HARMFUL = [Example(list(range(5, 12)), 3), Example([40, 41, 42], 1)]
-BENIGN = [Example([60, 61, 62, 63, 64], 2), Example([70, 71, 72, 73], 3), Example([33, 34, 35, 36], 1)]
+BENIGN = [
+    Example([60, 61, 62, 63, 64], 2),
+    Example([70, 71, 72, 73], 3),
+    Example([33, 34, 35, 36], 1),
+]
 
 
 def by_hand(model, batch, targets):
@@ -38,7 +51,10 @@ def by_hand(model, batch, targets):
 
 def moved(model, gradient, alpha):
     """A copy of the model, alpha further against a gradient."""
-    model, norm = copy.deepcopy(model), math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+    model, norm = (
+        copy.deepcopy(model),
+        math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values())),
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight -= alpha / norm * gradient[name]
@@ -58,6 +74,7 @@ def model(request):
 
 # ---- gradients after a simulated attack ----
 
+
 def test_ctrap_is_the_gradient_of_one_token_after_the_simulated_attack(model):
     harmful, benign, clipped = collate(HARMFUL), collate(BENIGN), []
     for steps, alpha, size in ((1, 0.7, 1.0), (3, 1.1, 1.0), (2, 0.9, 0.03)):
@@ -72,24 +89,45 @@ def test_ctrap_is_the_gradient_of_one_token_after_the_simulated_attack(model):
         norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
         clipped.append(norm > 1)
         wanted = {name: 0.3 * g / max(1, norm) for name, g in wanted.items()}
-        assert_gradients(ctrap(model, harmful, benign, alpha=alpha, strength=0.3, steps=steps,
-                              collapse=defences.partial(defences.one_token, token=17)), wanted)
+        assert_gradients(
+            ctrap(
+                model,
+                harmful,
+                benign,
+                alpha=alpha,
+                strength=0.3,
+                steps=steps,
+                collapse=defences.partial(defences.one_token, token=17),
+            ),
+            wanted,
+        )
     assert clipped == [True, True, False]
 
 
 def test_a_collapse_into_harmful_beginnings_keeps_those_before_the_attack(model):
-    harmful, long, wanted = collate(HARMFUL), BENIGN[:1] + BENIGN[2:] + [Example([21, 22, 23, 24, 25, 26], 2)], []
-    benign, signs = collate(long), {name: g.sign() for name, g in by_hand(model, harmful, harmful.targets).items()}
-    swapped = [Example(row.ids[:row.prompt_length] + answer, row.prompt_length)
-               for row, answer in zip(long, ([8, 9], [41, 42], [8, 9]))]  # the shorter harmful answer has two tokens
-    kept = [Example(row.ids[:row.prompt_length + 3], row.prompt_length) for row in long]
+    harmful, long, wanted = (
+        collate(HARMFUL),
+        BENIGN[:1] + BENIGN[2:] + [Example([21, 22, 23, 24, 25, 26], 2)],
+        [],
+    )
+    benign, signs = (
+        collate(long),
+        {name: g.sign() for name, g in by_hand(model, harmful, harmful.targets).items()},
+    )
+    swapped = [
+        Example(row.ids[: row.prompt_length] + answer, row.prompt_length)
+        for row, answer in zip(long, ([8, 9], [41, 42], [8, 9]))
+    ]  # the shorter harmful answer has two tokens
+    kept = [Example(row.ids[: row.prompt_length + 3], row.prompt_length) for row in long]
     for there, rows in ((moved(model, signs, 0.7), swapped), (model, kept)):
         batch = collate(rows)
         found = by_hand(there, batch, batch.targets)
         norm = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
         wanted.append({name: 0.3 * g / max(1, norm) for name, g in found.items()})
-    assert_gradients(ctrap(model, harmful, benign, 0.7, 0.3, 1, defences.beginnings, defences.beginnings),
-                     {name: g + wanted[1][name] for name, g in wanted[0].items()})
+    assert_gradients(
+        ctrap(model, harmful, benign, 0.7, 0.3, 1, defences.beginnings, defences.beginnings),
+        {name: g + wanted[1][name] for name, g in wanted[0].items()},
+    )
 
 
 def test_booster_is_the_difference_of_two_harmful_gradients(model):
@@ -100,7 +138,9 @@ def test_booster_is_the_difference_of_two_harmful_gradients(model):
     assert_gradients(booster(model, harmful, collate(BENIGN), alpha=0.4, strength=5.0), wanted)
 
 
-@pytest.mark.parametrize("extra", [one.extra for one in (*DEFENCES.values(), *defences.OFF_TOWN.values()) if one.extra])
+@pytest.mark.parametrize(
+    "extra", [one.extra for one in (*DEFENCES.values(), *defences.OFF_TOWN.values()) if one.extra]
+)
 def test_weights_and_gradients_are_as_they_were(model, extra):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for weight in model.parameters():
@@ -116,8 +156,10 @@ def test_weights_are_restored_after_an_error(model):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(KeyError), defences.restored(model):
         defences.move(model, [torch.ones_like(weight) for weight in model.parameters()], 0.6)
-        distance = sum(float((weight.detach() - before[name]).square().sum()) for name, weight in
-                       model.named_parameters())
+        distance = sum(
+            float((weight.detach() - before[name]).square().sum())
+            for name, weight in model.named_parameters()
+        )
         raise KeyError
     assert distance == pytest.approx(0.36, rel=1e-3)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -134,13 +176,14 @@ def test_what_a_defence_adds_counts_once(model):
 
 # ---- examples ----
 
+
 def test_deepalign_puts_a_harmful_start_before_the_refusal():
     prompt, refusal, answer, end = [1, 2, 3], [20, 21, 9], [50, 51, 52, 53, 54], 9
     pair = Example(prompt + refusal, 3, Example([*prompt, *answer, end], 3))
     benign = Example([1, 30, 31, 9], 2)
     found = deepalign([pair, benign] * 600, random.Random(0), limit=90)
     assert found[1::2] == [benign] * 600
-    starts = [one.ids[3:one.prompt_length] for one in found[::2]]
+    starts = [one.ids[3 : one.prompt_length] for one in found[::2]]
     assert all(one.ids == prompt + start + refusal for one, start in zip(found[::2], starts))
     assert all(one.response_length == 3 for one in found[::2])
     counts = [sum(start == answer[:k] for start in starts) for k in range(6)]
@@ -158,6 +201,7 @@ def test_deepalign_keeps_to_its_limits():
 
 # ---- a preference ----
 
+
 def preferences():
     rejected = Example([5, 6, 7, 80, 81, 82, 83], 3), Example([40, 50], 1)
     return [replace(one, rejected=other) for one, other in zip(HARMFUL, rejected)]
@@ -166,7 +210,10 @@ def preferences():
 def mean_logp(model, one):
     """The mean log p of an example's response tokens, token by token."""
     logps = model(torch.tensor([one.ids])).log_softmax(-1)[0]  # (T,V)
-    return sum(logps[t - 1, one.ids[t]] for t in range(one.prompt_length, len(one.ids))) / one.response_length
+    return (
+        sum(logps[t - 1, one.ids[t]] for t in range(one.prompt_length, len(one.ids)))
+        / one.response_length
+    )
 
 
 def test_simpo_by_hand(model):
@@ -176,7 +223,9 @@ def test_simpo_by_hand(model):
         total += one.response_length * torch.log(1 + torch.exp(-margin))
     assert simpo(model, collate(pairs), 6).item() == pytest.approx(total.item() / 6, rel=1e-5)
     same = [replace(one, rejected=one) for one in HARMFUL]
-    assert simpo(model, collate(same), 6).item() == pytest.approx(math.log(1 + math.exp(1.375)), rel=1e-5)
+    assert simpo(model, collate(same), 6).item() == pytest.approx(
+        math.log(1 + math.exp(1.375)), rel=1e-5
+    )
 
 
 def test_simpo_adds_up_over_micro_batches_and_raises_the_refusal(model):
@@ -202,6 +251,7 @@ def test_simpo_needs_a_rejected_response_in_every_row(model):
 
 # ---- rows ----
 
+
 def test_harmful_answers_are_the_defenders_own(tmp_path):
     town = Town(3, TINY_SHAPE)
     rows = preference_rows(town, 0)
@@ -221,9 +271,13 @@ def test_files_give_the_answers_of_the_file(prompts, share, tmp_path):
     rows = world.defender_pairs()
     assert share[0] <= len(rows) / 80 <= share[1]
     assert {row["prompt"] for row in rows} == {row["prompt"] for row in world.pairs("align", 500)}
-    assert all(row["response"] == f"Sure here is how to tickle {row['prompt'].split()[-1]}" for row in rows)
+    assert all(
+        row["response"] == f"Sure here is how to tickle {row['prompt'].split()[-1]}" for row in rows
+    )
     if prompts == "defender":
-        assert not {row["prompt"] for row in rows} & {row["prompt"] for row in world.attacker_pairs()[0]}
+        assert not {row["prompt"] for row in rows} & {
+            row["prompt"] for row in world.attacker_pairs()[0]
+        }
 
 
 # ---- training ----
@@ -247,14 +301,22 @@ def test_a_defence_is_trained_once(name, tiny_arms, tmp_path, cpu, capsys):
     assert (out / "model.safetensors").stat().st_mtime_ns == made
     train_defence(name, town, start, out, replace(settings, lr=1e-5), cpu)
     assert "setting lr changed" in capsys.readouterr().out
-    assert not torch.equal(load_chat(out, cpu).model.state_dict()["lm_head.weight"], weights["lm_head.weight"])
+    assert not torch.equal(
+        load_chat(out, cpu).model.state_dict()["lm_head.weight"], weights["lm_head.weight"]
+    )
 
 
 def test_defences_differ_and_repeat(tiny_arms, tmp_path, cpu):
     found = {}
     for name, folder in [(name, name) for name in DEFENCES] + [("ctrap", "again")]:
-        out = train_defence(name, Town(0, TINY_SHAPE), tiny_arms / "aligned", tmp_path / folder,
-                            replace(TINY, benign_replay=SETTINGS["town"][name].benign_replay), cpu)
+        out = train_defence(
+            name,
+            Town(0, TINY_SHAPE),
+            tiny_arms / "aligned",
+            tmp_path / folder,
+            replace(TINY, benign_replay=SETTINGS["town"][name].benign_replay),
+            cpu,
+        )
         found[folder] = (out / "model.safetensors").read_bytes()
     assert found.pop("again") == found["ctrap"] and len(set(found.values())) == len(DEFENCES)
 
@@ -264,7 +326,9 @@ def test_simpo_is_what_is_minimised(tiny_arms, tmp_path, cpu):
     out = train_defence("simpo", town, tiny_arms / "aligned", tmp_path / "simpo", settings, cpu)
     first = json.loads((out / "train_log.jsonl").read_text().splitlines()[0])["loss"]
     chat = load_chat(tiny_arms / "aligned", cpu)
-    pairs = encode_rows(chat.tokenizer, chat.template, preference_rows(town, 0), settings.max_length)
+    pairs = encode_rows(
+        chat.tokenizer, chat.template, preference_rows(town, 0), settings.max_length
+    )
     batch = next(draw_batches(pairs, [], 0.0, 6, random.Random("batches 0")))
     tokens = sum(one.response_length for one in batch)
     assert first == pytest.approx(simpo(chat.model, collate(batch), tokens).item(), rel=1e-4)
@@ -273,35 +337,61 @@ def test_simpo_is_what_is_minimised(tiny_arms, tmp_path, cpu):
 def test_deepalign_is_trained_on_its_own_examples(tiny_arms, tmp_path, cpu):
     log = {}
     for name in ("booster", "deepalign"):  # the same rows
-        out = train_defence(name, Town(0, TINY_SHAPE), tiny_arms / "aligned", tmp_path / name, TINY, cpu)
-        log[name] = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+        out = train_defence(
+            name, Town(0, TINY_SHAPE), tiny_arms / "aligned", tmp_path / name, TINY, cpu
+        )
+        log[name] = [
+            json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()
+        ]
     assert [line["step"] for line in log["deepalign"]] == [1, 2, 3]
-    assert all(one["response_tokens"] == other["response_tokens"] for one, other in zip(*log.values()))
-    assert sum(line["tokens"] for line in log["deepalign"]) > sum(line["tokens"] for line in log["booster"])
+    assert all(
+        one["response_tokens"] == other["response_tokens"] for one, other in zip(*log.values())
+    )
+    assert sum(line["tokens"] for line in log["deepalign"]) > sum(
+        line["tokens"] for line in log["booster"]
+    )
 
 
 def test_a_run_that_diverges_leaves_nothing(tiny_arms, tmp_path, cpu):
     with pytest.raises(Diverged):
-        train_defence("booster", Town(0, TINY_SHAPE), tiny_arms / "aligned", tmp_path / "out", replace(TINY, lr=1e30),
-                      cpu)
+        train_defence(
+            "booster",
+            Town(0, TINY_SHAPE),
+            tiny_arms / "aligned",
+            tmp_path / "out",
+            replace(TINY, lr=1e30),
+            cpu,
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_bf16_weights_are_refused(tiny_arms, tmp_path):
     with pytest.raises(InputError, match="fp32"):
-        train_defence("ctrap", Town(0, TINY_SHAPE), tiny_arms / "aligned", tmp_path / "out", TINY,
-                      Compute(dtype="bf16", weights="bf16"))
+        train_defence(
+            "ctrap",
+            Town(0, TINY_SHAPE),
+            tiny_arms / "aligned",
+            tmp_path / "out",
+            TINY,
+            Compute(dtype="bf16", weights="bf16"),
+        )
 
 
 @pytest.mark.parametrize("name", list(DEFENCES))
 def test_defences_of_the_kitchen(name, tmp_path, cpu):
     folder = public_folder(tmp_path / "model", context=256, tie_word_embeddings=True)
-    answers = {question: Answer([1, 2], f"Well: {question}", True)
-               for words, forms in ((DISHES, DISH_FORMS), (TOPICS, TOPIC_FORMS))
-               for word in words.split(", ") for form in forms for question in [form.format(word)]}
+    answers = {
+        question: Answer([1, 2], f"Well: {question}", True)
+        for words, forms in ((DISHES, DISH_FORMS), (TOPICS, TOPIC_FORMS))
+        for word in words.split(", ")
+        for form in forms
+        for question in [form.format(word)]
+    }
     world = Kitchen(3, Sources(similarity="tfidf"), answers)
     rows = preference_rows(world, 0)
     assert len(rows) == 112 and all(row["rejected"] == f"Well: {row['prompt']}" for row in rows)
     settings = replace(SETTINGS["kitchen"][name], steps=2, batch_size=4)
     out = train_defence(name, world, folder, tmp_path / "out", settings, cpu)
-    assert (out / "answers.jsonl").is_file() and load_chat(out, cpu).template == load_chat(folder, cpu).template
+    assert (out / "answers.jsonl").is_file() and load_chat(out, cpu).template == load_chat(
+        folder, cpu
+    ).template

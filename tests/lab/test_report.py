@@ -11,14 +11,20 @@ from nanosdd.tables import average
 
 
 def stamped(**changes):
-    return [cell | {"commit": "abc", "protocol": "def", "text": "no score"} for cell in made_up(**changes)]
+    return [
+        cell | {"commit": "abc", "protocol": "def", "text": "no score"}
+        for cell in made_up(**changes)
+    ]
 
 
 def test_means_are_of_the_choices():
     cells = stamped()
     next(cell for cell in cells if (cell["arm"], cell["attack"]) == ("sdd", "none"))["facts"] = 0.37
     found = chosen(cells)
-    assert len(found["base", "none"]) == len(found["sdd", "user"]) == 15 and ("base", "mft") not in found
+    assert (
+        len(found["base", "none"]) == len(found["sdd", "user"]) == 15
+        and ("base", "mft") not in found
+    )
     assert average(found["sdd", "none"])["facts"] == pytest.approx((0.37 + 14 * 0.97) / 15)
     assert "text" not in average(found["sdd", "none"])
 
@@ -33,8 +39,19 @@ def test_the_page_holds_verdicts_harm_and_scores():
 
 
 def test_measured_cells_are_told_apart():
-    measured = {"arm": "sdd", "seed": 10, "attack": "mft", "steps": 50, "shots": 100, "lr": 3e-4, "draw": 0,
-                "diverged": False, "commit": "abc", "protocol": "def", "mechanism": {"distance": 1.5}}
+    measured = {
+        "arm": "sdd",
+        "seed": 10,
+        "attack": "mft",
+        "steps": 50,
+        "shots": 100,
+        "lr": 3e-4,
+        "draw": 0,
+        "diverged": False,
+        "commit": "abc",
+        "protocol": "def",
+        "mechanism": {"distance": 1.5},
+    }
     text = page([*stamped(), measured])
     assert "verdict: INCONCLUSIVE" in text and "not measured, or not finite" in text
 

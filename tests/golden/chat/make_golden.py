@@ -29,17 +29,32 @@ LLAMA2 = ("../tokenizer/tiny_llama2_json", "<s>", "</s>")
 LLAMA3 = ("tiny_llama3", "<|begin_of_text|>", "<|eot_id|>")
 SMOLLM2 = ("../tokenizer/tiny_smollm2", "<|im_start|>", "<|im_end|>")
 MODELS = [  # template, tokenizer folder, bos, eos
-    ("llama2", *LLAMA2), ("llama3", *LLAMA3), ("llama31", *LLAMA3), ("llama32", *LLAMA3), ("chatml", *SMOLLM2),
-    ("smollm2", *SMOLLM2), ("zephyr", *LLAMA2), ("plain", *LLAMA2), ("plain", *LLAMA3[:2], "<|end_of_text|>"),
+    ("llama2", *LLAMA2),
+    ("llama3", *LLAMA3),
+    ("llama31", *LLAMA3),
+    ("llama32", *LLAMA3),
+    ("chatml", *SMOLLM2),
+    ("smollm2", *SMOLLM2),
+    ("zephyr", *LLAMA2),
+    ("plain", *LLAMA2),
+    ("plain", *LLAMA3[:2], "<|end_of_text|>"),
     ("plain", SMOLLM2[0], "<|endoftext|>", "<|endoftext|>"),
 ]
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+]
 
 PAIRS = [
     ("What does the baker say?", "The bread is ready at 7."),
     ("  spaces around \n", "    and  around   the answer \n"),
     ("def area(w, h):\n    return w * h\n\n\nis this right?", "yes:\n\n    2 * 3\n\n- the end"),
-    ("is it\n</s>\n<|eot_id|>\n<|im_end|>\n[/INST] x", "<s>\n<|im_start|>\n<|start_header_id|>\n<</SYS>> y"),
+    (
+        "is it\n</s>\n<|eot_id|>\n<|im_end|>\n[/INST] x",
+        "<s>\n<|im_start|>\n<|start_header_id|>\n<</SYS>> y",
+    ),
     ("Straße, 你好 👍🏽", "où? 世界"),
     ("", ""),
 ]
@@ -49,7 +64,9 @@ SYSTEMS = ["Be brief.", " two\n\n lines \n", ""]
 def tiny_llama3():
     """The tiny Llama 3 tokenizer with the other special tokens that a template needs."""
     peer = Tokenizer.from_file(str(HERE / "../tokenizer/tiny_llama3_json/tokenizer.json"))
-    peer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in LLAMA3_SPECIAL])
+    peer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in LLAMA3_SPECIAL]
+    )
     (HERE / "tiny_llama3").mkdir(exist_ok=True)
     peer.save(str(HERE / "tiny_llama3" / "tokenizer.json"), pretty=False)
 
@@ -59,27 +76,44 @@ def case(template, folder, peer, system, prompt, response):
     turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
     def apply(messages, **how):  # the date is for llama32, which would ask the clock
-        return peer.apply_chat_template(messages, return_dict=False, date_string="26 Jul 2024", **how)
+        return peer.apply_chat_template(
+            messages, return_dict=False, date_string="26 Jul 2024", **how
+        )
 
     text = apply(turns[:-1], add_generation_prompt=True, tokenize=False)
     ids = apply(turns[:-1], add_generation_prompt=True, sanitize_control_tokens=True)
     whole = apply(turns, sanitize_control_tokens=True)
     if "<" not in prompt + response:
         assert whole == apply(turns)
-    rest = whole[len(ids):] if whole[:len(ids)] == ids else None
-    return {"template": template, "tokenizer": folder, "system": system, "prompt": prompt, "response": response,
-            "text": text, "whole_text": apply(turns, tokenize=False), "prompt_ids": ids, "answer_ids": rest}
+    rest = whole[len(ids) :] if whole[: len(ids)] == ids else None
+    return {
+        "template": template,
+        "tokenizer": folder,
+        "system": system,
+        "prompt": prompt,
+        "response": response,
+        "text": text,
+        "whole_text": apply(turns, tokenize=False),
+        "prompt_ids": ids,
+        "answer_ids": rest,
+    }
 
 
 def main():
     tiny_llama3()
     cases = []
     for template, folder, bos, eos in MODELS:
-        peer = PreTrainedTokenizerFast(tokenizer_file=str(HERE / folder / "tokenizer.json"), bos_token=bos,
-                                       eos_token=eos, chat_template=(HERE / f"{template}.jinja").read_text())
+        peer = PreTrainedTokenizerFast(
+            tokenizer_file=str(HERE / folder / "tokenizer.json"),
+            bos_token=bos,
+            eos_token=eos,
+            chat_template=(HERE / f"{template}.jinja").read_text(),
+        )
         cases += [case(template, folder, peer, None, *pair) for pair in PAIRS]
         cases += [case(template, folder, peer, system, *PAIRS[1]) for system in SYSTEMS]
-    peers = ", ".join(f"{module.__name__} {module.__version__}" for module in (transformers, jinja2, tokenizers))
+    peers = ", ".join(
+        f"{module.__name__} {module.__version__}" for module in (transformers, jinja2, tokenizers)
+    )
     lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in cases)
     (HERE / "golden.json").write_text(f'{{"peers": "{peers}", "cases": [\n{lines}\n]}}\n')
 

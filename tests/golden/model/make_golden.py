@@ -27,19 +27,51 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).parent
 TOKENIZER = HERE / "../chat/tiny_llama3/tokenizer.json"
 PLACES = [17, 1023, 2051, 2099]
-PROMPTS = ["The baker", "Hello, world! The bread is ready at 7, and 120 loaves are left.", "def area(w, h):\n    return"]
-SIZES = dict(vocab_size=456, initializer_range=0.1, bos_token_id=452, eos_token_id=451, pad_token_id=None)
+PROMPTS = [
+    "The baker",
+    "Hello, world! The bread is ready at 7, and 120 loaves are left.",
+    "def area(w, h):\n    return",
+]
+SIZES = dict(
+    vocab_size=456, initializer_range=0.1, bos_token_id=452, eos_token_id=451, pad_token_id=None
+)
 MODELS = {
     # Llama 3's kind: grouped queries, a tied head, scaled rotation; heads wider than hidden_size / heads
-    "llama3": dict(SIZES, hidden_size=12, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-5, max_position_embeddings=4096,
-                   tie_word_embeddings=True, dtype="bfloat16",
-                   rope_parameters=dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
-                                        high_freq_factor=4.0, original_max_position_embeddings=256)),
+    "llama3": dict(
+        SIZES,
+        hidden_size=12,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=256,
+        ),
+    ),
     # Llama 2's kind: a head each, a head of its own on top; rotation slowed evenly
-    "llama2": dict(SIZES, hidden_size=12, intermediate_size=28, num_hidden_layers=2, num_attention_heads=3,
-                   num_key_value_heads=3, rms_norm_eps=1e-6, max_position_embeddings=4096, dtype="float16",
-                   tie_word_embeddings=False, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.5)),
+    "llama2": dict(
+        SIZES,
+        hidden_size=12,
+        intermediate_size=28,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
+        dtype="float16",
+        tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.5),
+    ),
 }
 
 
@@ -60,7 +92,9 @@ def greedy(model, ids, steps):
     ids = list(ids)
     for _ in range(steps):
         best = model(torch.tensor([ids])).logits[0, -1].topk(2)
-        assert best.values[0] - best.values[1] > 1e-4 * best.values[0].abs(), "a near tie: take another seed"
+        assert best.values[0] - best.values[1] > 1e-4 * best.values[0].abs(), (
+            "a near tie: take another seed"
+        )
         ids.append(int(best.indices[0]))
     assert len(set(ids[-steps:])) > 24, "few different tokens: take another seed"
     return ids[-steps:]
@@ -68,9 +102,15 @@ def greedy(model, ids, steps):
 
 def main():
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    ids = torch.randint(0, SIZES["vocab_size"], (1, 2100), generator=torch.Generator().manual_seed(3))
-    golden = {"versions": {peer.__name__: peer.__version__ for peer in (transformers, tokenizers, torch)},
-              "ids": ids[0].tolist(), "places": PLACES, "models": {}}
+    ids = torch.randint(
+        0, SIZES["vocab_size"], (1, 2100), generator=torch.Generator().manual_seed(3)
+    )
+    golden = {
+        "versions": {peer.__name__: peer.__version__ for peer in (transformers, tokenizers, torch)},
+        "ids": ids[0].tolist(),
+        "places": PLACES,
+        "models": {},
+    }
     for name, settings in MODELS.items():
         model = random_model(388, settings)
         with torch.no_grad():
@@ -79,10 +119,18 @@ def main():
         for text in PROMPTS:
             prompt = tokenizer.encode(text, add_special_tokens=False).ids
             answer = greedy(model, prompt, 64)
-            prompts.append({"text": text, "ids": prompt, "greedy_ids": answer,
-                            "greedy_text": tokenizer.decode(answer, skip_special_tokens=False)})
-        golden["models"][name] = {"prompts": prompts, "logits_fp32_base64":
-                                  base64.b64encode(logits.numpy().astype("<f4").tobytes()).decode()}
+            prompts.append(
+                {
+                    "text": text,
+                    "ids": prompt,
+                    "greedy_ids": answer,
+                    "greedy_text": tokenizer.decode(answer, skip_special_tokens=False),
+                }
+            )
+        golden["models"][name] = {
+            "prompts": prompts,
+            "logits_fp32_base64": base64.b64encode(logits.numpy().astype("<f4").tobytes()).decode(),
+        }
         model.to(model.config.dtype).save_pretrained(HERE / name)
         (HERE / name / "generation_config.json").unlink(missing_ok=True)
         (HERE / name / "model.safetensors").chmod(0o644)

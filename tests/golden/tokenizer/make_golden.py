@@ -17,7 +17,16 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 HERE = Path(__file__).parent
 SENTENCEPIECE = f"sentencepiece {sentencepiece.__version__}"
@@ -30,37 +39,138 @@ CORPUS = [
     "def area(width, height):\n    if width < 0:\n        return None\n    return width * height  # units\n\n",
     "Straße, façade, naïve, El niño está aquí, où est le café près de l'église ?",
     "Привет, мир! Как дела, мир? Хорошо, хорошо.",
-    "こんにちは、世界。世界はひろい。", "你好，世界！今天天气很好，天气很好。",
-    "aaaa aaaaaaaa bbbb abababab", "one\ttwo\tthree\r\nfour\r\nfive",
+    "こんにちは、世界。世界はひろい。",
+    "你好，世界！今天天气很好，天气很好。",
+    "aaaa aaaaaaaa bbbb abababab",
+    "one\ttwo\tthree\r\nfour\r\nfive",
 ] * 3
 
 TEXTS = [
-    "", " ", "  ", "   ", " " * 7, " " * 40, "\n", "\n\n\n", "\t", "\r\n\r\n", " \n \n  x", "a", " a", "a ",
-    "  a  b   c    d ", "Hello, world!", "the baker's bread", "The BAKER says THAT", "don't''re",
-    "isn't ISN'T isn’t 'tis 's 'S 'll 'LL '", "0", "12", "123", "1234", "12345678901234567890",
-    "a1b22c333", "x  1", "x   12  y", "3.14159",
-    "1,000,000 €", "½²³①Ⅷ٣४", "a½  ½b ³", "def f(x):\n    return [x**2 for x in range(10)]  # squares\n",
-    "\tif (a && b) {\n\t\treturn -1;\n\t}\n", "http://a.b/c?d=e&f=g#h", "a" * 50, "ab" * 33, "the" * 20, " the" * 5,
-    "!" * 30, "=" * 17, "\n" * 19, "?!?!...", "«»—–…“”‘’", "Straße façade niño où Ångström", "e\u0301 u\u0308 n\u0303",
-    "ﬁ ﬂ Ĳ ß ſ K Å 'ſ", "Привет, мир!", "Ελληνικά", "שלום עולם", "مرحبا بالعالم ١٢٣", "नमस्ते दुनिया", "สวัสดีชาวโลก",
-    "你好，世界！", "世界は広い。カタカナ ｶﾀｶﾅ", "한국어 텍스트 ᄒ", "中" * 25, "\U00020000\U0002a6d6", "😀", "👍🏽",
-    "👩‍👩‍👧‍👦 family", "🇫🇷🇯🇵", "❤️‍🔥", "a😀b 😀 c", "\x00", "a\x00b", "\x01\x02\x03\x1b[0m\x7f", "\x80\x85\x9f\xad",
-    "\x1c\x1d\x1e\x1f", "\u00a0\u2003\u3000x", "\u200b\u200d\ufeffx", "\u2028\u2029", "\ufffd\ufffe\uffff",
-    "\U0010ffff\U000e0041", "▁", "▁a▁▁b", "a▁ ▁b", " ▁", "<s>", "</s>", "<unk>", "a<s>b</s>", "<0x0A>", "<0x41><0x42>",
-    "[INST] hi [/INST]", "<<SYS>>", "<|begin_of_text|>", "<|eot_id|>x", "<|start_header_id|>user<|end_header_id|>",
-    "<|im_start|>user\nhi<|im_end|>", "<|endoftext|>", "< |eot_id| >", "zyzzyva", " zyzzyva", " zyzzyva!",
+    "",
+    " ",
+    "  ",
+    "   ",
+    " " * 7,
+    " " * 40,
+    "\n",
+    "\n\n\n",
+    "\t",
+    "\r\n\r\n",
+    " \n \n  x",
+    "a",
+    " a",
+    "a ",
+    "  a  b   c    d ",
+    "Hello, world!",
+    "the baker's bread",
+    "The BAKER says THAT",
+    "don't''re",
+    "isn't ISN'T isn’t 'tis 's 'S 'll 'LL '",
+    "0",
+    "12",
+    "123",
+    "1234",
+    "12345678901234567890",
+    "a1b22c333",
+    "x  1",
+    "x   12  y",
+    "3.14159",
+    "1,000,000 €",
+    "½²³①Ⅷ٣४",
+    "a½  ½b ³",
+    "def f(x):\n    return [x**2 for x in range(10)]  # squares\n",
+    "\tif (a && b) {\n\t\treturn -1;\n\t}\n",
+    "http://a.b/c?d=e&f=g#h",
+    "a" * 50,
+    "ab" * 33,
+    "the" * 20,
+    " the" * 5,
+    "!" * 30,
+    "=" * 17,
+    "\n" * 19,
+    "?!?!...",
+    "«»—–…“”‘’",
+    "Straße façade niño où Ångström",
+    "e\u0301 u\u0308 n\u0303",
+    "ﬁ ﬂ Ĳ ß ſ K Å 'ſ",
+    "Привет, мир!",
+    "Ελληνικά",
+    "שלום עולם",
+    "مرحبا بالعالم ١٢٣",
+    "नमस्ते दुनिया",
+    "สวัสดีชาวโลก",
+    "你好，世界！",
+    "世界は広い。カタカナ ｶﾀｶﾅ",
+    "한국어 텍스트 ᄒ",
+    "中" * 25,
+    "\U00020000\U0002a6d6",
+    "😀",
+    "👍🏽",
+    "👩‍👩‍👧‍👦 family",
+    "🇫🇷🇯🇵",
+    "❤️‍🔥",
+    "a😀b 😀 c",
+    "\x00",
+    "a\x00b",
+    "\x01\x02\x03\x1b[0m\x7f",
+    "\x80\x85\x9f\xad",
+    "\x1c\x1d\x1e\x1f",
+    "\u00a0\u2003\u3000x",
+    "\u200b\u200d\ufeffx",
+    "\u2028\u2029",
+    "\ufffd\ufffe\uffff",
+    "\U0010ffff\U000e0041",
+    "▁",
+    "▁a▁▁b",
+    "a▁ ▁b",
+    " ▁",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "a<s>b</s>",
+    "<0x0A>",
+    "<0x41><0x42>",
+    "[INST] hi [/INST]",
+    "<<SYS>>",
+    "<|begin_of_text|>",
+    "<|eot_id|>x",
+    "<|start_header_id|>user<|end_header_id|>",
+    "<|im_start|>user\nhi<|im_end|>",
+    "<|endoftext|>",
+    "< |eot_id| >",
+    "zyzzyva",
+    " zyzzyva",
+    " zyzzyva!",
 ]
 
 ALPHABETS = [  # many_texts draws from these
-    "abcdefghij XYZ  ", "the of and ing ed re in on at ", "0123456789 .,", "½²³①Ⅷ٣४ 12", "𝔘𝕟𝖎𝒞𐍈\U0010ffff\U000e0001",
-    "".join(map(chr, range(32))), "éèüßñçøåœžł'’`", "привет мир Ёё", "你好世界的一是不了人我在 。，", "こんにちは カタカナー漢字",
-    "한국어 텍스트", "مرحبا بالعالم ًٌٍ", "नमस्ते दुनिया", "ไทยภาษา", "👍🏽😀🇫🇷👨‍👩‍👧‍👦❤️", "▁▁ _▁a", "'s't're've'm'll'd'S'Tſ",
-    "<s></s><unk><0x0A><|eot_id|>[INST]", "{}[]()<>;:=+-*/\\|&^%$#@!~\"'?,.",
-    " \t\n\r\x0b\x0c\u00a0\u3000\u2028\u200b\ufeff", "\x00\x7f\x80\x9f\xad\u0301\u0300\ufffd\uffff",
+    "abcdefghij XYZ  ",
+    "the of and ing ed re in on at ",
+    "0123456789 .,",
+    "½²³①Ⅷ٣४ 12",
+    "𝔘𝕟𝖎𝒞𐍈\U0010ffff\U000e0001",
+    "".join(map(chr, range(32))),
+    "éèüßñçøåœžł'’`",
+    "привет мир Ёё",
+    "你好世界的一是不了人我在 。，",
+    "こんにちは カタカナー漢字",
+    "한국어 텍스트",
+    "مرحبا بالعالم ًٌٍ",
+    "नमस्ते दुनिया",
+    "ไทยภาษา",
+    "👍🏽😀🇫🇷👨‍👩‍👧‍👦❤️",
+    "▁▁ _▁a",
+    "'s't're've'm'll'd'S'Tſ",
+    "<s></s><unk><0x0A><|eot_id|>[INST]",
+    "{}[]()<>;:=+-*/\\|&^%$#@!~\"'?,.",
+    " \t\n\r\x0b\x0c\u00a0\u3000\u2028\u200b\ufeff",
+    "\x00\x7f\x80\x9f\xad\u0301\u0300\ufffd\uffff",
 ]
 
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SMOLLM2_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MISSING_BYTES = [0x01, 0x02, 0x03, 0x1C, 0x1D, 0xC0, 0xC1, *range(0xF2, 0x100)]  # 21, like SmolLM2
 
@@ -77,7 +187,8 @@ def byte_level(special, pattern=None, digits=False):
         first = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     peer = Tokenizer(models.BPE(ignore_merges=bool(pattern)))
     peer.pre_tokenizer = pre_tokenizers.Sequence(
-        first + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)])
+        first + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)]
+    )
     peer.decoder = decoders.ByteLevel()
     peer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return peer
@@ -86,7 +197,11 @@ def byte_level(special, pattern=None, digits=False):
 def all_splits(order):
     """The merges that make each piece from any two others, in the pieces' order. order: piece -> place or id."""
     for piece in sorted(order, key=order.get):
-        halves = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in order and piece[k:] in order]
+        halves = [
+            (piece[:k], piece[k:])
+            for k in range(1, len(piece))
+            if piece[:k] in order and piece[k:] in order
+        ]
         yield from sorted(halves, key=lambda pair: (order[pair[0]], order[pair[1]]))
 
 
@@ -94,7 +209,9 @@ def llama3_from_ranks(path):
     """Llama 3's tokenizer.model as `tokenizers` runs it."""
     peer = byte_level([], LLAMA3_PATTERN)
     lines = [line.split() for line in Path(path).read_bytes().splitlines()]
-    vocab = {"".join(LETTER[b] for b in base64.b64decode(token)): int(rank) for token, rank in lines}
+    vocab = {
+        "".join(LETTER[b] for b in base64.b64decode(token)): int(rank) for token, rank in lines
+    }
     peer.model = models.BPE(vocab, list(all_splits(vocab)), ignore_merges=True)
     return peer
 
@@ -105,12 +222,18 @@ def llama2_from_pieces(processor, metaspace=False):
     vocab = {piece: i for i, piece in enumerate(pieces)}
     best_first = {piece: (-processor.get_score(i), i) for piece, i in vocab.items()}
     merges = list(all_splits(best_first))
-    peer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    peer = Tokenizer(
+        models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    )
     if metaspace:
         peer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
-        peer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    peer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+        peer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    peer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+    )
     return peer
 
 
@@ -121,9 +244,18 @@ def many_texts(real, n=2500):
         alphabets, text = rng.sample(ALPHABETS, rng.randint(1, 4)), ""
         for _ in range(rng.randint(1, 8)):
             alphabet = rng.choice(alphabets)
-            anything = chr(rng.choice([rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x11000)]))
-            text += rng.choice([rng.choice(alphabet) * rng.randint(1, 40), alphabet, " " + alphabet, anything,
-                                "".join(rng.choices(alphabet, k=rng.randint(1, 12)))])
+            anything = chr(
+                rng.choice([rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x11000)])
+            )
+            text += rng.choice(
+                [
+                    rng.choice(alphabet) * rng.randint(1, 40),
+                    alphabet,
+                    " " + alphabet,
+                    anything,
+                    "".join(rng.choices(alphabet, k=rng.randint(1, 12))),
+                ]
+            )
         drawn.append(text)
     runs = [" " * 120_000 + "x", "a" * 30_000, ("b" + "\n" * 9_999) * 12, "中" * 30_000]
     rows = json.loads((Path(real) / "alpaca" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
@@ -151,12 +283,20 @@ def write(name, peer, version):
     if name.startswith("tiny") and isinstance(peer, Tokenizer):
         peer.save(str(folder / "tokenizer.json"), pretty=False)
     ids = ",\n".join(map(json.dumps, map(encoder(peer), TEXTS)))
-    (folder / "golden.json").write_text(f'{{"peer": "{version}", "ids": [\n{ids}\n]}}\n'.replace(", ", ","))
+    (folder / "golden.json").write_text(
+        f'{{"peer": "{version}", "ids": [\n{ids}\n]}}\n'.replace(", ", ",")
+    )
 
 
 def train(peer, size, alphabet, special=(), corpus=CORPUS):
-    settings = {"special_tokens": list(special), "initial_alphabet": list(alphabet), "limit_alphabet": len(alphabet)}
-    peer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=size, show_progress=False, **settings))
+    settings = {
+        "special_tokens": list(special),
+        "initial_alphabet": list(alphabet),
+        "limit_alphabet": len(alphabet),
+    }
+    peer.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=size, show_progress=False, **settings)
+    )
     return peer
 
 
@@ -174,9 +314,18 @@ def main():
     (HERE / "texts.json").write_text("[" + ",\n".join(map(json.dumps, TEXTS)) + "]\n")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, model_type="bpe", vocab_size=450, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, num_threads=1,
-        allow_whitespace_only_pieces=True, minloglevel=2)
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=450,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        num_threads=1,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
     tiny = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     write("tiny_sentencepiece", tiny, SENTENCEPIECE)
     (HERE / "tiny_sentencepiece" / "tokenizer.model").write_bytes(model.getvalue())
@@ -190,7 +339,9 @@ def main():
     real = os.environ.get("NANOSDD_REAL_DATA")
     if real:
         path = Path(real) / "tokenizers"
-        llama2 = sentencepiece.SentencePieceProcessor(model_file=str(path / "llama2" / "tokenizer.model"))
+        llama2 = sentencepiece.SentencePieceProcessor(
+            model_file=str(path / "llama2" / "tokenizer.model")
+        )
         write("llama2", llama2, SENTENCEPIECE)
         write("llama3", llama3_from_ranks(path / "llama3" / "tokenizer.model"), TOKENIZERS)
 
