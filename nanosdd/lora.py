@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): train a low-rank update of every linear layer in the blocks, then add it to the weights.
+"""LoRA (Hu et al. 2021): train a low-rank update of every linear layer in the blocks, then add it.
 
     trainable = add_lora(model, rank=8, alpha=16, seed=0)
     ...                                                    # train; all other parameters are frozen
@@ -11,38 +11,32 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from nanosdd.errors import InputError
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its trainable update: x W^T + x A^T B^T * scale, with scale = alpha / rank."""
+    """A frozen linear layer and its trainable update: x W^T + x A^T B^T * alpha / rank."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
-        A = torch.empty(rank, base.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(
-            base.in_features
-        )
-        self.A = nn.Parameter(
-            A.to(base.weight)
-        )  # (R,I), drawn on the CPU: a seed means the same on every device
-        self.B = nn.Parameter(
-            base.weight.new_zeros(base.out_features, rank)
-        )  # (O,R): the update starts at exactly 0
+        self.base = base
+        self.scale = alpha / rank
+        # Drawn on the CPU, so that a seed means the same on every device.
+        bound = base.in_features**-0.5
+        A = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(A.to(base.weight))  # (R,I)
+        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))  # (O,R)
 
     def forward(self, x):
-        return (
-            self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
-        )  # without the (O,I) product B A
+        update = x @ self.A.T @ self.B.T  # without the (O,I) product B A
+        return self.base(x) + update * self.scale
 
     def merged(self) -> torch.Tensor:
         """W + B A * scale (O,I): summed in fp32, returned in the base weight's dtype."""
-        W = self.base.weight.detach()
-        return (W.float() + self.B.detach().float() @ self.A.detach().float() * self.scale).to(
-            W.dtype
-        )
+        W = self.base.weight
+        update = self.B.float() @ self.A.float() * self.scale
+        return (W.float() + update).to(W.dtype).detach()
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:
@@ -51,15 +45,14 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 
 def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Wrap q, k, v, o, gate, up and down of every block, in place; freeze all parameters but A and B, and return these.
+    """Wrap q, k, v, o, gate, up and down of every block, in place; returns all A and B.
 
-    A (R,I) starts uniform in +-1/sqrt(I), B (O,R) at 0, so the model still computes exactly the same. InputError for a
-    rank below 1, an alpha that is not positive and finite, or a model that has LoRA layers already.
+    A (R,I) starts uniform in +-1/sqrt(I), B (O,R) at 0, so the model still computes exactly the
+    same; all other parameters are frozen. InputError for a rank below 1, an alpha that is not
+    positive and finite, or a model that has LoRA layers already.
     """
     if rank < 1 or not 0 < alpha < math.inf:
-        raise InputError(
-            f"LoRA needs a rank of 1 or more and an alpha above 0, not {rank} and {alpha:g}; give others"
-        )
+        raise InputError(f"LoRA needs a rank of 1 or more and an alpha above 0: {rank}, {alpha:g}")
     if lora_layers(model):
         raise InputError("the model has LoRA layers already; call merge_lora first")
     model.requires_grad_(False)
@@ -71,23 +64,12 @@ def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def merged_state(model) -> dict[str, torch.Tensor]:
-    """The state dict of the merged model, with the names of a plain Llama; the model itself is not changed."""
-    state = model.state_dict()
-    for name, layer in lora_layers(model).items():
-        state[f"{name}.weight"] = layer.merged()
-        for part in ("base.weight", "A", "B"):
-            del state[f"{name}.{part}"]
-    return state
-
-
 def merge_lora(model):
-    """Add every update to its weight, in place, and unfreeze all parameters; InputError without LoRA layers."""
+    """Add every update to its weight, in place, and unfreeze all; InputError without LoRA."""
     layers = lora_layers(model)
     if not layers:
         raise InputError("the model has no LoRA layers to merge; call add_lora first")
     for name, layer in layers.items():
         layer.base.weight.data = layer.merged()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base)
+        model.set_submodule(name, layer.base)
     model.requires_grad_(True)

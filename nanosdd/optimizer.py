@@ -2,23 +2,19 @@
 
 import torch
 
-from nanosdd.device import Compute, return_freed_memory, shard_over_processes
+from nanosdd.device import Compute, shard_over_processes
 
 
 def clip_gradient(optimizer, max_norm: float) -> float:
-    """Scale the gradients of an optimizer's parameters to a 2-norm of at most max_norm; returns the norm before that."""
+    """Scale gradients to a 2-norm of at most max_norm; returns the norm before that."""
     if hasattr(optimizer, "clip"):
         return optimizer.clip(max_norm)  # SplitAdamW
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], max_norm
-    )
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded
 
 
 def make_optimizer(model, compute: Compute, betas=(0.9, 0.999), weight_decay=0.0):
-    """Make a model ready to train as `compute` says; returns AdamW over its parameters that require gradients, lr 0."""
-    if compute.device == "cpu":
-        return_freed_memory()
+    """Make a model ready to train; returns AdamW at lr 0 over what requires gradients."""
     model.train()
     model.checkpoint_activations = compute.checkpoint_activations
     if compute.compile:
@@ -27,8 +23,9 @@ def make_optimizer(model, compute: Compute, betas=(0.9, 0.999), weight_decay=0.0
                 block.compile(dynamic=True)
     shard_over_processes(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = dict(lr=0.0, betas=betas, weight_decay=weight_decay)
     if parameters[0].dtype == torch.bfloat16:
         from nanosdd.split_adamw import SplitAdamW  # only where weights are held in bf16
 
-        return SplitAdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        return SplitAdamW(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)

@@ -1,163 +1,351 @@
-"""What a run depends on: it is reused only when nothing that made it has changed, and it is still whole.
+"""Runs: what a run depends on, the folder that it writes, and files of finished parts.
 
-A run depends on its settings, its input files, and the code that made it: the files that its script imports, directly
-or not, and the file of its world. Docstrings and comments do not count.
+A run is finished when its run.json says what made it: run.json is written last, and removed first
+when the run is replaced. Every file is written under a temporary name and renamed, and only files
+whose names we write are touched. So a run that is killed at any moment is not finished, and goes on
+from what lies in its folder:
+
+    state/state.json                the record; once a state was saved, its step and the loop's own
+    state/rankR-stepS.safetensors   weights and optimizer state of a rank: its shards under FSDP
+
+The position in the data is not saved: batches are drawn from a seed, and drawn again up to there.
 """
 
 import ast
-import functools
 import hashlib
 import inspect
 import json
-import shutil
+import os
+import signal
 import subprocess
+import tempfile
+import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from nanosdd.device import machine
-from nanosdd.folders import file_hash, missing_file, move_aside, write_text
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nanosdd.checkpoint import local, save_tensors, write_text
+from nanosdd.device import barrier, machine, rank_and_world_size, sum_over_processes
+from nanosdd.errors import InputError, Interrupted
 
 ROOT = Path(__file__).parent.parent
-MODEL_FILES = (
-    "*.safetensors",
-    "config.json",
-    "tokenizer*",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat.txt",
-    "world.json",
-)
+MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*", "chat*", "world.json")
+CHANGES = {
+    "settings": "{} was {}, is {}",
+    "inputs": "input {} changed",
+    "code": "code of {} changed",
+}
+SAVE_SECONDS = 300
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged file raises
 
 
 # ---- what a run depends on ----
 
 
-def source_files(*files: str) -> list[str]:
-    """These project files and all that they import, directly or not, as paths from the project's root."""
-    found, waiting = set(), set(files)
-    while waiting:
-        found |= waiting
-        waiting = set().union(*(imported_files(file) for file in waiting)) - found
-    return sorted(found)
+def fingerprint(settings: dict, inputs: list, code: list) -> dict:
+    """The record of a run: its settings, and hashes of its input files and of its code.
 
-
-@functools.cache
-def imported_files(file: str) -> list[str]:
-    """The project files that a project file imports, read from its import statements, those inside functions too."""
-    modules = []
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    paths = [module.replace(".", "/") + ".py" for module in modules]
-    return [path for path in paths if (ROOT / path).is_file()]
-
-
-def source_of(thing) -> str:
-    """The file that the class of a thing is written in, from the project's root: also of a script that is run."""
-    return Path(inspect.getfile(type(thing))).relative_to(ROOT).as_posix()
-
-
-@functools.cache
-def source_hash(file: str) -> str:
-    """SHA-256 of a project file's syntax tree without docstrings."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
-def fingerprint(settings: dict, inputs: list, code: list[str]) -> dict:
-    """What a run depends on. inputs: files and model folders; code: project files, each with all that it imports."""
+    inputs: files and model folders; code: functions, classes or modules.
+    """
     files = []
     for path in map(Path, inputs):
-        files += (
-            sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
-            if path.is_dir()
-            else [path]
-        )
+        if path.is_dir():
+            for pattern in MODEL_FILES:
+                files += sorted(path.glob(pattern))
+        else:
+            files.append(path)
     return {
         "settings": json.loads(json.dumps(settings)),
         "inputs": {str(file): file_hash(file) for file in files},
-        "source": {file: source_hash(file) for file in source_files(*code)},
+        "code": {code_name(thing): code_hash(thing) for thing in code},
     }
 
 
-def why_stale(folder, wanted: dict) -> str | None:
-    """None when run.json of a run folder records this very fingerprint and all that the run wrote is there, unchanged;
-    else the reason, in a few words."""
-    file = Path(folder) / "run.json"
-    if not file.is_file():
-        return "not there yet"
+def file_hash(path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(value) -> str:
+    """SHA-256 of what JSON can hold, in hex."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def code_name(thing) -> str:
+    """FILE.NAME of a function or class, FILE of a module, also of one that is run as __main__."""
+    stem = Path(inspect.getsourcefile(thing)).stem
+    if inspect.ismodule(thing):
+        return stem
+    return f"{stem}.{thing.__qualname__}"
+
+
+def code_hash(thing) -> str:
+    """SHA-256 of the code of a function, class or module, without comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def difference(old: dict, new: dict) -> str | None:
+    """The first difference of two records in words; None if they are equal."""
+    for part, words in CHANGES.items():
+        for name in sorted({*old[part], *new[part]}):
+            before = old[part].get(name)
+            after = new[part].get(name)
+            if before != after:
+                return words.format(name, before, after)
+    return None
+
+
+def made_by() -> dict:
+    """What a result was made by and on: commit, machine, date."""
+    commit = "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        words = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+        commit = subprocess.check_output(words, text=True, stderr=subprocess.DEVNULL).strip()
+    return {"commit": commit, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+
+
+# ---- the folder of a run ----
+
+
+def check_folder(path):
+    """InputError when no file can be written into a folder, or to where it is to be made."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
     try:
-        found = json.loads(Path(file).read_text())
-        if not all(isinstance(found[part], dict) for part in wanted):
-            return "unreadable"
-    except (ValueError, KeyError, TypeError):
-        return "unreadable"
-    for part, what in (("settings", "setting"), ("inputs", "input"), ("source", "source file")):
-        old, new = found[part], wanted[part]
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            return f"{what} {changed[0]} changed{more}"
-    damaged = missing_file(Path(folder))
-    return f"damaged: {damaged} is missing or was changed" if damaged else None
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"nothing can be written into {folder} ({error.strerror}); choose another --out"
+        ) from None
+
+
+def lock(folder: Path) -> int | None:
+    """Keep other commands out of a folder until the handle is closed; None where that is not
+    possible."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another command is writing {folder}; wait, or change --out") from None
+    return handle
+
+
+def check_finished(folder):
+    """InputError when the run in a folder is not finished."""
+    folder = Path(folder)
+    if (folder / "state/state.json").exists() and not (folder / "run.json").exists():
+        raise InputError(f"{folder} holds an unfinished run; run its command again to finish it")
+
+
+class Run:
+    """A run that writes a folder; within `with run:` no other command writes there.
+
+    save_every: steps between two saved states, 0: about five minutes; fresh: replace the run in the
+    folder. InputError when the folder cannot be written, or holds another run or other files.
+    Every rank makes one, and rank 0 writes.
+    """
+
+    def __init__(self, folder, record: dict, save_every: int = 0, fresh: bool = False):
+        self.folder = Path(folder)
+        self.run_file = self.folder / "run.json"
+        self.state = self.folder / "state"
+        self.state_file = self.state / "state.json"
+        self.record = record
+        self.save_every = save_every
+        self.fresh = fresh
+        self.asked_to_stop = False
+        self.rank = rank_and_world_size()[0]
+        self._check()
+
+    def _check(self):
+        """Find out whether the run is finished, or what was saved of it."""
+        self.finished = False
+        self.saved = {}
+        if self.folder.is_symlink() or Path.cwd().is_relative_to(self.folder.resolve()):
+            raise InputError(f"--out {self.folder} is a link or holds this folder; name a new one")
+        check_folder(self.folder)
+        file = self.run_file if self.run_file.exists() else self.state_file
+        if not file.exists():
+            # Only state/ is there when a run was killed at its start.
+            if self.folder.exists() and set(self.folder.iterdir()) - {self.state}:
+                raise InputError(f"{self.folder} exists and is not a run; choose another --out")
+        elif not self.fresh:
+            try:
+                self.saved = json.loads(file.read_text(encoding="utf-8"))
+                change = difference(self.saved, self.record)
+            except DAMAGED:
+                raise InputError(f"{file} is damaged or too old; --fresh starts over") from None
+            if change:
+                raise InputError(
+                    f"{self.folder} holds another run: {change}; "
+                    "--fresh replaces it (train.py), another --out keeps both"
+                )
+            self.finished = file == self.run_file
+
+    def __enter__(self):
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
+            self._check()  # again, since another command may have been here meanwhile
+            if "step" not in self.saved:
+                write_text(self.state_file, json.dumps(self.record))
+            self.run_file.unlink(missing_ok=True)
+        barrier()
+        self.handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP under nohup
+                self.handlers[number] = signal.signal(number, self._ask_to_stop)
+        self.saved_at = time.monotonic()
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.rank == 0:
+            if [*self.folder.rglob("*")] == [self.state, self.state_file]:  # nothing was saved
+                self._remove_state()
+                self.folder.rmdir()
+            if self.lock is not None:
+                os.close(self.lock)
+
+    def _ask_to_stop(self, number, frame):
+        if self.asked_to_stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked_to_stop = True
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this step; Ctrl-C again: at once, and it is lost\n")
+
+    def load_state(self, model, optimizer) -> dict:
+        """Put a saved state in place; returns its content and "step", {} when none was saved."""
+        if "step" not in self.saved:
+            return {}
+        step = self.saved["step"]
+        file = self._rank_file(step)
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} is damaged ({error}); --fresh starts over") from None
+        # A step at lr 0 without gradients makes the optimizer's state, to be filled.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        model.zero_grad()
+        for name, tensor in state_tensors(model, optimizer).items():
+            tensor.copy_(tensors[name])
+        return {**self.saved["content"], "step": step}
+
+    def should_save(self, step: int) -> bool:
+        """Whether a state is due after so many steps, or a stop was asked for, on any rank."""
+        due = time.monotonic() - self.saved_at > SAVE_SECONDS
+        if self.save_every:
+            due = step % self.save_every == 0
+        return sum_over_processes(due or self.asked_to_stop) > 0
+
+    def save_state(self, step: int, model, optimizer, content: dict):
+        """Keep what to go on from after so many steps; Interrupted when a stop was asked for."""
+        tensors = {}
+        for name, tensor in state_tensors(model, optimizer).items():
+            tensors[name] = tensor.cpu().contiguous()
+        save_tensors(tensors, self._rank_file(step))
+        barrier()
+        if self.rank == 0:
+            state = self.record | {"step": step, "content": content}
+            write_text(self.state_file, json.dumps(state))
+            for file in self.state.glob("*rank*-step*"):
+                if f"-step{step}." not in file.name:
+                    file.unlink()
+        self.saved_at = time.monotonic()
+        self._stop_if_asked(
+            f"stopped after step {step}; the same command goes on from there (without --fresh)"
+        )
+
+    def finish(self):
+        """Call this when all files are written; Interrupted when a stop was asked for meanwhile."""
+        if self.rank == 0:
+            write_text(self.run_file, json.dumps(self.record, indent=1) + "\n")
+            self._remove_state()
+        self._stop_if_asked("finished, and stopped before what comes next")
+
+    def _stop_if_asked(self, what: str):
+        """Interrupted on every rank when one was asked to stop; the ranks wait for each other."""
+        if sum_over_processes(self.asked_to_stop) > 0:
+            raise Interrupted(f"{self.folder}: {what}")
+
+    def _rank_file(self, step: int) -> Path:
+        return self.state / f"rank{self.rank}-step{step}.safetensors"
+
+    def _remove_state(self):
+        for pattern in ("*state.json*", "*rank*-step*"):  # under temporary names, too
+            for file in self.state.glob(pattern):
+                file.unlink()
+        with suppress(OSError):  # somebody's own files are in it
+            self.state.rmdir()
+
+
+def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state by name, as this rank holds them."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = local(parameter.detach())
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{name} {key}"] = local(value)
+    return tensors
 
 
 # ---- a file of finished parts ----
 
 
-class Finished:
-    """Results by key, kept in a JSON Lines file as they come, so that an interrupted command goes on where it was.
+class Results:
+    """Results by key in a JSON Lines file, which grows as they come: a command goes on from there.
 
-    The first line is the fingerprint that they belong to; results of another fingerprint are not kept. A damaged line
-    is left out, so that its part is run again. A file that does not begin like one of these moves to NAME.kept-N.
+    A line holds the record that its result depends on. Lines of other records stay in the file and
+    are ignored, and so are damaged lines.
     """
 
     def __init__(self, path, record: dict):
-        self.path, self.results = Path(path), {}
+        self.path = Path(path)
+        self.record = record
+        self.results = {}
+        text = ""
         if self.path.exists():
-            try:
-                first, *lines = self.path.read_text(encoding="utf-8").split("\n")
-                kept = json.loads(first)
-            except (OSError, ValueError, RecursionError):
-                kept = None
-            if not isinstance(kept, dict):
-                print(f"{self.path}: not written by this command, moved to {move_aside(self.path)}")
-            for line in lines if kept == record else []:
-                try:
-                    stored = json.loads(line)
-                    self.results[stored["key"]] = stored["result"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-        lines = [json.dumps(record), *(self._line(key) for key in self.results), ""]
-        write_text(self.path, "\n".join(lines))
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        self.cut_short = text != "" and text[-1] != "\n"  # a command was killed in its last line
+        changes = []
+        for line in text.split("\n"):
+            with suppress(*DAMAGED):
+                found = json.loads(line)
+                change = difference(found["record"], record)
+                if change:
+                    changes.append(change)
+                else:
+                    self.results[found["key"]] = found["result"]
+        if changes:
+            others = f"{len(changes)} results of other settings or code stay there"
+            print(f"{path}: {others}: {changes[-1]}")
 
     def add(self, key: str, result):
         """Keep a result, in memory and in the file."""
         self.results[key] = result
+        line = json.dumps({"record": self.record, "key": key, "result": result})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(self._line(key) + "\n")
-
-    def _line(self, key: str) -> str:
-        return json.dumps({"key": key, "result": self.results[key]})
-
-
-def made_by() -> dict:
-    """What a result was made by and on: commit, machine, date."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = (
-        shutil.which("git")
-        and subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout
-    )
-    return {
-        "commit": (commit or "unknown").strip(),
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+            file.write("\n" * self.cut_short + f"{line}\n")
+        self.cut_short = False

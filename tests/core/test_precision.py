@@ -1,4 +1,4 @@
-"""Why weights are not simply held in bf16: what rounding leaves of small updates (docs/precision.md)."""
+"""Why weights are not simply held in bf16: what rounding leaves of small updates."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ STEPS, SIZE = 120, 101
 
 
 def train(weights: torch.Tensor, gradients: torch.Tensor, lr: float, scheme: str) -> torch.Tensor:
-    """Weights (n,) fp32 after an AdamW step for each of the gradients (steps,n), as a scheme holds them."""
+    """Weights (n,) fp32 after an AdamW step for each gradient (steps,n), as a scheme holds them."""
     dtype = torch.float32 if scheme in ("fp32", "nearest") else torch.bfloat16
     parameter = torch.nn.Parameter(weights.to(dtype, copy=True))
     make = SplitAdamW if scheme == "split" else torch.optim.AdamW

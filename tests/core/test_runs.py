@@ -1,125 +1,304 @@
-"""What a run depends on, and files of finished parts."""
+"""Runs: what they depend on, and folders that are finished or go on from where they were killed."""
 
 import json
-from pathlib import Path
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from small import small_model
+import torch
 
-from nanosdd.folders import new_folder
-from nanosdd.runs import Finished, fingerprint, source_files, source_hash, why_stale
+from nanosdd.device import Compute
+from nanosdd.errors import InputError, Interrupted, run_script
+from nanosdd.optimizer import make_optimizer
+from nanosdd.runs import (
+    ROOT,
+    Results,
+    Run,
+    check_finished,
+    code_hash,
+    difference,
+    fingerprint,
+    write_text,
+)
+
+RECORD = {"settings": {"steps": 10}, "inputs": {"a.csv": "12"}, "code": {"train.step": "34"}}
+OTHER = RECORD | {"settings": {"steps": 20}}
+
+
+def train(folder, weights="fp32", record=RECORD, seconds=0.0, **settings):
+    """A training command in small."""
+    run = Run(folder, record, **settings)
+    if run.finished:
+        return
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 7, bias=False))
+    model.to(torch.bfloat16 if weights == "bf16" else torch.float32)
+    optimizer = make_optimizer(model, Compute(), weight_decay=0.1)
+    with run:
+        saved = run.load_state(model, optimizer)
+        losses = saved.get("losses", [])
+        for step in range(saved.get("step", 0), record["settings"]["steps"]):
+            x = torch.randn(3, 7, generator=torch.Generator().manual_seed(step))
+            loss = (model(x.to(model[0].weight)) - x).square().mean()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if run.should_save(step + 1):
+                run.save_state(step + 1, model, optimizer, {"losses": losses})
+            time.sleep(seconds)
+        tensors = [model[1].weight]
+        if weights == "bf16":
+            tensors.append(optimizer.master(model[1].weight))
+        write_text(run.folder / "model.txt", repr([tensor.tolist() for tensor in tensors]))
+        write_text(run.folder / "losses.json", json.dumps(losses))
+        run.finish()
+
+
+def texts(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def command(folder, weights):
+    return subprocess.Popen(
+        [sys.executable, __file__, folder, weights],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def started(folder, weights="fp32", file="state/rank0-step*"):
+    """The command, once its run has written another such file."""
+    before = set(folder.glob(file))
+    process = command(folder, weights)
+    while process.poll() is None and set(folder.glob(file)) <= before:
+        time.sleep(0.001)
+    return process
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(sys.argv[1], sys.argv[2], seconds=0.1, save_every=1))
+    sys.exit()
+
+
+# ---- killed, and started again ----
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path, weights):
+    rng = random.Random(3)
+    run = tmp_path / "run"
+    for file in ("state/state.json", "state/rank0-step*", "state/rank0-step*"):
+        process = started(run, weights, file)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        assert {path.name for path in run.iterdir()} == {"state"}
+    train(run, weights)
+    train(tmp_path / "whole", weights)
+    assert texts(run) == texts(tmp_path / "whole")
+
+
+def die_after(moment):
+    """Kill this process before the so manieth change of the disk."""
+    changes = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+    left = moment
+
+    def look(event, arguments):
+        nonlocal left
+        if event in changes and "/run" in str(arguments[0]):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("replaces", [False, True])
+def test_killed_before_any_change_of_the_disk_it_is_whole_or_not_finished(tmp_path, replaces):
+    train(tmp_path / "whole")
+    train(tmp_path / "other", record=OTHER)
+    status = moment = 1
+    while status:
+        run = tmp_path / f"run{moment}"
+        if replaces:
+            train(run, record=OTHER)
+        process = os.fork()
+        if process == 0:
+            die_after(moment)
+            train(run, save_every=4, fresh=replaces)
+            os._exit(0)
+        status = os.waitpid(process, 0)[1]
+        if (run / "run.json").exists() and status:
+            name = "whole" if json.loads((run / "run.json").read_text()) == RECORD else "other"
+            written = {key: text for key, text in texts(run).items() if key[0] != "."}
+            assert written == texts(tmp_path / name)
+            train(run, fresh=True)
+        train(run)
+        assert texts(run) == texts(tmp_path / "whole") and not (run / "state").exists()
+        moment += 1
+    assert moment > 30
+
+
+@pytest.mark.posix
+def test_one_state_is_kept_and_what_was_lost_of_it_is_said(tmp_path):
+    model = torch.nn.Linear(7, 5)
+    with Run(tmp_path / "run", RECORD) as run:
+        for step in (1, 2, 3):
+            run.save_state(step, model, torch.optim.AdamW(model.parameters()), {})
+    file = tmp_path / "run/state/rank0-step3.safetensors"
+    assert set(run.state.iterdir()) == {file, run.state_file}
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match="is damaged .*--fresh"):
+        train(tmp_path / "run")
+    (tmp_path / "run/state/state.json").write_text("{")
+    with pytest.raises(InputError, match="state.json is damaged .*--fresh"):
+        train(tmp_path / "run")
+    train(tmp_path / "run", fresh=True)
+    train(tmp_path / "whole")
+    assert texts(tmp_path / "run") == texts(tmp_path / "whole")
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path, number):
+    process = started(tmp_path / "run")
+    process.send_signal(getattr(signal, number))
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert "the same command goes on from there" in error.splitlines()[-1]
+    with pytest.raises(InputError, match="unfinished run"):
+        check_finished(tmp_path / "run")
+    train(tmp_path / "run")
+    train(tmp_path / "whole")
+    assert texts(tmp_path / "run") == texts(tmp_path / "whole")
+
+
+@pytest.mark.posix
+def test_when_to_save(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "run", RECORD, save_every=3) as run:
+        assert [run.should_save(step) for step in (1, 2, 3, 4)] == [False, False, True, False]
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat it
+        assert run.should_save(5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "run").exists()  # nothing was saved
+    with pytest.raises(Interrupted, match="finished"), Run(tmp_path / "run", RECORD) as run:
+        assert not run.should_save(1)  # five minutes are not over
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.finish()
+    check_finished(tmp_path / "run")
+
+
+# ---- folders ----
+
+
+def test_another_run_is_refused_with_both_values(tmp_path):
+    train(tmp_path / "run")
+    before = texts(tmp_path / "run")
+    with pytest.raises(InputError, match="steps was 10, is 20; --fresh replaces it"):
+        train(tmp_path / "run", record=OTHER)
+    assert texts(tmp_path / "run") == before
+    with Run(tmp_path / "new", RECORD) as first:
+        with pytest.raises(InputError, match="another command is writing"):
+            train(tmp_path / "new")
+        late = Run(tmp_path / "new", RECORD)
+        first.finish()
+    late.record = OTHER
+    with pytest.raises(InputError, match="another run"), late:
+        pass
+    with Run(tmp_path / "run", OTHER, fresh=True):  # not saved, and not finished
+        pass
+    with pytest.raises(InputError, match="steps was 20, is 10"):
+        train(tmp_path / "run")
+
+
+def test_other_files_are_never_touched(tmp_path):
+    run = tmp_path / "run"
+    for name in ("thesis", "run/state"):
+        (tmp_path / name).mkdir(parents=True)
+    (run / "state/notes.txt").write_text("a")
+    train(run)
+    (run / "mine.txt").write_text("b")
+    train(run, record=OTHER, fresh=True, save_every=3)
+    assert (run / "state/notes.txt").read_text() == "a" and (run / "mine.txt").read_text() == "b"
+    (tmp_path / "thesis/thesis.tex").write_text("c")
+    (tmp_path / "link").symlink_to("thesis")
+    for name, message in (
+        ("thesis", "is not a run"),
+        ("thesis/thesis.tex", "Not a directory"),
+        ("thesis/thesis.tex/run", "Not a directory"),
+        ("link", "link"),
+        ("gone/../..", "holds this folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Run(os.path.relpath(tmp_path / name) if ".." not in name else "..", RECORD, fresh=True)
+    assert (tmp_path / "thesis/thesis.tex").read_text() == "c"
+
 
 # ---- what a run depends on ----
 
 
-@pytest.mark.parametrize("script", ["train.py", "attack.py", "eval.py"])
-def test_the_core_depends_on_the_loss_and_never_on_the_study(script):
-    files = source_files(script)
-    assert {script, "sdd_loss.py", "model.py", "data/chat.py", "nanosdd/checkpoint.py"} <= set(
-        files
-    )
-    assert not [
-        file for file in files if file.split("/")[0] in ("lab", "bench", "assignments", "tests")
-    ]
-    assert set(fingerprint({}, [], [script])["source"]) == set(files)
-
-
-def test_an_import_inside_a_function_counts(tmp_path):
-    file = tmp_path / "script.py"
-    file.write_text(
-        "import json\n\n\ndef f():\n    from nanosdd import errors\n    return errors, json\n"
-    )
-    assert source_files(str(file)) == [str(file), "nanosdd/errors.py"]
-
-
-def test_what_is_only_said_in_other_words_is_the_same_source(tmp_path):
-    def digest(name, text):
-        (tmp_path / name).write_text(text)
-        return source_hash(str(tmp_path / name))
-
-    code = '"""What it is."""\n\n\ndef f(x):\n    """Says it."""\n    return %s\n'
-    said = digest("a.py", code % "x")
-    assert (
-        digest("b.py", "# why\n" + (code % "x").replace("Says", "Tells").replace("What", "How"))
-        == said
-    )
-    assert digest("c.py", code % "-x") != said
-
-
-def test_a_fingerprint_holds_files_and_what_is_a_model_of_a_folder(tmp_path):
-    small_model().save_pretrained(tmp_path / "llama")
-    (tmp_path / "llama/notes.txt").write_text("x")
+def test_a_record_holds_settings_model_files_and_code(tmp_path):
+    (tmp_path / "llama").mkdir()
+    for name in ("config.json", "model.safetensors", "run.json", "notes.txt"):
+        (tmp_path / "llama" / name).write_text(name)
     (tmp_path / "rows.json").write_text("[]")
-    inputs = fingerprint({}, [tmp_path / "llama", str(tmp_path / "rows.json")], [])["inputs"]
-    assert [Path(path).name for path in inputs] == ["config.json", "model.safetensors", "rows.json"]
-    assert len(set(inputs.values())) == 3
+    inputs = [tmp_path / "llama", str(tmp_path / "rows.json")]
+    record = fingerprint({"betas": (0.5, 0.9)}, inputs, [train, Run.finish, Results])
+    assert record["settings"] == {"betas": [0.5, 0.9]}
+    names = [path.removeprefix(f"{tmp_path}/") for path in record["inputs"]]
+    assert names == ["llama/model.safetensors", "llama/config.json", "rows.json"]
+    assert len(set(record["inputs"].values())) == 3
+    assert list(record["code"]) == ["test_runs.train", "runs.Run.finish", "runs.Results"]
+    assert difference(record, json.loads(json.dumps(record))) is None
+    (tmp_path / "rows.json").write_text("[1]")
+    now = fingerprint({"betas": (0.5, 0.9), "lr": 0.1}, inputs, [train, Results])
+    assert difference(record, now) == "lr was None, is 0.1"
+    now["settings"] = record["settings"]
+    assert difference(record, now) == f"input {tmp_path}/rows.json changed"
+    now["inputs"] = record["inputs"]
+    assert difference(record, now) == "code of runs.Run.finish changed"
 
 
-def test_the_reason_for_a_new_run_is_named(tmp_path):
-    record = {
-        "settings": {"lr": 0.5, "betas": [0.9, 0.99]},
-        "inputs": {"a.csv": "12"},
-        "source": {"train.py": "34"},
-    }
-    run = tmp_path / "run"
-    assert why_stale(run, record) == "not there yet"
-    with new_folder(run) as folder:
-        (folder / "model.safetensors").write_text("weights")
-        (folder / "run.json").write_text(json.dumps(record))
-    assert why_stale(run, record) is None
-    assert (
-        why_stale(run, record | {"settings": {"lr": 0.25, "betas": [0.9, 0.99]}})
-        == "setting lr changed"
-    )
-    assert (
-        why_stale(run, record | {"settings": {"lr": 0.25}}) == "setting betas changed (and 1 more)"
-    )
-    assert why_stale(run, record | {"inputs": {}}) == "input a.csv changed"
-    assert (
-        why_stale(run, record | {"source": {"train.py": "34", "new.py": "5"}})
-        == "source file new.py changed"
-    )
-    (run / "metrics.json").write_text("{}")  # of eval.py
-    assert why_stale(run, record) is None
-    (run / "model.safetensors").write_text("weighty")  # as long as before
-    assert why_stale(run, record) == "damaged: model.safetensors is missing or was changed"
-    (run / "model.safetensors").unlink()
-    assert "damaged" in why_stale(run, record)
-    for text in ("", "[]", "{}", '{"settings": 1, "inputs": {}, "source": {}}'):
-        (run / "run.json").write_text(text)
-        assert why_stale(run, record) == "unreadable"
+def test_only_words_of_code_may_change(tmp_path):
+    code = '"""What."""\n\ndef f(x):\n    """Says it."""\n    return x\n'
+    found = []
+    for text in (code, "# why\n" + code.replace("Says", "Tells"), code.replace("return x", "0")):
+        file = tmp_path / str(len(found)) / "script.py"
+        write_text(file, text)
+        found.append(code_hash(runpy.run_path(str(file))["f"]))
+    assert found[0] == found[1] != found[2]
 
 
-# ---- a file of finished parts ----
+# ---- files of finished parts ----
 
 
-def test_finished_results_are_kept_and_half_a_line_is_not(tmp_path):
-    file, record = tmp_path / "new/sdd.jsonl", {"settings": {"seed": 3}}
-    finished = Finished(file, record)
-    finished.add("mft 10", [{"harm": 0.1 + 0.2}])
-    finished.add("bft 10", [])
-    assert Finished(file, record).results == {"mft 10": [{"harm": 0.1 + 0.2}], "bft 10": []}
+def test_results_are_kept_by_record_and_damaged_lines_are_not(tmp_path, capsys):
+    file = tmp_path / "new/sdd.jsonl"
+    results = Results(file, RECORD)
+    results.add("mft 10", [{"harm": 0.1 + 0.2}])
+    results.add("bft 10", [])
+    kept = {"mft 10": [{"harm": 0.1 + 0.2}], "bft 10": []}
+    assert Results(file, RECORD).results == kept and capsys.readouterr().out == ""
     whole = file.read_text()
-    file.write_text(whole + '{"key": "lora 10", "res')
-    again = Finished(file, record)
-    assert list(again.results) == ["mft 10", "bft 10"] and file.read_text() == whole
-    again.add("lora 10", [1])
-    assert list(Finished(file, record).results) == ["mft 10", "bft 10", "lora 10"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        '{"settings": {"seed": 4}}\n{"key": "a", "result": 1}\n',
-        "[]\n3\n",
-        '{"settings": {"seed": 3}}\n{"key": "a"}\n',
-    ],
-)
-def test_results_of_another_fingerprint_or_none_are_ignored(tmp_path, text):
-    file, record = tmp_path / "sdd.jsonl", {"settings": {"seed": 3}}
-    file.write_text(text)
-    assert Finished(file, record).results == {}
-    Finished(file, record).add("b", 2)
-    assert Finished(file, record).results == {"b": 2}
+    file.write_text(whole + '[]\n3\n{"record": 1}\n' + whole.splitlines()[1][:-5])
+    other = Results(file, OTHER)
+    assert other.results == {}
+    assert "2 results of other settings or code" in (said := capsys.readouterr().out)
+    assert "steps was 10, is 20" in said
+    other.add("mft 10", 7)
+    assert Results(file, OTHER).results == {"mft 10": 7} and Results(file, RECORD).results == kept
+    Results(file, RECORD).add("lora 10", 1)
+    assert Results(file, RECORD).results == kept | {"lora 10": 1}
