@@ -1,196 +1,148 @@
-"""The loss by hand, its fused form beside the reference, and the gradient of a global batch however it is split."""
+"""The loss beside PyTorch's cross-entropy, however a global batch is split, chunked or rounded."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import small_model
+from small_model import small_model, token_ids
 
 from data.chat import Example, collate
 from nanosdd.device import Compute
-from nanosdd.lora import add_lora
+from nanosdd.linear_cross_entropy import linear_cross_entropy
 from nanosdd.optimizer import make_optimizer
 from sdd_loss import (
-    FusedLinearCrossEntropy,
     bradley_terry,
-    first_difference,
     sdd_loss,
-    sdd_loss_reference,
-    split_at_first_difference,
+    sequence_logprobs,
     suppression_weight,
     token_logprobs,
 )
 from train import train_step
 
+# Rows of unequal prompts and responses, so that a mean of micro-batch means would be wrong.
+EXAMPLES = [
+    Example(token_ids(length, seed=length).tolist(), length - 1 - length % 4)
+    for length in [5, 12, 19, 26, 10, 17, 24, 8]
+]
+RESPONSE_TOKENS = sum(example.response_length for example in EXAMPLES)
 
-def examples(count=8):
-    """Rows of unequal prompts and responses, so that a mean of micro-batch means would be wrong."""
-    rng, rows = torch.Generator().manual_seed(11), []
-    for i in range(count):
-        length = 5 + (i * 7) % 23
-        rows.append(Example(torch.randint(0, 89, (length,), generator=rng).tolist(), 1 + i % 4))
-    return rows
-
-
-# ---- by hand ----
+# ---- the loss of a model ----
 
 
-def test_losses_by_hand():
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    targets = torch.tensor([1, 2])  # -log p is log 4 and log 1.25, together log 5
-    torch.testing.assert_close(token_logprobs(logits, targets), torch.tensor([0.25, 0.8]).log())
-    hidden, head = torch.eye(2), logits.T.contiguous()  # hidden @ head.T is logits
-    loss = FusedLinearCrossEntropy.apply(hidden, head, targets, 7)
-    assert float(loss) == pytest.approx(math.log(5) / 7, rel=1e-6)
-    loss = FusedLinearCrossEntropy.apply(
-        torch.tensor([[200.0, 0.0]]), torch.eye(2), torch.tensor([1]), 4
-    )
-    assert float(loss) == 50  # exp(200) is more than fp32 can hold
-    batch = SimpleNamespace(
-        tokens=None,
-        targets=torch.tensor([[0, 1, 2]]),
-        loss_mask=torch.tensor([[False, True, True]]),
-    )
-    loss = sdd_loss_reference(lambda tokens, positions: logits, batch, 7)
-    assert float(loss) == pytest.approx(math.log(5) / 7, rel=1e-6)
-
-
-def test_the_loss_is_the_mean_over_response_and_end_tokens():
-    model, total, count = small_model(), 0.0, 0
-    for example in examples():
-        logps = model(torch.tensor([example.ids]))[0].log_softmax(-1).detach()
-        for t in range(example.prompt_length, len(example.ids)):
-            total -= float(logps[t - 1, example.ids[t]])
-            count += 1
-    assert count == sum(example.response_length for example in examples())
-    for loss in (sdd_loss, sdd_loss_reference):
-        assert loss(model, collate(examples()), count).item() == pytest.approx(
-            total / count, rel=1e-5
-        )
-
-
-def test_log_probabilities_are_fp32_for_bf16_logits():
-    logits = torch.randn(5, 11).bfloat16()
-    assert token_logprobs(logits, torch.arange(5)).dtype == torch.float32
-    batch = SimpleNamespace(
-        tokens=None, targets=torch.arange(5)[None], loss_mask=torch.ones(1, 5, dtype=torch.bool)
-    )
-    assert sdd_loss_reference(lambda tokens, positions: logits, batch, 5).dtype == torch.float32
-
-
-# ---- the fused loss is the reference ----
+def row_by_row(model):
+    """-log p of every response, one after the other and with nothing of the loss: (B,)."""
+    rows = []
+    for example in EXAMPLES:
+        ids = torch.tensor(example.ids)
+        logits = model(ids[None])[0, example.prompt_length - 1 : -1]
+        rows.append(F.cross_entropy(logits, ids[example.prompt_length :], reduction="sum"))
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_fused_loss_of_a_model_is_the_reference(tied):
-    batch, found = collate(examples()), []
-    for loss in (sdd_loss_reference, sdd_loss):
-        model = small_model(tie_word_embeddings=tied)
-        value = loss(model, batch, 31)
-        (1.7 * value).backward()  # a loss may be a part of another
-        found.append([value.detach(), *(parameter.grad for parameter in model.parameters())])
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
-
-
-def test_the_fused_loss_with_a_frozen_head_or_without_gradients():
-    batch, found = collate(examples()), []
-    for loss in (sdd_loss_reference, sdd_loss):
-        model = small_model()
-        trainable = add_lora(model, rank=3, alpha=6, seed=1)  # freezes the head
-        value = loss(model, batch, 31)
-        value.backward()
-        found.append([value.detach(), *(parameter.grad for parameter in trainable)])
-        assert model.lm_head.weight.grad is None
-        with torch.no_grad():
-            torch.testing.assert_close(loss(model, batch, 31), value)
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "chunk_logits", [2**25, 40 * 7, 40, 5]
-)  # all 29 tokens at once, 7, 1, and 1 at least
-def test_the_fused_loss_in_chunks_of_tokens(chunk_logits):
-    hidden, head = torch.randn(29, 3), 5 * torch.randn(40, 3)
-    targets, found = torch.randint(0, 40, (29,)), []
-    for dtype in (torch.float64, torch.float32):  # so is PyTorch's fp32 cross-entropy
-        hidden, head = (tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, head))
-        if dtype == torch.float64:
-            loss = F.cross_entropy(hidden @ head.T, targets, reduction="sum") / 31
-        else:
-            loss = FusedLinearCrossEntropy.apply(hidden, head, targets, 31, chunk_logits)
-        loss.backward()
-        found.append((loss.detach().float(), hidden.grad.float(), head.grad.float()))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
-
-
-def test_the_fused_loss_rounds_as_autocast_does():
-    hidden, head, targets, found = (
-        torch.randn(29, 16),
-        torch.randn(40, 16),
-        torch.randint(0, 40, (29,)),
-        [],
-    )
-    for fused in (False, True):
-        hidden, head = (tensor.detach().requires_grad_() for tensor in (hidden, head))
-        with torch.autocast("cpu", torch.bfloat16):
-            if fused:
-                loss = FusedLinearCrossEntropy.apply(hidden, head, targets, 31)
-            else:
-                loss = (
-                    F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum") / 31
-                )
-        loss.backward()
-        found.append((loss.detach(), hidden.grad, head.grad))
-    torch.testing.assert_close(*found, atol=2e-3, rtol=2e-2)
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)  # the same logits
-    assert all(tensor.dtype == torch.float32 for tensor in found[1])
+def test_losses_equal_the_rows_alone(tied):
+    model = small_model(tie_word_embeddings=tied)
+    parameters = list(model.parameters())
+    rows = row_by_row(model)
+    expected = rows.sum() / RESPONSE_TOKENS
+    batch = collate(EXAMPLES)
+    loss = sdd_loss(model, batch, RESPONSE_TOKENS)
+    torch.testing.assert_close([loss, sequence_logprobs(model, batch)], [expected, -rows])
+    found = torch.autograd.grad(1.7 * loss, parameters)  # a loss may be a part of another
+    expected = torch.autograd.grad(1.7 * expected, parameters)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_micro_batches_change_nothing_but_rounding():
-    gradients, losses = [], []
+    gradients = []
 
     def keep_gradient(model):
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
 
-    for micro_batch in (0, 8, 4, 3, 2, 1):
-        model, compute = small_model(), Compute(micro_batch=micro_batch)
-        done = train_step(
-            model,
-            make_optimizer(model, compute),
-            examples(),
-            1e-3,
-            compute,
-            before_clip=keep_gradient,
-        )
-        assert done["response_tokens"] == sum(example.response_length for example in examples())
-        assert done["tokens"] == sum(len(example.ids) for example in examples())
+    losses = []
+    for micro_batch in (0, 8, 3, 1):
+        model = small_model()
+        compute = Compute(micro_batch=micro_batch)
+        optimizer = make_optimizer(model, compute)
+        done = train_step(model, optimizer, EXAMPLES, 1e-3, compute, before_clip=keep_gradient)
+        assert done["response_tokens"] == RESPONSE_TOKENS
+        assert done["tokens"] == 121
         losses.append(done["loss"])
-    for loss, gradient in zip(losses, gradients, strict=True):
-        assert loss == pytest.approx(losses[0], abs=1e-6)
-        torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(gradients[-1], gradients[0], atol=1e-6, rtol=1e-4)
+    assert max(losses) - min(losses) < 1e-6
+
+
+# ---- the head and the cross-entropy in one ----
+
+
+def inputs(dtype=torch.float32):
+    """(29 hidden states of size 16, a head of 40 words, targets)."""
+    torch.manual_seed(3)
+    hidden = torch.randn(29, 16).to(dtype).requires_grad_()
+    head = torch.randn(40, 16).to(dtype).requires_grad_()
+    return hidden, head, token_ids(29, seed=5) % 40
+
+
+@pytest.mark.parametrize("chunk_logits", [2**25, 40 * 7, 5])  # 29 tokens at once, 7, one at least
+def test_in_chunks_it_is_the_cross_entropy(chunk_logits):
+    hidden, head, targets = inputs()
+    exact = F.cross_entropy(hidden.double() @ head.double().T, targets, reduction="sum")
+    loss = linear_cross_entropy(hidden, head, targets, chunk_logits)
+    assert loss.item() == pytest.approx(exact.item())
+    expected = torch.autograd.grad(exact, [hidden, head])
+    found = torch.autograd.grad(loss, [hidden, head])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_frozen_input_gets_no_gradient():
+    hidden, head, targets = inputs()
+    (expected,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets), hidden)
+    frozen = linear_cross_entropy(hidden, head.detach(), targets)  # as under LoRA
+    assert torch.equal(torch.autograd.grad(frozen, hidden)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, head, targets), frozen)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_it_rounds_as_autocast_does(weights):
+    hidden, head, targets = inputs(weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, head, targets, 40 * 7)
+        plain = F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, atol=0, rtol=1e-6)  # the same logits
+    found = torch.autograd.grad(loss, [hidden, head])
+    expected = torch.autograd.grad(plain, [hidden, head])
+    torch.testing.assert_close(found, expected, atol=0.06, rtol=0.02)  # and the same dtypes
+
+
+def test_it_has_no_second_derivative():
+    hidden, head, targets = inputs()
+    loss = linear_cross_entropy(hidden, head, targets)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_by_hand():
+    logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).log()
+    targets = torch.tensor([1, 2])  # -log p is log 4 and log 1.25, together log 5
+    torch.testing.assert_close(token_logprobs(logits, targets), torch.tensor([0.25, 0.8]).log())
+    assert token_logprobs(logits.bfloat16(), targets).dtype == torch.float32
+    loss = linear_cross_entropy(torch.eye(2), logits.T, targets)
+    assert float(loss) == pytest.approx(math.log(5))
+    large = linear_cross_entropy(200 * torch.eye(2), torch.eye(2), 1 - torch.arange(2))
+    assert float(large) == 400  # exp(200) is more than fp32 can hold
 
 
 # ---- the attacker's view ----
 
 
 def test_bradley_terry_and_its_gradient():
-    c, o = (
-        torch.tensor([-3.0, -1.0], requires_grad=True),
-        torch.tensor([-2.0, -7.0], requires_grad=True),
-    )
+    c = torch.tensor([-3.0, -1.0], requires_grad=True)
+    o = torch.tensor([-2.0, -7.0], requires_grad=True)
     margin, p = bradley_terry(c, o)
     assert margin.tolist() == [-1.0, 6.0]
     torch.testing.assert_close(p, c.exp() / (c.exp() + o.exp()))  # eq. 5
+    weight = suppression_weight(c, o)
     p.log().sum().backward()
-    torch.testing.assert_close(-o.grad, suppression_weight(c, o).detach())  # eq. 7
-    torch.testing.assert_close(c.grad, suppression_weight(c, o).detach())
-
-
-def test_split_at_the_first_differing_token():
-    assert first_difference([4, 5, 6, 7], [4, 5, 9]) == 2
-    assert first_difference([4, 5], [4, 5, 9]) == 2
-    assert first_difference([1], [2]) == 0
-    before, at, after = split_at_first_difference(torch.tensor([-1.0, -2.0, -4.0, -8.0]), 2)
-    assert (before.item(), at.item(), after.item()) == (-3.0, -4.0, -8.0)
+    torch.testing.assert_close([c.grad, -o.grad], [weight, weight])  # eq. 7

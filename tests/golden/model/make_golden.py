@@ -1,17 +1,22 @@
-"""Make the golden files beside this script: two tiny random Llamas, their logits and greedy text, by transformers.
+"""Make the golden files beside this script, by transformers.
+
+They are two tiny random Llamas, their logits and their greedy text.
 
     pip install transformers==5.23.0 tokenizers==0.23.3 torch==2.13.0
     python tests/golden/model/make_golden.py
 
-It imports nothing of nanoSDD. A folder for each model holds config.json and model.safetensors as transformers saves
-them; golden.json the peers' versions, a row of token ids, the places in it at which logits are kept, and of each model
+It imports nothing of nanoSDD. A folder for each model holds config.json and model.safetensors as
+transformers saves them; golden.json the peers' versions, a row of token ids, the places in it at
+which logits are kept, and of each model
 
     logits_fp32_base64    there, by rows
-    prompts               texts of unequal lengths, their ids by the tokenizer at TOKENIZER, and what greedy decoding of
-                          each alone adds to them in 64 steps, as ids and as text
+    prompts               texts of unequal lengths, their ids by the tokenizer at TOKENIZER, and
+                          what greedy decoding of each alone adds to them in 64 steps, as ids and
+                          as text
 
-Embeddings are of standard deviation 0.1 and the layers' weights of 0.3, which at this width is as strong as 0.1 in a
-wider model: a slip in a layer shows in the logits. Seed 388 makes varied texts without near ties.
+Embeddings are of standard deviation 0.1 and the layers' weights of 0.3, which at this width is as
+strong as 0.1 in a wider model: a slip in a layer shows in the logits. Seed 388 makes varied texts
+without near ties.
 """
 
 import base64
@@ -36,7 +41,8 @@ SIZES = dict(
     vocab_size=456, initializer_range=0.1, bos_token_id=452, eos_token_id=451, pad_token_id=None
 )
 MODELS = {
-    # Llama 3's kind: grouped queries, a tied head, scaled rotation; heads wider than hidden_size / heads
+    # Llama 3's kind: grouped queries, a tied head, scaled rotation; heads wider than
+    # hidden_size / heads
     "llama3": dict(
         SIZES,
         hidden_size=12,
@@ -88,7 +94,10 @@ def random_model(seed, settings):
 
 @torch.no_grad()
 def greedy(model, ids, steps):
-    """The ids that argmax adds. A near tie, with which rounding could play, is an error, and so is a monotone text."""
+    """The ids that argmax adds.
+
+    A near tie, with which rounding could play, is an error, and so is a monotone text.
+    """
     ids = list(ids)
     for _ in range(steps):
         best = model(torch.tensor([ids])).logits[0, -1].topk(2)

@@ -1,0 +1,45 @@
+"""A Llama small enough for tests."""
+
+import torch
+
+from model import Llama, LlamaConfig
+
+LLAMA3_SCALING = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+SMALL = dict(
+    vocab_size=89,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=0.03,
+    max_position_embeddings=70,
+    initializer_range=0.15,
+)
+
+
+def small_config(**changes) -> LlamaConfig:
+    """A Llama of 2 layers, 6 query heads on 2 key-value heads, in which no two sizes are equal."""
+    return LlamaConfig(**SMALL | changes)
+
+
+def small_model(seed=7, **changes) -> Llama:
+    """A random Llama in fp32, ready to evaluate."""
+    torch.manual_seed(seed)
+    model = Llama(small_config(**changes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # weights of 1 would hide a norm that forgets them
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def token_ids(*shape, seed: int) -> torch.Tensor:
+    """Random token ids, the same for the same seed."""
+    return torch.randint(0, 89, shape, generator=torch.Generator().manual_seed(seed))
