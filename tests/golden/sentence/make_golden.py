@@ -1,9 +1,10 @@
-"""Make this folder: a tiny random BERT with a vocabulary of pieces, and what transformers and tokenizers say of texts.
+"""Make this folder: a tiny random BERT with a vocabulary of pieces, and what peers say of texts.
 
     pip install transformers==5.23.0 tokenizers==0.23.3 torch==2.13.0
     python tests/golden/sentence/make_golden.py
 
-It imports nothing of nanoSDD. golden.json: texts, their ids, and the mean of the last layer's vectors at unit length.
+It imports nothing of nanoSDD. golden.json: texts, their ids (of tokenizers), and the mean of the
+last layer's vectors (of transformers) at unit length.
 """
 
 import json
@@ -14,7 +15,10 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel
 
 FOLDER = Path(__file__).parent
-WORDS = "the a of un run jump ##ning ##able ##s ##ly dog cafe strasse tea 2 19 ##84 ##2 ά ##α σ 東 京 ｶ ##ﾞ ᄒ ##ᅡ ##ᆫ".split()
+WORDS = (
+    "the a of un run jump ##ning ##able ##s ##ly dog cafe strasse tea 2 19 ##84 ##2 "
+    "ά ##α σ 東 京 ｶ ##ﾞ ᄒ ##ᅡ ##ᆫ"
+).split()
 TEXTS = [
     "",
     " ",
@@ -72,9 +76,8 @@ def main():
             layer_norm_eps=1e-3,
         )
     ).eval()
-    for (
-        parameter
-    ) in model.parameters():  # biases of 0 and norms of 1 would hide that they are forgotten
+    # biases of 0 and norms of 1 would hide that they are forgotten
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.4 * torch.randn_like(parameter)
     model.save_pretrained(FOLDER)
