@@ -1,25 +1,24 @@
 """Readers of the public data files, which are recognised by their contents, never by their names.
 
-A file becomes text (gunzipped, decoded), the text becomes records (of a JSON list, JSON Lines or CSV), and the keys of
+A file becomes text, the text becomes records (of a JSON list, JSON Lines or CSV), and the keys of
 most records show the layout. One small function per layout turns a record into a row.
 """
 
 import csv
 import gzip
 import io
-import itertools
 import json
 import re
 import zlib
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from nanosdd.checkpoint import MOST_BYTES, why_unreadable
 from nanosdd.errors import InputError
 
 KNOWN = (
-    "BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), AdvBench or XSTest "
-    "(CSV), MMLU (CSV without a header), OpenBookQA (JSONL)"
+    "BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), "
+    "AdvBench or XSTest (CSV), MMLU (CSV without a header), OpenBookQA (JSONL)"
 )
 # The keys of each layout. A record has the first layout whose keys it holds.
 KEYS = {
@@ -34,100 +33,87 @@ KEYS = {
     "XSTest": {"prompt", "type", "focus"},
 }
 LETTERS = ["A", "B", "C", "D"]
-TYPES = {str: "string", bool: "true or false", list: "list", dict: "object"}
 
 csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is too short for some responses
 
 
 def read_rows(path) -> list[dict]:
-    """Rows {"prompt": str, "response": str, "row": int} of a prompt-response file; row: the record's number from 0.
+    """Return the rows {"prompt": str, "response": str, "row": int} of a prompt-response file.
 
-    BeaverTails rows also have "categories" (list[str], the true ones) and "is_safe" (bool), AdvBench rows "harmful"
-    (true), pairs of data.pairs "owner" (str), conversations with a system turn "system" (str). Alpaca's input and
-    Dolly's context follow the instruction after a blank line. A conversation (LIMA, ShareGPT, messages) contributes its
-    first user turn that has an answer right after it.
+    row: the record's number from 0. BeaverTails rows also have "categories" (list[str], the true
+    ones) and "is_safe" (bool), AdvBench rows "harmful" (true), pairs of data.pairs "owner" (str),
+    pairs with a dispreferred response "rejected" (str), conversations with a system turn "system"
+    (str). Alpaca's input and Dolly's context follow the instruction after a blank line. A
+    conversation (LIMA, ShareGPT, messages) contributes its first user turn that is answered.
 
-    Malformed records, up to 1% of all records (rounded down), are listed on stdout and skipped. Records with a blank or
-    missing prompt or answer are not malformed; they are counted on stdout and left out. InputError: the file cannot be
-    read, has an unknown layout or one of another kind, has more malformed records, or has no rows.
+    Malformed records, up to 1% of all (rounded down), are skipped; records with a blank or missing
+    prompt or answer are left out. Both are counted on stdout. InputError: the file cannot be read,
+    has an unknown layout or one of another kind, has more malformed records, or has no rows.
     """
-    return _read(
-        path,
-        "prompt-response rows",
-        {
-            "BeaverTails": _beavertails,
-            "pairs": _pairs,
-            "AdvBench": _advbench,
-            "Dolly": lambda record: _plain(record, "instruction", "response", extra="context"),
-            "Alpaca": lambda record: _plain(record, "instruction", "output", extra="input"),
-            "LIMA or ShareGPT": lambda record: _conversation(
-                record, "conversations", "from", "value"
-            ),
-            "messages": lambda record: _conversation(record, "messages", "role", "content"),
-        },
-    )
+    readers = {
+        "BeaverTails": _beavertails,
+        "pairs": _pair,
+        "AdvBench": _advbench,
+        "Dolly": _dolly,
+        "Alpaca": _alpaca,
+        "LIMA or ShareGPT": _lima_or_sharegpt,
+        "messages": _messages,
+    }
+    return _read(path, "prompt-response rows", readers)
 
 
 def read_questions(path) -> list[dict]:
-    """Questions {"question": str, "choices": list[str], "answer": int, "row": int} of MMLU (CSV: question, A, B, C, D,
-    letter) or OpenBookQA (JSONL); answer: the index of the right choice. Skipped records and errors as in read_rows."""
+    """Return the multiple-choice questions of an MMLU or OpenBookQA file.
+
+    Each is {"question": str, "choices": list[str], "answer": int, "row": int}; answer: the index
+    of the right choice. Skipped records and errors as in read_rows.
+    """
     return _read(path, "multiple-choice questions", {"MMLU": _mmlu, "OpenBookQA": _openbookqa})
 
 
 def read_xstest(path) -> list[dict]:
-    """Prompts {"prompt": str, "safe": bool, "type": str, "row": int} of an XSTest CSV, in any of its public layouts;
-    without a label column, a type that begins with "contrast" is unsafe. Skipped records and errors as in read_rows."""
+    """Return the prompts {"prompt": str, "safe": bool, "type": str, "row": int} of an XSTest CSV.
+
+    Without a label column, a type that begins with "contrast" is unsafe. Skipped records and
+    errors as in read_rows.
+    """
     return _read(path, "XSTest prompts", {"XSTest": _xstest})
 
 
-def _read(path, kind, readers) -> list[dict]:
-    """The rows of a file in one of the layouts of `readers`, {layout: function from a record to a row}. A function
-    returns None for a record without an answer, and raises ValueError, with the reason, for a malformed one."""
-    text = _text(path)
-    first = [line for line in text.split("\n", 100)[:100] if line.strip()]
-    objects = [line for line in first if re.match(r'\s*\{\s*["}]', line)]
-    if re.match(
-        r'\s*\[\s*(null|true|false|[\[{"\]])', text
-    ):  # an MMLU question may begin with a bracket too
-        records = list(_json_list(path, text))
-    elif len(objects) > len(first) / 2:  # some lines may be broken
-        records = list(_jsonl(text))
-    else:
-        records = list(_csv(path, text))
+def _read(path, kind, readers):
+    """Return the rows of a file in one of the layouts of `readers`.
+
+    kind: what they are, in words. readers: {layout: function from a record to a row}; it raises
+    ValueError, with the reason, for a malformed record.
+    """
+    records = _records(path)
     if not records:
         raise InputError(f"{path} holds no rows; fetch it again")
-    layouts = Counter(filter(None, (_layout(record) for _, record in records)))
-    if not layouts:
-        line, record = records[0]
-        shown = list(record) if isinstance(record, dict) else record  # of a dict, its keys
-        raise InputError(f"{path} is of no known format (line {line}: {shown!r:.60}); give {KNOWN}")
-    layout = layouts.most_common(1)[0][0]
+    # by majority: one odd record at the start must not decide what the others are
+    layout = Counter(map(_layout, records)).most_common(1)[0][0]
+    if layout is None:
+        raise InputError(f"{path} is of no known format ({records[0]!r:.60}); give {KNOWN}")
     if layout not in readers:
         raise InputError(f"{path} holds {layout} records; expected {kind}: {', '.join(readers)}")
 
-    rows, malformed, incomplete = [], [], 0
-    for number, (line, record) in enumerate(records):
+    rows = []
+    malformed = []
+    incomplete = 0
+    for number, record in enumerate(records):
         try:
-            if isinstance(record, ValueError):
-                raise record
             row = readers[layout](record)
         except ValueError as reason:
-            malformed.append(f"line {line} (row {number}: {reason})")
+            malformed.append(f"row {number} (from 0): {reason}")
             continue
-        if row is None:
-            incomplete += 1
-        else:
+        if _is_complete(row):
             rows.append({**row, "row": number})
-    if len(malformed) > len(records) // 100:
-        raise InputError(
-            f"{path}: {len(malformed)} of {len(records)} {layout} rows are malformed, more than 1%, first "
-            f"{malformed[0]}; fix them or fetch the file again"
-        )
+        else:
+            incomplete += 1
     if malformed:
-        more = f" and {len(malformed) - 5} more" if len(malformed) > 5 else ""
-        print(
-            f"{path}: skipped {len(malformed)} of {len(records)} rows: {', '.join(malformed[:5])}{more}"
-        )
+        found = f"{len(malformed)} of {len(records)} {layout} rows are malformed"
+        if len(malformed) > len(records) // 100:
+            raise InputError(f"{path}: {found}, more than 1%, first {malformed[0]}; fetch it again")
+        print(f"{path}: {found} and skipped, first {malformed[0]}")
     if incomplete:
         print(f"{path}: left out {incomplete} of {len(records)} rows, blank or without an answer")
     if not rows:
@@ -135,221 +121,205 @@ def _read(path, kind, readers) -> list[dict]:
     return rows
 
 
-def _text(path) -> str:
-    if reason := why_unreadable(path):
-        raise InputError(f"{path} is not a file that can be read ({reason}); give {KNOWN}")
-    raw = Path(path).read_bytes()
-    if raw.startswith(b"\x1f\x8b"):
-        try:
-            with gzip.open(io.BytesIO(raw)) as file:
-                raw = file.read(MOST_BYTES + 1)
-            if len(raw) > MOST_BYTES:
-                raise InputError(
-                    f"{path} holds more than {MOST_BYTES:,} bytes of text; give a part of it"
-                )
-        except (EOFError, OSError, zlib.error) as error:
-            raise InputError(
-                f"{path} is a truncated or corrupt gzip ({error}); fetch it again"
-            ) from None
-    encoding = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"
+# --- a file to records: dicts, or lists of fields for a CSV without a header ---
+
+
+def _records(path) -> list:
     try:
-        text = raw.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
+        raw = Path(path).read_bytes()
+        if raw.startswith(b"\x1f\x8b"):
+            raw = gzip.decompress(raw)
+        text = raw.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(
-            f"{path}: byte {error.start} is not {encoding}; convert the file to UTF-8 text"
+            f"{path} is not a file of text that can be read ({error}); give {KNOWN}"
         ) from None
-    if not text.strip():
-        raise InputError(f"{path} is empty; fetch it again")
-    if "\0" in text:
-        raise InputError(
-            f"{path}: character {text.index(chr(0))} is NUL: the file is damaged or not UTF-8 text; "
-            "fetch it again or convert it"
-        )
-    return text
+    # an MMLU question may begin with a bracket too
+    if re.match(r"\s*\[\s*[{\]]", text):
+        return _json_list(path, text)
+    if re.match(r'\s*\{\s*"', text):
+        return _json_lines(text)
+    return _csv(path, text)
 
 
-# Each of these yields (line, record): the line where the record starts, from 1, and its value, or a ValueError with the
-# reason if it cannot be parsed.
-
-
-def _jsonl(text):
-    for line, piece in enumerate(
-        text.split("\n"), 1
-    ):  # not splitlines: U+2028 and others may stand in a string
-        if piece.strip():
+def _json_lines(text):
+    records = []
+    for line in text.split("\n"):  # not splitlines: U+2028 and others may stand in a string
+        if line.strip():
             try:
-                record = json.loads(piece)
+                records.append(json.loads(line))
             except (ValueError, RecursionError):
-                record = ValueError("not JSON")
-            yield line, record
+                records.append(line)  # no dict, so it counts as malformed
+    return records
 
 
 def _json_list(path, text):
-    skip, decode = re.compile(r"[ \t\r\n]*").match, json.JSONDecoder().raw_decode
-    line, counted, at, whole = 1, 0, text.index("["), 0
     try:
-        while text[at] in "[,":
-            start = skip(text, at + 1).end()
-            if text[at] == "[" and text[start : start + 1] == "]":
-                at = start
-                break
-            line, counted = line + text.count("\n", counted, start), start
-            record, end = decode(text, start)
-            whole += 1
-            yield line, record
-            at = skip(text, end).end()
-            if text[at : at + 1] not in (",", "]"):
-                raise json.JSONDecodeError("no comma or ]", text, at)
-        if text[at + 1 :].strip():
-            raise json.JSONDecodeError("more after the end of the list", text, at + 1)
-    except (ValueError, RecursionError) as error:  # the start of the next record is unknown
-        if whole >= 100 and isinstance(error, json.JSONDecodeError) and _cut_short(text, error):
-            print(
-                f"{path} is cut short in line {text.count(chr(10)) + 1}: the {whole:,} whole records before it are "
-                "read"
-            )
-            return
-        raise InputError(
-            f"{path}, line {getattr(error, 'lineno', line)}: not JSON ({getattr(error, 'msg', error)}); "
-            "is the file cut short? fetch it again"
-        ) from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        records = _whole_records(text)
+        # the ShareGPT package holds the first part of a file; a short list is more likely damaged
+        if len(records) < 100 or text.rstrip().endswith("]"):
+            raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
+    print(f"{path} is cut short: the {len(records):,} whole records before the cut are read")
+    return records
 
 
-def _cut_short(text, error) -> bool:
-    """Whether the text ended where JSON went on: inside a string, or where nothing but white space follows."""
-    return error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
+def _whole_records(text):
+    """The records of a JSON list that stand before its first error."""
+    decoder = json.JSONDecoder()
+    records = []
+    end = 0
+    try:
+        while True:
+            start = text.index("{", end)
+            record, end = decoder.raw_decode(text, start)
+            records.append(record)
+    except (ValueError, RecursionError):  # broken, or no record is left
+        return records
 
 
 def _csv(path, text):
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error:
-            raise InputError(
-                f"{path}, line {line}: the CSV record that starts there has an unclosed or misplaced "
-                "quote; fix it or fetch the file again"
-            ) from None
-        if fields is None:
-            return
-        if not "".join(fields).strip() and len(fields) < 2:
-            continue
-        if header is None:  # the first record
-            header = (
-                fields if KEYS["AdvBench"] <= set(fields) or KEYS["XSTest"] <= set(fields) else []
-            )
-            if header:
-                continue
-        if header and len(fields) != len(header):
-            yield line, ValueError(f"{len(fields)} fields, not {len(header)}")
-        else:
-            yield line, dict(zip(header, fields)) if header else tuple(fields)
+    records = []
+    try:
+        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
+            if fields:  # of a blank line there are none
+                records.append(fields)
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: CSV with a bad quote after {len(records)} whole records ({error}); fix it"
+        ) from None
+    if not records or _layout(dict.fromkeys(records[0])) is None:  # MMLU
+        return records
+    header = records[0]
+    named = []
+    for fields in records[1:]:
+        if len(fields) == len(header):
+            fields = dict(zip(header, fields))
+        named.append(fields)  # a list, which counts as malformed, when fields are missing
+    return named
 
 
-def _layout(record) -> str | None:
-    if isinstance(record, tuple):  # of a CSV file without a header
-        return "MMLU" if len(record) == 6 and record[5].strip() in LETTERS else None
-    found = record.keys() if isinstance(record, dict) else set()
-    return next((name for name, keys in KEYS.items() if keys <= found), None)
+def _layout(record):
+    """Return the name of a record's layout, or None."""
+    if isinstance(record, dict):
+        for name, keys in KEYS.items():
+            if keys <= record.keys():
+                return name
+    if isinstance(record, list) and len(record) == 6 and record[5] in LETTERS:
+        return "MMLU"
+    return None
 
 
-# One function per layout, from a record to a row.
+# --- a record to a row: one function per layout ---
 
 
 def _beavertails(record):
     category = _get(record, "category", dict)
-    if not all(isinstance(value, bool) for value in category.values()):
-        raise ValueError("category holds more than true and false")
-    more = {
-        "categories": [name for name in category if category[name]],
+    return {
+        **_pair(record),
+        "categories": [name for name in category if _get(category, name, bool)],
         "is_safe": _get(record, "is_safe", bool),
     }
-    return _exchange(_get(record, "prompt"), _get(record, "response"), **more)
 
 
-def _pairs(record):
-    """Pairs from data.pairs name the owner of each harmful prompt; pairs from elsewhere do not."""
-    prompt, response = _get(record, "prompt"), _get(record, "response")
-    more = {key: _get(record, key) for key in ("owner", "rejected") if record.get(key) is not None}
-    return _exchange(prompt, response, **more)
+def _pair(record):
+    row = _exchange(record, "prompt", "response")
+    for key in ("owner", "rejected"):  # which only some pairs files have
+        if key in record:
+            row[key] = _get(record, key)
+    return row
 
 
 def _advbench(record):
-    row = _plain(record, "goal", "target")
-    return row and row | {"harmful": True}
+    return {**_exchange(record, "goal", "target"), "harmful": True}
 
 
-def _plain(record, prompt_key, response_key, extra=None):
+def _dolly(record):
+    return _exchange(record, "instruction", "response", extra="context")
+
+
+def _alpaca(record):
+    return _exchange(record, "instruction", "output", extra="input")
+
+
+def _exchange(record, prompt_key, response_key, extra=None):
     """The row of a record with two texts; extra: the key of a text that may follow the prompt."""
-    prompt, response = _get(record, prompt_key), _get(record, response_key)
-    more = _get(record, extra) if extra in record else ""
-    return _exchange(f"{prompt}\n\n{more}" if prompt.strip() and more.strip() else prompt, response)
+    prompt = _get(record, prompt_key)
+    if extra in record:
+        more = _get(record, extra)
+        if more.strip():
+            prompt += "\n\n" + more
+    return {"prompt": prompt, "response": _get(record, response_key)}
 
 
-def _conversation(record, key, role, text):
-    turns = _get(record, key, list)
-    if turns and all(isinstance(turn, str) for turn in turns):  # LIMA: user and assistant alternate
-        turns = [{role: ("human", "gpt")[i % 2], text: turn} for i, turn in enumerate(turns)]
-    turns = [(_get(turn, role), _get(turn, text)) for turn in turns]
-    system = [{"system": words} for who, words in turns if who == "system"] or [{}]
-    for (who, prompt), (next_who, response) in itertools.pairwise(turns):
-        if who in ("human", "user") and next_who in ("gpt", "assistant"):
-            return _exchange(prompt, response, **system[0])
-    return None
+def _lima_or_sharegpt(record):
+    turns = []
+    for number, turn in enumerate(_get(record, "conversations", list)):
+        if isinstance(turn, str):  # LIMA: user and assistant alternate
+            turns.append((("human", "gpt")[number % 2], turn))
+        else:
+            turns.append((_get(turn, "from"), _get(turn, "value")))
+    return _conversation(turns)
+
+
+def _messages(record):
+    turns = _get(record, "messages", list)
+    return _conversation([(_get(turn, "role"), _get(turn, "content")) for turn in turns])
+
+
+def _conversation(turns):
+    row = {"prompt": "", "response": ""}
+    for (role, text), (next_role, next_text) in pairwise(turns):
+        if role == "system":
+            row["system"] = text
+        if role in ("human", "user") and next_role in ("gpt", "assistant"):
+            return row | {"prompt": text, "response": next_text}
+    return row
 
 
 def _mmlu(record):
-    if len(record) != 6:
-        raise ValueError(f"{len(record)} fields, not 6")
+    if _layout(record) != "MMLU":
+        raise ValueError("no question, four choices and a letter of A to D")
     question, *choices, letter = record
-    if letter.strip() not in LETTERS:
-        raise ValueError("the answer is none of A, B, C, D")
-    return _question(question, choices, LETTERS.index(letter.strip()))
+    return {"question": question, "choices": choices, "answer": LETTERS.index(letter)}
 
 
 def _openbookqa(record):
     question = _get(record, "question", dict)
     choices = _get(question, "choices", list)
-    labels, answer = [_get(choice, "label") for choice in choices], _get(record, "answerKey")
-    if labels.count(answer) != 1:
-        raise ValueError("answerKey is not the label of one choice")
-    return _question(
-        _get(question, "stem"), [_get(choice, "text") for choice in choices], labels.index(answer)
-    )
+    labels = [_get(choice, "label") for choice in choices]
+    answer = _get(record, "answerKey")
+    if answer not in labels:
+        raise ValueError("answerKey is not the label of a choice")
+    return {
+        "question": _get(question, "stem"),
+        "choices": [_get(choice, "text") for choice in choices],
+        "answer": labels.index(answer),
+    }
 
 
 def _xstest(record):
-    prompt, kind = _get(record, "prompt"), _get(record, "type")
-    label = "unsafe" if kind.startswith("contrast") else "safe"
-    if "label" in record:
-        label = _get(record, "label")
+    kind = _get(record, "type")
+    label = record.get("label", "unsafe" if kind.startswith("contrast") else "safe")
     if label not in ("safe", "unsafe"):
-        raise ValueError("the label is neither safe nor unsafe")
-    return {"prompt": prompt, "safe": label == "safe", "type": kind} if prompt.strip() else None
+        raise ValueError("label is neither safe nor unsafe")
+    return {"prompt": _get(record, "prompt"), "safe": label == "safe", "type": kind}
 
 
 def _get(record, key, kind=str):
-    """record[key]; ValueError when it is missing or of another kind."""
-    value = record.get(key) if isinstance(record, dict) else None
+    """Return record[key]; ValueError when it is missing or of another kind."""
+    if not isinstance(record, dict):
+        raise ValueError("not a whole record")
+    value = record.get(key)
     if not isinstance(value, kind):
-        raise ValueError(f"no {TYPES[kind]} {key}")
-    if kind is str and re.search(
-        "[\ud800-\udfff]", value
-    ):  # valid in JSON, but no tokenizer can encode it
-        raise ValueError(f"half a surrogate pair in {key}")
+        raise ValueError(f"{key} is no {kind.__name__}")
+    # JSON may hold a lone surrogate, which no tokenizer can encode
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{key} has half a surrogate pair")
     return value
 
 
-def _exchange(prompt, response, **more):
-    return (
-        {"prompt": prompt, "response": response, **more}
-        if prompt.strip() and response.strip()
-        else None
-    )
-
-
-def _question(question, choices, answer):
-    blank = any(not text.strip() for text in [question, *choices])
-    return None if blank else {"question": question, "choices": choices, "answer": answer}
+def _is_complete(row) -> bool:
+    texts = [row[key] for key in ("prompt", "response", "question") if key in row]
+    return all(text.strip() for text in texts + row.get("choices", []))

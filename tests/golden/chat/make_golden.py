@@ -1,18 +1,24 @@
-"""Make golden.json beside this script: what transformers' apply_chat_template gives for each *.jinja here.
+"""Make golden.json beside this script: what transformers' apply_chat_template gives for *.jinja.
 
     pip install transformers==5.23.0 jinja2==3.1.6 tokenizers==0.23.3
     python tests/golden/chat/make_golden.py
 
-It imports nothing of nanoSDD. The *.jinja files are the published templates as far as they concern a system prompt, one
-question and one answer (the tools of Llama 3.1 are left out), written after the chat_template in tokenizer_config.json:
+It imports nothing of nanoSDD. The *.jinja files are the published templates as far as they concern
+a system prompt, one question and one answer (the tools of Llama 3.1 are left out), written after
+the chat_template in tokenizer_config.json:
 
-    llama2    meta-llama/Llama-2-7b-chat-hf          smollm2   HuggingFaceTB/SmolLM2-135M-Instruct
-    llama3    meta-llama/Meta-Llama-3-8B-Instruct    chatml    the same without the default system prompt: SmolLM-135M
-    llama31   meta-llama/Llama-3.1-8B-Instruct       zephyr    TinyLlama/TinyLlama-1.1B-Chat-v1.0, HuggingFaceH4/zephyr
-    llama32   meta-llama/Llama-3.2-1B-Instruct       plain     ours; base models have none
+    llama2    meta-llama/Llama-2-7b-chat-hf
+    llama3    meta-llama/Meta-Llama-3-8B-Instruct
+    llama31   meta-llama/Llama-3.1-8B-Instruct
+    llama32   meta-llama/Llama-3.2-1B-Instruct
+    smollm2   HuggingFaceTB/SmolLM2-135M-Instruct
+    chatml    the same without the default system prompt: SmolLM-135M
+    zephyr    TinyLlama/TinyLlama-1.1B-Chat-v1.0, HuggingFaceH4/zephyr
+    plain     ours; base models have none
 
-A case has the rendered text and its ids up to the answer (add_generation_prompt), and the ids that the whole
-conversation adds to them, or null where it does not begin with those. Text that looks like a special token stays text.
+A case has the rendered text and its ids up to the answer (add_generation_prompt), and the ids that
+the whole conversation adds to them, or null where it does not begin with those. Text that looks
+like a special token stays text.
 """
 
 import json
