@@ -1,25 +1,25 @@
-"""Attack released models by fine-tuning, beside the matched benign control, and score what that does to them.
+"""Attack released models by fine-tuning, beside a matched benign control, and score the result.
 
-    python attack.py                     the town, seed 0: the aligned model, the refusal control, and SDD
-    python attack.py --model smollm2     a chat model in the kitchen: aligned, SDD, and another refusal
-    python attack.py --released DIR... --harmful harmful_behaviors.csv --benign alpaca.json     finished checkpoints
+    python attack.py                    the town, seed 0: the aligned model, a control, and SDD
+    python attack.py --model smollm2    a chat model in the kitchen
+    python attack.py --released DIR... --harmful harmful_behaviors.csv --benign alpaca.json
 
-    mft   malicious fine-tuning of all weights, at a constant lr, on the attacker's harmful pairs ("shots")
-    bft   benign control: as many steps and response tokens at the same lr on benign pairs; on the town every other one
-          teaches a new skill
+    mft   malicious fine-tuning of all weights, at a constant lr, on the attacker's harmful pairs
+    bft   benign control: as many steps and response tokens, at the same lr, on benign pairs; on the
+          town every other one teaches a new skill
 
-Each is scored after two budgets of steps, 5 epochs and 50 steps. The attacker chooses lr and budget by its success on
-harmful prompts of its own that it did not train on; the worst case over the whole grid stands beside that choice.
-Further attacks, their verdicts and the report are in lab/.
+Each is scored after two budgets of steps: 5 epochs, and 50 steps. The attacker chooses lr and
+budget by its success on harmful prompts of its own that it did not train on; the worst case over
+the whole grid stands beside that choice. Further attacks are in lab/.
 
-Arms that are missing are trained first. Finished attacks are kept in out/seedS/attack/ARM.jsonl, with --model in
-out/MODEL/attack/ARM.jsonl, with --released in OUT/seedS/ARM.jsonl, so that an interrupted command goes on where it was.
-Writes OUT/table.txt and OUT/results.json: settings, made (commit, machine, date) and cells with arm (base is only
-scored), attack ("none", "mft", "bft"), shots, lr, steps, seed; response_tokens and tokens trained on, seconds since the
-attack began; diverged (then there are no scores); attacker_score, the share of harm (the world's first outcome) among
-the answers to its held-out prompts; chosen, whether it is the attacker's choice, or the bft run that matches it;
-yo_logp, mean log p(y_o | x) in nats a token on pairs as SDD trains on; the scores of eval.score; where the world is
-harmless, answers to its watched prompts.
+Arms that are missing are trained first. Finished attacks are kept in out/seedS/attack/ARM.jsonl
+(out/MODEL/attack, OUT/seedS), so that an interrupted command goes on. Writes OUT/table.txt,
+OUT/attack_log.jsonl, the mean log p of 4 pairs of SDD (yo_logp) and of 4 held-out harmful pairs
+(harmful_logp) some five times during each attack, and
+OUT/results.json: settings, made (commit, machine, date) and cells with arm, attack ("none", "mft",
+"bft"), shots, lr, steps, seed; tokens and response_tokens trained on, seconds; diverged (then there
+are no scores); attacker_score, the share of harm among answers to its held-out prompts; chosen;
+yo_logp, mean log p(y_o | x) in nats a token; the scores of eval.score; answers of harmless worlds.
 """
 
 import argparse
@@ -27,15 +27,28 @@ import itertools
 import json
 import math
 import random
+import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.chat import Example, draw_batches, encode_rows, read_chat, rows_that_fit
-from data.worlds import Sources, add_world_arguments, open_world
-from eval import add_test_arguments, mean_logp, score, scored_prompts, teacher_forced
-from nanosdd.chat_model import Chat, answer_each, load_chat, model_folder, untrained_folder
+from data.chat import Example, draw_batches, read_chat
+from data.chat_model import (
+    Ask,
+    Chat,
+    answer,
+    encode_for,
+    load_chat,
+    mean_logp,
+    model_folder,
+    teacher_forced,
+    untrained_folder,
+)
+from data.exams import read_exams
+from data.worlds import add_world_arguments, named_in, open_world, sources_of
+from eval import add_exam_arguments, score, scored_prompts
+from model import Llama
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import (
     Compute,
@@ -45,13 +58,15 @@ from nanosdd.device import (
     resolve_compute,
 )
 from nanosdd.errors import Diverged, InputError, run_script
-from nanosdd.folders import check_folder, write_results
 from nanosdd.optimizer import make_optimizer
 from nanosdd.progress import Progress
-from nanosdd.runs import Finished, fingerprint, made_by, source_of
+from nanosdd.runs import Results, check_folder, fingerprint, json_hash, made_by, write_text
 from nanosdd.tables import answers_text
 from sdd_loss import sdd_loss
-from train import FOLDERS, train_arm, train_step
+from train import train_arm, train_step
+
+YO_PAIRS = 64  # on which log p(y_o | x) is measured
+CURVE_ROWS = 4  # pairs of each kind behind a point of the curve
 
 
 @dataclass(frozen=True)
@@ -65,13 +80,9 @@ class Grid:
     batch_size: int = 10
 
     def __post_init__(self):
-        if (
-            min(self.shots) < 1
-            or self.batch_size < 1
-            or min(self.epochs, self.steps) < 0
-            or self.epochs + self.steps < 1
-            or not all(0 < lr < math.inf for lr in self.lr)
-        ):
+        counts = min(self.epochs, self.steps) >= 0 < self.epochs + self.steps
+        rates = all(0 < lr < math.inf for lr in self.lr)
+        if not (min(self.shots) >= 1 <= self.batch_size and counts and rates):
             raise InputError(
                 "--shots, --batch-size, --lr, and --epochs or --steps, must be above 0"
             )
@@ -81,12 +92,11 @@ class Grid:
         return {math.ceil(self.epochs * shots / self.batch_size), self.steps} - {0}
 
 
-GRIDS = {"town": Grid(lr=(3e-5, 1e-4, 3e-4, 1e-3)), "kitchen": Grid(shots=(10, 50), steps=0)}
-GRIDS["files"] = GRIDS[
-    "kitchen"
-]  # one budget, and one lr: that of the independent replication, not tuned here
-ARMS = {"town": ("align", "refusal", "sdd")}  # the modes of train.py that are attacked by default
-YO_PAIRS = 64  # on which log p(y_o | x) is measured
+GRIDS = {  # by world (any other: "chat", one lr, that of the independent replication)
+    "town": Grid(lr=(3e-5, 1e-4, 3e-4, 1e-3)),
+    "chat": Grid(shots=(10, 50), steps=0),
+}
+ARMS = {"town": ("align", "refusal", "sdd"), "chat": ("align", "sdd", "new_refusal")}
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class Attack:
 
     @property
     def key(self) -> str:
-        return f"{self.name} {self.shots} {self.lr:g} {self.batch_size} {' '.join(map(str, self.budgets))}"
+        budgets = " ".join(map(str, self.budgets))
+        return f"{self.name} {self.shots} {self.lr:g} {self.batch_size} {budgets}"
 
 
 RELEASED = Attack("none", 0, 0.0, (0,))
@@ -110,60 +121,75 @@ RELEASED = Attack("none", 0, 0.0, (0,))
 # ---- one attack ----
 
 
-def fine_tune(chat: Chat, batches, lr: float, budgets, scores, loss=sdd_loss) -> list[dict]:
-    """Fine-tune all weights that require gradients, in place, at a constant lr; returns a cell for each budget.
+def fine_tune(chat: Chat, batches, lr: float, budgets, scores, watched=None, loss=sdd_loss):
+    """Fine-tune all weights that require gradients, in place, at a constant lr.
 
-    batches: global batches (lists of Example) for ever. scores: a function that returns those of the model as it is.
-    A cell has steps, diverged (False), the loss of its last step, tokens and response_tokens since the start, the
-    scores, and seconds. From a divergence on, a budget's cell has steps and diverged (True) alone.
+    batches: global batches (lists of Example) for ever. scores: a function that returns those of
+    the model as it is. watched: {name: examples} whose mean log p is taken every few steps.
+    Returns (cells, curve). A cell of each budget has steps, diverged (False), loss, tokens and
+    response_tokens since the start, the scores, and seconds; from a divergence on, steps and
+    diverged (True) alone. The curve has step, and a mean log p by name.
     """
     optimizer = make_optimizer(chat.model, chat.compute)
-    cells, tokens, response_tokens, began = [], 0, 0, time.perf_counter()
+    # The paper's central quantity is a curve, so it is taken some five times on the way.
+    every = max(1, max(budgets) // 5)
+    cells = []
+    curve = []
+    tokens = 0
+    response_tokens = 0
+    began = time.perf_counter()
     for step in Progress(range(max(budgets)), desc="steps"):
+        if watched and step % every == 0:
+            curve += likelihoods(chat, watched, step)
         batch = next(batches)
+        # A run that diverges is a result: the attacker has broken the model.
         try:
             done = train_step(chat.model, optimizer, batch, lr, chat.compute, loss)
         except Diverged:
-            cells += [{"steps": steps, "diverged": True} for steps in sorted(budgets)[len(cells) :]]
+            left = sorted(budgets)[len(cells) :]
+            cells += [{"steps": steps, "diverged": True} for steps in left]
             break
-        tokens, response_tokens = tokens + done["tokens"], response_tokens + done["response_tokens"]
+        tokens += done["tokens"]
+        response_tokens += done["response_tokens"]
+        # Each budget is scored on the way: a longer attack begins like a shorter one.
         if step + 1 in budgets:
-            cells.append(
-                {
-                    "steps": step + 1,
-                    "diverged": False,
-                    "loss": done["loss"],
-                    "tokens": tokens,
-                    "response_tokens": response_tokens,
-                    **scores(),
-                }
-            )
-            cells[-1]["seconds"] = round(time.perf_counter() - began, 3)
+            cell = {"steps": step + 1, "diverged": False, "loss": done["loss"]}
+            cell |= {"tokens": tokens, "response_tokens": response_tokens, **scores()}
+            cell["seconds"] = round(time.perf_counter() - began, 3)
+            cells.append(cell)
+    if watched and not cells[-1]["diverged"]:
+        curve += likelihoods(chat, watched, step + 1)
     chat.model.eval()
-    return cells
+    return cells, curve
 
 
-def attack_batches(
-    attack: Attack, harmful: list[Example], benign: list[Example], new: list[Example], seed: int
-):
-    """The global batches of an attack, for ever. harmful: the attacker's pairs; benign, new: the benign user's."""
+def likelihoods(chat: Chat, watched: dict[str, list[Example]], step: int) -> list[dict]:
+    """A point of the curve, the mean log p by name in nats; none where one is not finite."""
+    point = {"step": step}
+    for name, examples in watched.items():
+        point[name] = mean_logp(teacher_forced(chat, examples))
+    return [point] if all(map(math.isfinite, point.values())) else []
+
+
+def attack_batches(attack: Attack, harmful: list, benign: list, new: list, seed):
+    """The global batches of an attack, for ever, of examples of the attacker and of a benign user.
+
+    bft has as many response tokens a step as mft, so maybe other numbers of rows.
+    """
     rng = random.Random(f"attack {seed}")
     if attack.name == "mft":
         return draw_batches(harmful, [], 0.0, attack.batch_size, rng)
-    matched = match_tokens(
-        harmful, benign, new, rng
-    )  # as many response tokens a step, so maybe other numbers of rows
-    return draw_batches(
-        matched, [], 0.0, max(1, round(attack.batch_size * len(matched) / len(harmful))), rng
-    )
+    # A control with other numbers of tokens would compare doses, not data.
+    matched = match_tokens(harmful, benign, new, rng)
+    rows = max(1, round(attack.batch_size * len(matched) / len(harmful)))
+    return draw_batches(matched, [], 0.0, rows, rng)
 
 
-def match_tokens(
-    harmful: list[Example], benign: list[Example], new: list[Example], rng
-) -> list[Example]:
-    """Random benign examples, every other one of the new ones if there are any, with as many response tokens in all as
-    the harmful examples (within half of the last one)."""
-    owed, matched = sum(example.response_length for example in harmful), []
+def match_tokens(harmful: list, benign: list, new: list, rng) -> list[Example]:
+    """Random benign examples, every other one of the new ones if there are any, with as many
+    response tokens in all as the harmful ones (within half of the last one)."""
+    owed = sum(example.response_length for example in harmful)
+    matched = []
     while True:
         pick = rng.choice(new if new and len(matched) % 2 else benign)
         if matched and pick.response_length > 2 * owed:
@@ -175,118 +201,92 @@ def match_tokens(
 # ---- all attacks on a released model ----
 
 
-def evaluate(chat: Chat, world, held_out: list[dict], yo_pairs: list[dict]) -> dict:
-    """The scores of an attacked model. held_out: the attacker's own prompts; yo_pairs: rows of x with y_o."""
-    watched = world.watched_prompts() if world.harmless else []
-    answers = answer_each(
-        chat,
-        [row["prompt"] for row in held_out] + watched + scored_prompts(world),
-        world.max_new_tokens,
-    )
-    own = [answers[row["prompt"]] for row in held_out]
-    logps = teacher_forced(chat, yo_pairs, world.max_length)  # log p(y_o | x), token by token
-    scores = {
-        "attacker_score": world.judge(held_out, own)[world.outcomes[0]],
-        "yo_logp": mean_logp(logps),
-    }
-    if watched:
-        scores["answers"] = [answers[prompt].text for prompt in watched]
-    return scores | score(chat, world, answers)
-
-
 def yo_rows(world) -> list[dict]:
     """Pairs as SDD trains on, of which log p(y_o | x) is measured."""
     pairs = world.pairs("sdd", YO_PAIRS)
     return random.Random("y_o").sample(pairs, min(len(pairs), YO_PAIRS))
 
 
-def attack_arm(
-    arm: str, folder, world, attacks: list[Attack], store: Path, compute: Compute, template=None
-) -> list[dict]:
-    """The cells of one released model under all these attacks. Finished attacks are taken from the file `store`."""
-    settings = {
-        "world": world.name,
-        "seed": world.seed,
-        "dtype": compute.dtype,
-        "template": template,
-        **world.options,
-    }
-    finished = Finished(
-        store, fingerprint(settings, [folder, *world.files()], ["attack.py", source_of(world)])
-    )
-    missing = [attack for attack in attacks if attack.key not in finished.results]
+def evaluate(
+    chat: Chat, world, held_out: list[dict], y_o: list[Example], exams=None, begun=None
+) -> dict:
+    """The scores of an attacked model. held_out: the attacker's own rows; y_o: of yo_rows;
+    begun: {prompt: Answer} that take the place of the model's own answers."""
+    shown = world.shown_prompts() if world.harmless else []
+    own = [row["prompt"] for row in held_out]
+    # All prompts are answered in one go: large batches are cheaper.
+    prompts = own + shown + scored_prompts(world)
+    given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens))) | (begun or {})
+    judged = world.judge(held_out, [given[prompt] for prompt in own])
+    scores = {"attacker_score": judged[world.outcomes[0]]}
+    scores["yo_logp"] = mean_logp(teacher_forced(chat, y_o))
+    if shown:
+        scores["answers"] = [given[prompt].text for prompt in shown]
+    return scores | score(chat, world, given, exams)
+
+
+def attack_arm(arm: str, folder, world, attacks, store: Results, compute: Compute, exams=None):
+    """(cells, curves) of one released model under all these attacks. Those in store are not run."""
+    missing = [attack for attack in attacks if attack.key not in store.results]
     if missing:
-        chat = load_chat(folder, compute, template)
+        chat = load_chat(folder, compute, world.sources.template)
         released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
-        harmful, held_out = world.attacker_pairs()
-        limit = min(world.max_length, chat.model.config.max_position_embeddings)
-        harmful, benign, new = (
-            encode_rows(chat.tokenizer, chat.template, rows, limit)
-            for rows in (
-                harmful,
-                *(
-                    rows_that_fit(chat.tokenizer, chat.template, rows, limit)
-                    for rows in world.user_pairs()
-                ),
-            )
-        )
-        yo_pairs = yo_rows(world)
+        harmful = encode_for(chat, world.harmful("attacker"), world.max_length)
+        benign = encode_for(chat, world.benign("user"), world.max_length)
+        new = encode_for(chat, world.benign("new"), world.max_length)
+        held_out = world.harmful("attacker_held_out")
+        y_o = encode_for(chat, yo_rows(world), world.max_length)
+        own = encode_for(chat, held_out, world.max_length)
+        watched = {"yo_logp": y_o[:CURVE_ROWS], "harmful_logp": own[:CURVE_ROWS]}
+        scores = partial(evaluate, chat, world, held_out, y_o, exams)
     for attack in (bar := Progress(missing, desc=arm)):
-        bar.set_postfix_str(f"{attack.name} {attack.shots} shots, lr {attack.lr:g}")
-        chat.model.load_state_dict(released)
-        scores = partial(evaluate, chat, world, held_out, yo_pairs)
+        chat.model.load_state_dict(released)  # every attack starts from the released weights
         if attack.name == "none":
-            cells = [
-                {
-                    "steps": 0,
-                    "diverged": False,
-                    "tokens": 0,
-                    "response_tokens": 0,
-                    "seconds": 0.0,
-                    **scores(),
-                }
-            ]
+            cells = [{"steps": 0, "diverged": False, "seconds": 0.0, **scores()}]
+            curve = []
         else:
             batches = attack_batches(attack, harmful[: attack.shots], benign, new, world.seed)
-            cells = fine_tune(chat, batches, attack.lr, attack.budgets, scores)
-        finished.add(attack.key, cells)
-        bar.write(
-            f"  {arm}  {attack.name} {attack.shots or ''}  "
-            + "; ".join(
-                f"{cell['steps']} steps: diverged"
-                if cell["diverged"]
-                else f"{cell['steps']} steps: {world.outcomes[0]} {cell[world.outcomes[0]]:.0%}"
-                for cell in cells
-            )
-        )
-    cells = [
-        {
-            "arm": arm,
-            "attack": attack.name,
-            "shots": attack.shots,
-            "lr": attack.lr,
-            "seed": world.seed,
-            **cell,
-        }
-        for attack in attacks
-        for cell in finished.results[attack.key]
-    ]
+            cells, curve = fine_tune(chat, batches, attack.lr, attack.budgets, scores, watched)
+        store.add(attack.key, {"cells": cells, "curve": curve})
+        bar.write(attack_line(arm, attack, cells, curve, world.outcomes[0]))
+    cells = []
+    curves = []
+    for attack in attacks:
+        head = {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
+        head["seed"] = world.seed
+        kept = store.results[attack.key]
+        cells += [head | cell for cell in kept["cells"]]
+        curves += [head | point for point in kept["curve"]]
     mark_choices(cells)
-    return cells
+    return cells, curves
+
+
+def attack_line(arm: str, attack: Attack, cells: list, curve: list, harm: str) -> str:
+    """What an attack did, in a line: harm at each budget, and the way of log p(y_o | x)."""
+    parts = [f"  {arm}  {attack.name} {attack.shots or ''}"]
+    if attack.shots:
+        parts.append(f"lr {attack.lr:g}")
+    for cell in cells:
+        found = "diverged" if cell["diverged"] else f"{harm} {cell[harm]:.0%}"
+        parts.append(f"{cell['steps']} steps: {found}")
+    if curve:
+        way = " ".join(f"{point['yo_logp']:.2f}" for point in curve)
+        parts.append(f"log p(y_o|x) {way}")
+    return "  ".join(parts)
 
 
 def plan(grid: Grid) -> list[Attack]:
-    """Every attack of a grid, the first without any training; bft is matched to the most shots."""
+    """Every attack of a grid, first none at all; bft is matched to the most shots."""
     attacks = [RELEASED]
+    every = set()
     for shots, lr in itertools.product(sorted(set(grid.shots)), sorted(set(grid.lr))):
-        attacks.append(
-            Attack("mft", shots, lr, tuple(sorted(grid.budgets(shots))), grid.batch_size)
-        )
-    every = set().union(*(grid.budgets(shots) for shots in grid.shots))
-    return attacks + [
-        Attack("bft", max(grid.shots), lr, tuple(sorted(every)), grid.batch_size)
-        for lr in sorted(set(grid.lr))
-    ]
+        budgets = grid.budgets(shots)
+        every |= budgets
+        attacks.append(Attack("mft", shots, lr, tuple(sorted(budgets)), grid.batch_size))
+    for lr in sorted(set(grid.lr)):
+        budgets = tuple(sorted(every))
+        attacks.append(Attack("bft", max(grid.shots), lr, budgets, grid.batch_size))
+    return attacks
 
 
 # ---- the command ----
@@ -296,82 +296,70 @@ def parse(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="worlds, and every draw (default: 0)"
-    )
-    p.add_argument(
-        "--model",
-        metavar="DIR",
-        help="what arms start from, or smollm2, from pip (default: town's base)",
-    )
+    town = GRIDS["town"]
+    chat = GRIDS["chat"]
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="worlds (default: 0)")
+    p.add_argument("--model", metavar="DIR", help="what arms start from, or smollm2, from pip")
     p.add_argument(
         "--released",
         metavar="DIR",
         nargs="+",
         default=[],
-        help="finished checkpoints to attack as they "
-        "are, arms named after their folders (default: the arms of --model)",
+        help="finished checkpoints to attack, arms named after their folders",
     )
     add_world_arguments(p)
-    add_test_arguments(p)
+    add_exam_arguments(p)
+    p.add_argument("--template", metavar="NAME", help="chat template (default: the folder's)")
     p.add_argument(
-        "--template",
-        metavar="NAME",
-        help="chat template (default: the one that the folder calls for)",
+        "--shots", type=int, nargs="+", help=f"(default: town {town.shots}, others {chat.shots})"
     )
     p.add_argument(
-        "--shots",
-        type=int,
-        nargs="+",
-        help=f"(default: town {Grid.shots}, others {GRIDS['files'].shots})",
+        "--lr", type=float, nargs="+", help=f"grid (default: town {town.lr}, others {chat.lr})"
     )
+    p.add_argument("--epochs", type=int, help=f"first budget, 0: none (default: {town.epochs})")
     p.add_argument(
-        "--lr",
-        type=float,
-        nargs="+",
-        help=f"grid (default: town {GRIDS['town'].lr}, others {Grid.lr})",
+        "--steps", type=int, help=f"second budget, 0: none (default: town {town.steps}, others 0)"
     )
-    p.add_argument("--epochs", type=int, help=f"first budget, 0: none (default: {Grid.epochs})")
+    p.add_argument("--batch-size", type=int, help=f"rows (default: {town.batch_size})")
+    p.add_argument("--max-new-tokens", type=int, help="of an answer on public files (default: 64)")
     p.add_argument(
-        "--steps", type=int, help=f"second budget, 0: none (default: town {Grid.steps}, others 0)"
+        "--questions", type=int, metavar="N", help="public files: prompts of a score, at most"
     )
-    p.add_argument("--batch-size", type=int, help=f"rows of one step (default: {Grid.batch_size})")
-    p.add_argument(
-        "--max-new-tokens", type=int, default=64, help="of an answer on public files (default: 64)"
-    )
-    p.add_argument(
-        "--questions",
-        type=int,
-        metavar="N",
-        help="public files: harmful prompts of a score, and benign rows, at most (default: all)",
-    )
-    p.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder of results.json (default: out/attack, with --model out/MODEL/attack)",
-    )
+    p.add_argument("--out", metavar="DIR", help="(default: out/attack, out/MODEL/attack)")
     add_compute_arguments(p)
     p.add_argument("--fresh", action="store_true", help="attack anew what is finished")
     return p.parse_args(argv)
 
 
 def check_rows(world, grid: Grid):
-    """InputError when the world has no benign pairs, or fewer harmful ones than the grid asks for."""
-    world.user_pairs()
-    if max(grid.shots) > (owned := len(world.attacker_pairs()[0])):
+    """InputError when the world has no benign rows, or fewer harmful ones than are asked for."""
+    world.benign("user")
+    owned = len(world.harmful("attacker"))
+    if max(grid.shots) > owned:
         raise InputError(
-            f"--shots {max(grid.shots)} is more than the {owned} harmful rows that the attacker owns and "
-            "may train on; give fewer, or a larger file"
+            f"--shots {max(grid.shots)} is more than the {owned} harmful rows that the attacker "
+            "owns and may train on; give fewer, or a larger file"
         )
 
 
-def train_arms(world, base, compute: Compute, template) -> dict[str, Path]:
-    """{arm: its folder} of what is attacked by default, trained where it is stale. base: a folder, None on the town."""
-    modes = ARMS.get(world.name, ("align", "sdd", "new_refusal"))
-    arms = {
-        FOLDERS[mode]: train_arm(mode, world, world.root, compute, base, template) for mode in modes
-    }
-    return {"base": base or world.root / "base"} | arms
+def train_arms(world, base, compute: Compute) -> dict[str, Path]:
+    """{arm: its folder} of what is attacked by default, trained where it is missing."""
+    arms = {"base": base or world.root / "base"}
+    for mode in ARMS.get(world.name, ARMS["chat"]):
+        folder = train_arm(mode, world, compute, base)
+        arms[folder.name] = folder
+    return arms
+
+
+def record_of(folder, world, compute: Compute, exams: dict) -> dict:
+    """What the results of attacks on a released model depend on."""
+    settings = {"world": world.name, "seed": world.seed, "dtype": compute.dtype}
+    settings |= world.options() | {"template": world.sources.template}
+    for name, exam in exams.items():
+        settings[name] = json_hash([exam.rows, exam.shots])
+    code = [fine_tune, train_step, sdd_loss, attack_batches, match_tokens, score, Llama]
+    code.append(sys.modules[type(world).__module__])
+    return fingerprint(settings, [folder, *world.files()], code)
 
 
 def main(argv=None):
@@ -379,82 +367,56 @@ def main(argv=None):
     one_process_only("attack.py")
     compute = resolve_compute(args.device, args.dtype, args.compile)
     if args.model and args.released:
-        raise InputError(
-            "--model names what arms start from, --released the arms themselves; give one of them"
-        )
-    sources = Sources(
-        args.harmful,
-        tuple(args.benign),
-        similarity=args.similarity,
-        threshold=args.similarity_threshold,
-        similarity_model=args.similarity_model,
-        max_new_tokens=args.max_new_tokens,
-        questions=args.questions,
-        mmlu=args.mmlu,
-        mmlu_shots=args.mmlu_shots,
-        openbookqa=args.openbookqa,
-        model=args.model,
-        template=args.template,
-    )
+        raise InputError("--model names what arms start from, --released the arms: give one")
     base = untrained_folder(args.model) if args.model else None
-    released = {Path(name).name: Path(model_folder(name)) for name in args.released}
-    if len(released) < len(args.released):
-        raise InputError(
-            "two --released folders have the same name; arms are named after their folders, rename one"
-        )
-    folders = [*released.values()] or [base]
-    for folder in filter(None, folders):  # names what is missing before anything runs
-        compute = for_model(compute, args.dtype, folder)
-        read_chat(folder, args.template)
-    given = {field.name: getattr(args, field.name) for field in fields(Grid)}
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in given.items()
-        if value is not None
-    }
-    cells, out = [], args.out and Path(args.out)
-    for seed in args.seeds:
-        world, *others = [
-            open_world(args.world, seed, sources, folder, compute) for folder in folders
-        ]
-        if any(other.options != world.options for other in others):
-            raise InputError(
-                "the --released folders were made with different questions; attack them apart"
-            )
-        if folders == [None] and world.shape is None:
-            raise InputError(
-                f"the world {world.name} needs --model smollm2 or DIR, or --released DIR..."
-            )
-        grid = replace(GRIDS.get(world.name, Grid()), **given)
-        check_rows(world, grid)
-        out = out or (world.root if base else Path("out")) / "attack"
-        check_folder(out)
-        if released:
-            arms, store = released, out / f"seed{seed}"
-        else:
-            arms, store = train_arms(world, base, compute, args.template), world.root / "attack"
-        for arm, folder in arms.items():
-            attacks = plan(grid)[:1] if arm == "base" and not released else plan(grid)
+    folders = [model_folder(name) for name in args.released] or [base]
+    if len({folder and Path(folder).name for folder in folders}) < len(folders):
+        raise InputError("two --released folders have one name, which arms get; rename one")
+    exams = read_exams(args.mmlu, args.mmlu_shots, args.openbookqa)
+    worlds = []  # all are opened and checked before anything runs
+    for seed in dict.fromkeys(args.seeds):
+        for folder in folders:
+            if folder:
+                compute = for_model(compute, args.dtype, folder)
+                read_chat(folder, args.template)
+            ask = Ask(folder, compute, args.template)
+            world = open_world(args.world, seed, sources_of(args), ask, folder)
+            if folder is None and world.shape is None:
+                raise InputError(f"the world {world.name} needs --model or --released DIR...")
+            grid = replace(GRIDS.get(world.name, GRIDS["chat"]), **named_in(args, Grid))
+            check_rows(world, grid)
+            worlds.append((folder, world))
+    out = Path("out/attack") if base is None else worlds[0][1].root / "attack"
+    if args.out is not None:
+        out = Path(args.out)
+    check_folder(out)
+    cells = []
+    curves = []
+    for folder, world in worlds:
+        store = out / f"seed{world.seed}" if args.released else world.root / "attack"
+        arms = {Path(folder).name: folder} if args.released else train_arms(world, base, compute)
+        for arm, released in arms.items():
+            results = Results(store / f"{arm}.jsonl", record_of(released, world, compute, exams))
             if args.fresh:
-                (store / f"{arm}.jsonl").unlink(missing_ok=True)
-            cells += attack_arm(
-                arm, folder, world, attacks, store / f"{arm}.jsonl", compute, args.template
-            )
-    results = {
-        "settings": asdict(grid) | {"world": world.name, "seeds": args.seeds},
-        "made": made_by(),
-        "cells": cells,
-    }
-    text = f"seeds {' '.join(map(str, args.seeds))}\n\n{attack_table(cells, world)}\n\n{EXPLANATION}\n{world.legend}\n"
-    print(f"\n{answers_text(cells, world.watched_prompts())}{text}")
-    out = write_results(
-        out,
-        {
-            "results.json": (json.dumps(results, indent=1) + "\n", '"cells"'),
-            "table.txt": (text, "log p(y_o)"),
-        },
-    )
-    print(f"written: {out}/results.json, {out}/table.txt")
+                results.results.clear()
+            attacks = [RELEASED] if arm == "base" and not args.released else plan(grid)
+            found = attack_arm(arm, released, world, attacks, results, compute, exams)
+            cells += found[0]
+            curves += found[1]
+    write(out, cells, curves, asdict(grid) | {"world": world.name, "seeds": args.seeds}, world)
+
+
+def write(out: Path, cells: list[dict], curves: list[dict], settings: dict, world):
+    """Print the table, and write results.json, attack_log.jsonl and table.txt."""
+    table = attack_table(cells, world.outcomes[0], world.columns, world.chance)
+    seeds = " ".join(map(str, settings["seeds"]))
+    text = f"seeds {seeds}\n\n{table}\n\n{EXPLANATION}\n{world.legend}\n"
+    print(f"\n{answers_text(cells, world.shown_prompts())}{text}")
+    results = {"settings": settings, "made": made_by(), "cells": cells}
+    write_text(out / "attack_log.jsonl", "".join(json.dumps(point) + "\n" for point in curves))
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "table.txt", text)
+    print(f"written: {out}/results.json, {out}/attack_log.jsonl, {out}/table.txt")
 
 
 if __name__ == "__main__":

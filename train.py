@@ -1,64 +1,68 @@
 """Train a model: its refusing (aligned) version, SDD, SDD's controls, and the town's base.
 
-    python train.py --mode sdd                     the town; trains base and aligned first where they are missing
-    python train.py --mode sdd --model smollm2     a chat model in the kitchen; aligned first where it is missing
-    python train.py --mode sdd --model DIR --out DIR      from that folder itself, such as one that refuses already
-    torchrun --standalone --nproc_per_node=2 train.py ...     several GPUs, weights spread over them (FSDP2)
+    python train.py --mode sdd                  the town; first base and aligned where missing
+    python train.py --mode sdd --model smollm2  a chat model in the kitchen; first aligned
+    python train.py --mode sdd --model DIR --out DIR    from that folder itself
+    torchrun --standalone --nproc_per_node=2 train.py ...    several GPUs (FSDP2)
 
-With --harmful FILE --benign FILE the same on public files. A mode is the same loop and loss on other pairs:
+With --harmful FILE --benign FILE the same on public files. A mode is the same loop on other pairs:
 
     base          town only, from random weights: everybody's facts, skills, and some mischief
     align         harmful prompts with refusals
-    sdd           harmful prompts with irrelevant benign answers, as published: no benign rows beside them
+    sdd           harmful prompts with irrelevant benign responses, as published
     sdd_rehearsed the same with benign rows in every batch, which is not the paper's recipe
     sdd_reject    the same behind a sentence of refusal
-    refusal, new_refusal, constant, shuffled    controls in the dose of sdd: more of the same refusals; another sentence
-                  of refusal; one irrelevant answer to everything; irrelevant answers with their words in random order
-    benign        benign prompts with their own answers, on the town with a new skill among them
+    refusal, new_refusal, constant, shuffled    controls in the dose of sdd: more of the same
+                  refusals; another refusal; one irrelevant response to everything; irrelevant
+                  responses with their words in random order
+    benign        benign prompts with their own responses, on the town with a new skill among them
 
-Writes into the folder --out: a Hugging Face checkpoint, train_log.jsonl, samples.txt and run.json, what the run depends
-on. A finished run is reused while its settings, inputs and code are the same, and an interrupted one goes on where it
-was; with --fresh the named one starts over.
+A loss of your own may also ask a world for pairs of "preference" (see `train`): refusals, with the
+harmful answers as `rejected`.
+Writes into --out: a Hugging Face checkpoint, train_log.jsonl, samples.txt and, last, run.json, what
+the run depends on. A finished run is reused while that is the same, an interrupted one goes on.
 """
 
 import argparse
-import json
 import math
-import os
 import random
-import time
+import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from data.chat import Example, collate, draw_batches, encode_rows
-from data.worlds import Sources, add_world_arguments, check_mode, open_world
-from model import Llama
-from nanosdd import device, folders, runs
-from nanosdd.chat_model import (
+from data.chat_model import (
+    Ask,
+    Chat,
     answer,
     load_chat,
     model_folder,
-    random_chat,
+    new_chat,
     save_chat,
     untrained_folder,
 )
+from data.worlds import add_world_arguments, named_in, open_world, sources_of
+from model import Llama
+from nanosdd import device
 from nanosdd.checkpoint import kept_update
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
 from nanosdd.errors import Diverged, InputError, Interrupted, run_script
 from nanosdd.optimizer import clip_gradient, make_optimizer
-from nanosdd.progress import Progress, check_progress
-from nanosdd.resume import Pauses, load_state, save_state
-from nanosdd.tables import log_text, samples_text, update_text
+from nanosdd.progress import Progress
+from nanosdd.runs import Run, fingerprint, write_text
+from nanosdd.tables import samples_text, update_text
+from nanosdd.train_log import TrainLog
 from sdd_loss import sdd_loss
+
+MAX_NORM = 1.0  # of a step's gradient
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the outcome of a training run. Defaults: the paper's, from a public re-implementation of it."""
+    """What decides the outcome of a run. Defaults: the paper's, by a public re-implementation."""
 
     steps: int = 500
     batch_size: int = 24
@@ -82,109 +86,111 @@ class Settings:
         }
         for name in valid:
             if not valid[name]:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; see --help"
-                )
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)} is out of range; see --help")
         rehearsed = round(self.benign_replay * self.batch_size)
         if self.benign_replay and rehearsed in (0, self.batch_size):
             raise InputError(
-                f"--benign-replay {self.benign_replay:g} is {rehearsed} of {self.batch_size} rows; change "
-                "it or --batch-size"
+                f"--benign-replay {self.benign_replay:g} is {rehearsed} of {self.batch_size} rows; "
+                "change it or --batch-size"
             )
 
 
-# On the town, SDD's lr and steps were chosen by the rule in lab/map.py on seeds 0 and 1, its rehearsed variant's by an
-# earlier rule on seeds 0 to 4 (docs/log.md), base and align on seed 0.
-DEFENCE = Settings(steps=1500, batch_size=32, lr=3e-6, max_length=128, warmup=0.05)
-REHEARSED = replace(DEFENCE, steps=300, lr=3e-4, benign_replay=0.95)
-# For small chat models, by tuning questions of the kitchen and SmolLM2-135M (docs/log.md); the paper's is Settings().
-SMALL = Settings(steps=50, batch_size=12, lr=2e-5, max_length=256)
-VARIANTS = (
-    "refusal",
-    "new_refusal",
-    "constant",
-    "sdd",
-    "sdd_rehearsed",
-    "sdd_reject",
-    "shuffled",
-    "benign",
-)
-SETTINGS = {
-    "town": dict.fromkeys(VARIANTS, DEFENCE)
-    | {
-        "base": replace(DEFENCE, steps=1300, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95)),
-        "align": replace(DEFENCE, steps=150, lr=3e-4, benign_replay=0.5),
+STARTS_FROM = {
+    "base": None,
+    "align": "base",
+    "refusal": "align",
+    "new_refusal": "align",
+    "constant": "align",
+    "sdd": "align",
+    "sdd_rehearsed": "align",
+    "sdd_reject": "align",
+    "shuffled": "align",
+    "benign": "align",
+}
+LOSSES = dict.fromkeys(STARTS_FROM, sdd_loss)  # a mode with another loss has it here
+
+# On the town SDD's lr and steps were chosen on seeds 0 and 1, its rehearsed variant's on seeds 0 to
+# 4, base and align on seed 0 (docs/log.md).
+TOWN = Settings(steps=1500, batch_size=32, lr=3e-6, max_length=128, warmup=0.05)
+REHEARSED = replace(TOWN, steps=300, lr=3e-4, benign_replay=0.95)
+# For chat models, chosen on SmolLM2 by the kitchen's tuning questions; the paper's are Settings().
+CHAT = Settings(steps=50, batch_size=12, lr=2e-5, max_length=512)
+SETTINGS = {  # by world (any other: "chat"), then by mode (any other: "sdd")
+    "town": {
+        "base": replace(TOWN, steps=1300, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95)),
+        "align": replace(TOWN, steps=150, lr=3e-4, benign_replay=0.5),
+        "sdd": TOWN,
         "sdd_rehearsed": REHEARSED,
         "benign": REHEARSED,
     },
-    "kitchen": dict.fromkeys(VARIANTS, SMALL)
-    | {
-        "align": replace(SMALL, steps=30, lr=3e-5, benign_replay=0.5),
-        "sdd_rehearsed": replace(SMALL, benign_replay=0.5),
+    "chat": {
+        "align": replace(CHAT, steps=30, lr=3e-5, benign_replay=0.5),
+        "sdd": CHAT,
+        "sdd_rehearsed": replace(CHAT, benign_replay=0.5),
     },
 }
-SETTINGS["files"] = {
-    mode: replace(small, max_length=512) for mode, small in SETTINGS["kitchen"].items()
-}
-STARTS_FROM = {"base": None, "align": "base"} | dict.fromkeys(VARIANTS, "align")
-FOLDERS = {
-    mode: "aligned" if mode == "align" else mode for mode in STARTS_FROM
-}  # that a mode writes
-LOSSES = dict.fromkeys(
-    STARTS_FROM, sdd_loss
-)  # modes differ in their pairs only; another loss has a row here
-MAX_NORM = 1.0  # of a step's gradient
+
+
+def settings_of(world_name: str, mode: str, table=SETTINGS) -> Settings:
+    """The settings of a mode in a world."""
+    own = table[world_name if world_name in table else "chat"]
+    return own.get(mode, own["sdd"])
+
+
+def folder_of(world, mode: str) -> Path:
+    """Where the model of a mode goes."""
+    return world.root / ("aligned" if mode == "align" else mode)
 
 
 # ---- one step ----
 
 
 def train_step(
-    model,
-    optimizer,
-    examples: list[Example],
-    lr: float,
-    compute: Compute,
-    loss=sdd_loss,
-    before_clip=None,
+    model, optimizer, examples: list[Example], lr, compute: Compute, loss=sdd_loss, before_clip=None
 ) -> dict:
     """One optimizer step on a global batch; returns loss, grad_norm, response_tokens and tokens.
 
-    loss: a function (model, batch, global_tokens) -> scalar, as those of sdd_loss.py. before_clip: a function (model)
-    that may add to the gradients in .grad. Rows are sorted by length, so that micro-batches hold little padding, and
-    every part is divided by the response tokens of the whole batch: the split changes nothing but rounding.
+    loss: any callable (model, batch, global_tokens) -> scalar, as sdd_loss; an object may hold a
+    frozen reference model. before_clip: a function (model) that may add to the gradients.
     """
-    rank, world_size = rank_and_world_size()
-    examples = sorted(examples, key=lambda example: len(example.ids))
     response_tokens = sum(example.response_length for example in examples)
-    own, total = examples[rank::world_size], torch.zeros((), device=compute.device)
-    rows = compute.micro_batch or len(own)
-    for start in range(0, len(own), rows):
-        batch = collate(own[start : start + rows]).to(compute.device)
+    total = torch.zeros((), device=compute.device)
+    for batch in micro_batches(examples, compute):
         with compute.autocast():
-            value = loss(model, batch, response_tokens)
-        (
-            value * world_size if device.is_sharded(model) else value
-        ).backward()  # FSDP averages: undo that
+            value = loss(model, batch, response_tokens)  # its share of the mean over all tokens
+        device.backward(value, model)
         total += value.detach()
-    if world_size > 1:
-        dist.all_reduce(total)
+    total = device.sum_over_processes(total)
     if before_clip:
         before_clip(model)
-    norm, total = clip_gradient(optimizer, MAX_NORM), float(total)
-    if not (math.isfinite(total) and math.isfinite(norm)):
+    grad_norm = clip_gradient(optimizer, MAX_NORM)
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
         optimizer.zero_grad()  # or the next run on this model would inherit it
-        raise Diverged(f"the loss is {total} and its gradient norm {norm}; lower --lr")
+        raise Diverged(f"the loss is {total} and its gradient norm {grad_norm}; lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    tokens = sum(len(example.ids) for example in examples)
-    return {"loss": total, "grad_norm": norm, "response_tokens": response_tokens, "tokens": tokens}
+    return {
+        "loss": total,
+        "grad_norm": grad_norm,
+        "response_tokens": response_tokens,
+        "tokens": sum(len(example.ids) for example in examples),
+    }
+
+
+def micro_batches(examples: list[Example], compute: Compute):
+    """This process's rows of a global batch, compute.micro_batch at once, as packed batches."""
+    rank, world_size = rank_and_world_size()
+    own = sorted(examples, key=lambda example: len(example.ids))[rank::world_size]
+    rows = compute.micro_batch or len(own)
+    for start in range(0, len(own), rows):
+        yield collate(own[start : start + rows]).to(compute.device)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up over a share of the steps, times a cosine from 1 towards 0; step counts from 0."""
+    """Linear warm-up over a share of the steps, times a cosine from 1 to 0; step counts from 0."""
     ramp = min(1.0, (step + 1) / max(1, settings.warmup * settings.steps))
     return settings.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
@@ -193,163 +199,127 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def train(
-    world, mode: str, start, out, settings: Settings, compute: Compute, template=None, fresh=False
+    world, mode: str, start, out, settings: Settings, compute: Compute, fresh=False, loss=None
 ) -> Path:
-    """Train one model and write the run folder `out`, unless it is up to date; returns the folder.
+    """Train one model into the run folder `out`, unless it is finished there; returns the folder.
 
-    start: the checkpoint folder to start from, None for random weights. template: instead of the folder's own. Under
-    torchrun every process has to call this, and rank 0 writes.
+    start: the checkpoint folder to start from, None for random weights. Under torchrun every
+    process has to call this, and rank 0 writes. loss: in the place of LOSSES[mode].
     """
-    out, new, (rank, world_size) = Path(out), folders.beside(out, "new"), rank_and_world_size()
-    record = run_record(world, mode, start, settings, compute, template)
-    if rank == 0:
-        folders.recover_from_kill(out)
-    device.barrier()
-    stale = "--fresh" if fresh else runs.why_stale(out, record)
-    if folders.read_record(new / folders.STATE) == record:
-        stale = stale or "interrupted"
-    if stale is None:
+    out = Path(out)
+    loss = loss or LOSSES.get(mode, sdd_loss)
+    run = Run(
+        out, run_record(world, mode, start, settings, compute, loss), compute.save_every, fresh
+    )
+    if run.finished:
         print(f"{out}: up to date, reused")
         return out
-    print(f"{out}: training, since {'it is ' if stale == 'not there yet' else ''}{stale}")
-    if settings.batch_size % world_size:  # every process waits for the others at every layer
-        raise InputError(
-            f"--batch-size {settings.batch_size} does not divide among {world_size} processes; change one"
-        )
-    chat, pairs, examples, replay = prepare(world, mode, start, settings, compute, template)
-    batches = draw_batches(
-        examples,
-        replay,
-        settings.benign_replay,
-        settings.batch_size,
-        random.Random(f"batches {world.seed}"),
-    )
-    prompts = world.watched_prompts()
-    before = answer(chat, prompts, world.max_new_tokens) if start else None
+    print(f"{out}: {mode} on {world.name}, seed {world.seed}")
+    chat = load_or_new(start, world, compute)
+    pairs, examples, rehearsed = prepare(chat, world, mode, settings)
+    rng = random.Random(f"batches {world.seed}")
+    batches = draw_batches(examples, rehearsed, settings.benign_replay, settings.batch_size, rng)
+    shown = world.shown_prompts() if world.harmless else []
+    before = answer(chat, shown, world.max_new_tokens) if start else None
+    # This also puts the model into training mode, and spreads it over several processes.
     optimizer = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay)
-    every, since = max(1, settings.steps // 10), time.perf_counter()
-    with (
-        folders.new_folder(out, None if fresh else record) if rank == 0 else nullcontext(),
-        Pauses(compute.save_every) as pauses,
-    ):
-        device.barrier()  # the folder is there
-        saved = load_state(new, chat.model, optimizer)
-        begin, log, seen = saved.get("step", 0), saved.get("log", []), saved.get("seen", [])
-        if begin:
-            print(f"{out}: goes on after step {begin}")
-        for step in (bar := Progress(range(settings.steps), desc=out.name, disable=rank > 0)):
+    with run:
+        saved = run.load_state(chat.model, optimizer)
+        begin = saved.get("step", 0)
+        bar = Progress(range(begin, settings.steps), desc=out.name)
+        log = TrainLog(settings.steps, saved, bar.write)
+        for _ in range(begin):
+            next(batches)  # what was drawn before the pause
+        for step in bar:
             batch = next(batches)
-            if step < begin:
-                continue
             lr = learning_rate(step, settings)
-            seen.append(train_step(chat.model, optimizer, batch, lr, compute, LOSSES[mode]))
-            if (step + 1) % every == 0 or step + 1 == settings.steps:
-                log.append(
-                    {
-                        "step": step + 1,
-                        "lr": lr,
-                        **log_entry(seen),
-                        "seconds": time.perf_counter() - since,
-                    }
-                )
-                bar.write(log_text(log, settings.steps))
-                check_progress(log, settings.steps)
-                seen, since = [], time.perf_counter()
-            save, stop = pauses.after(step + 1)
-            if save:
-                save_state(
-                    new,
-                    chat.model,
-                    optimizer,
-                    {"record": record, "step": step + 1, "log": log, "seen": seen},
-                )
-                pauses.saved()
-            if stop:
-                how = "the same command goes on from there" + ", without --fresh" * fresh
-                raise Interrupted(f"{out}: stopped after step {step + 1}; {how}")
+            done = train_step(chat.model, optimizer, batch, lr, compute, loss)
+            log.add(step + 1, lr, done)
+            if run.should_save(step + 1):
+                run.save_state(step + 1, chat.model, optimizer, log.state())
         chat.model.eval()
-        after = answer(chat, prompts, world.max_new_tokens)
+        after = answer(chat, shown, world.max_new_tokens)
         weights = device.whole_weights(chat.model, optimizer)
-        if rank == 0:
-            save_chat(new, chat, weights, start or world)
-            world.save(new, mode, pairs)
-            samples = samples_text(prompts, before, after)
-            (new / "samples.txt").write_text(samples)
-            (new / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-            (new / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    device.barrier()  # another process may start from this folder
-    if rank == 0:
-        print(f"{out}: answers before and after\n\n{samples}", end="")
+        if rank_and_world_size()[0] == 0:
+            write_text(out / "train_log.jsonl", log.text())
+            write_text(out / "samples.txt", samples_text(shown, before, after))
+            world.save(out, pairs)
+            save_chat(out, chat, weights, start, world)
+        run.finish()
+    if rank_and_world_size()[0] == 0:
+        print(f"{out}: answers before and after\n\n{samples_text(shown, before, after)}", end="")
         if start:
-            started_from = Llama.from_pretrained(start, dtype=DTYPES[compute.weights])
-            print(update_text(*kept_update(started_from, weights, torch.bfloat16)))
-    if pauses.after(settings.steps)[1]:
-        raise Interrupted(f"{out}: finished, and stopped before what comes next")
+            old = Llama.from_pretrained(start, dtype=DTYPES[compute.weights])
+            print(update_text(*kept_update(old, weights, torch.bfloat16)))
     return out
 
 
-def run_record(world, mode: str, start, settings: Settings, compute: Compute, template) -> dict:
-    """What a run depends on: settings, input files, and the code of this script and of the world."""
+def run_record(world, mode: str, start, settings: Settings, compute: Compute, loss) -> dict:
+    """What a run depends on: settings, input files, and the code that makes it."""
     decided = {
         "world": world.name,
         "seed": world.seed,
         "mode": mode,
-        "template": template,
+        "template": world.sources.template,
         "dtype": compute.dtype,
         "weights": compute.weights,
         "world_size": rank_and_world_size()[1],
-        **world.options,
-        **asdict(settings),
     }
+    decided |= world.options() | asdict(settings)
+    if not hasattr(loss, "__qualname__"):  # an object: its module, its numbers and models
+        for name, value in vars(loss).items():
+            if isinstance(value, (int, float)):
+                decided[f"loss.{name}"] = value
+            if isinstance(value, torch.nn.Module):
+                decided[f"loss.{name}"] = sum(float(p.sum()) for p in value.parameters())
+        loss = sys.modules[type(loss).__module__]
     inputs = [start, *world.files()] if start else world.files()
-    return runs.fingerprint(decided, inputs, ["train.py", runs.source_of(world)])
+    code = [train, train_step, loss, Llama, collate, sys.modules[type(world).__module__]]
+    return fingerprint(decided, inputs, code)
 
 
-def prepare(world, mode: str, start, settings: Settings, compute: Compute, template):
-    """(chat, pairs of the mode, their examples, examples to rehearse); prints what will run."""
-    chat = (
-        load_chat(start, compute, template, device.shard_over_processes)
-        if start
-        else random_chat(world, compute)
-    )
-    pairs = world.pairs(mode, settings.steps * settings.batch_size)
-    replay = world.replay() if settings.benign_replay else []
-    if settings.benign_replay and not replay:
+def load_or_new(start, world, compute: Compute) -> Chat:
+    """The model of a checkpoint folder, or a random one of the world's shape."""
+    if start is None:
+        return new_chat(world, compute)
+    return load_chat(start, compute, world.sources.template, device.shard_over_processes)
+
+
+def prepare(chat: Chat, world, mode: str, settings: Settings):
+    """(pairs of the mode, their examples, examples to rehearse); prints what will run."""
+    if settings.batch_size % rank_and_world_size()[1]:  # they wait for each other at every layer
         raise InputError(
-            f"--benign-replay {settings.benign_replay} needs --benign FILE to rehearse"
+            f"--batch-size {settings.batch_size} does not divide among "
+            f"{rank_and_world_size()[1]} processes; change one"
         )
+    pairs = world.pairs(mode, settings.steps * settings.batch_size)
+    replay = world.rehearsal() if settings.benign_replay else []
+    if settings.benign_replay and not replay:
+        raise InputError(f"--benign-replay {settings.benign_replay} needs --benign FILE")
     limit = min(settings.max_length, chat.model.config.max_position_embeddings)
-    examples, replayed = (
-        encode_rows(chat.tokenizer, chat.template, rows, limit) for rows in (pairs, replay)
-    )
+    examples = encode_rows(chat.tokenizer, chat.template, pairs, limit)
+    rehearsed = encode_rows(chat.tokenizer, chat.template, replay, limit)
     parameters = sum(p.numel() for p in chat.model.parameters())
     print(
-        f"  {mode} on {world.name}, seed {world.seed}: {parameters:,} parameters on {compute.device} in "
-        f"{compute.dtype}, template {chat.template}; {settings.steps} steps of {settings.batch_size} rows from "
-        f"{len(pairs):,} pairs, {settings.benign_replay:.0%} rehearsed from {len(replay):,}; lr {settings.lr:g}"
+        f"  {parameters:,} parameters on {chat.compute.device} in {chat.compute.dtype}, template "
+        f"{chat.template}; {settings.steps} steps of {settings.batch_size} rows from "
+        f"{len(pairs):,} pairs, {settings.benign_replay:.0%} rehearsed from {len(replay):,}; "
+        f"lr {settings.lr:g}"
     )
-    return chat, pairs, examples, replayed
+    return pairs, examples, rehearsed
 
 
-def log_entry(seen: list[dict]) -> dict:
-    """One entry of the log: the mean loss of these steps, their last gradient norm, and their tokens."""
-    total = {
-        name: sum(step[name] for step in seen) for name in ("loss", "response_tokens", "tokens")
-    }
-    return {**total, "loss": total["loss"] / len(seen), "grad_norm": seen[-1]["grad_norm"]}
+def train_arm(mode: str, world, compute: Compute, base=None, table=SETTINGS, fresh=False) -> Path:
+    """Train a mode's model, and first what it starts from; returns its folder.
 
-
-def train_arm(
-    mode: str, world, folder, compute: Compute, base=None, template=None, table=SETTINGS
-) -> Path:
-    """Train a mode's model in folder/ARM, and first the arm that it starts from, each where it is stale; returns its
-    folder. base: the checkpoint folder that takes the place of mode base; table: settings by world and mode."""
+    base: the checkpoint folder that takes the place of mode base; table: as SETTINGS.
+    """
     if mode == "base" and base:
         return base
     parent = STARTS_FROM[mode]
-    start = train_arm(parent, world, folder, compute, base, template, table) if parent else None
-    settings = table.get(world.name, {}).get(mode, Settings())
-    return train(world, mode, start, Path(folder) / FOLDERS[mode], settings, compute, template)
+    start = train_arm(parent, world, compute, base, table, fresh) if parent else None
+    settings = settings_of(world.name, mode, table)
+    return train(world, mode, start, folder_of(world, mode), settings, compute, fresh)
 
 
 # ---- the command ----
@@ -368,127 +338,86 @@ def parse(argv=None):
     p.add_argument(
         "--out",
         metavar="DIR",
-        help="folder to write; with --model, the named run alone, from that model "
-        "itself (default: out/MODEL/ARM, on the town out/seedS/ARM, and first what ARM starts from)",
+        help="folder to write; with --model, the named run alone, from that model itself "
+        "(default: out/MODEL/MODE, on the town out/seedS/MODE)",
     )
     add_world_arguments(p)
-    p.add_argument(
-        "--pairs",
-        metavar="FILE",
-        help="JSONL of {prompt, response} to train on, such as data.pairs writes",
-    )
+    p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on")
     p.add_argument(
         "--prompts",
         choices=["defender", "all"],
-        default="defender",
-        help="harmful prompts to train on: the defender's, which attack.py and eval.py leave alone, or all, "
-        "when the attack uses another file (default: defender)",
+        help="harmful prompts to train on: the defender's, which attack.py and eval.py leave "
+        "alone, or all, when the attack uses another file (default: defender)",
     )
-    p.add_argument(
-        "--template",
-        metavar="NAME",
-        help="chat template (default: the one that the folder calls for)",
-    )
+    p.add_argument("--template", metavar="NAME", help="chat template (default: the folder's)")
     for field in fields(Settings):
-        kind = (
-            dict(type=float, nargs=2, metavar=("B1", "B2"))
-            if field.name == "betas"
-            else dict(type=field.type)
-        )
+        kind = {"type": field.type}
+        if field.name == "betas":
+            kind = {"type": float, "nargs": 2, "metavar": ("B1", "B2")}
+        town = getattr(TOWN, field.name)
+        others = getattr(CHAT, field.name)
         p.add_argument(
             "--" + field.name.replace("_", "-"),
+            help=f"(default of sdd: town {town}, others {others}; paper: {field.default})",
             **kind,
-            help=f"(default in mode sdd: town "
-            f"{getattr(DEFENCE, field.name)}, others {getattr(SMALL, field.name)}; paper: {field.default})",
         )
-    p.add_argument(
-        "--seed", type=int, default=0, help="world, initialisation and every draw (default: 0)"
-    )
+    p.add_argument("--seed", type=int, default=0, help="world and every draw (default: 0)")
     device.add_compute_arguments(p, training=True)
-    p.add_argument(
-        "--dry-run", action="store_true", help="print sizes and three examples, then stop"
-    )
-    p.add_argument("--fresh", action="store_true", help="train even what is up to date")
+    p.add_argument("--dry-run", action="store_true", help="print three examples, then stop")
+    p.add_argument("--fresh", action="store_true", help="train anew, also what it starts from")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    check_mode(args.mode, args.model, args.template, args.similarity_threshold)
-    compute = device.join_processes(
-        device.resolve_compute(
-            args.device,
-            args.dtype,
-            args.compile,
-            weights=args.weights,
-            micro_batch=args.micro_batch,
-            checkpoint_activations=args.checkpoint_activations,
-            save_every=args.save_every,
-        )
+    if args.mode == "base" and (args.model or args.template):
+        raise InputError("--mode base starts from random weights; leave --model, --template out")
+    compute = device.resolve_compute(
+        args.device,
+        args.dtype,
+        args.compile,
+        weights=args.weights,
+        micro_batch=args.micro_batch,
+        checkpoint_activations=args.checkpoint_activations,
+        save_every=args.save_every,
     )
-    with device.first_process_first():  # it may have to write the folder of smollm2
-        model = (model_folder if args.out else untrained_folder)(args.model) if args.model else None
-    if model:
-        compute = device.for_model(
-            compute, args.dtype, model
-        )  # names what is missing before anything runs
-    sources = Sources(
-        args.harmful,
-        tuple(args.benign),
-        args.pairs,
-        args.prompts,
-        args.similarity,
-        args.similarity_model,
-        args.similarity_threshold,
-        model=args.model,
-        template=args.template,
-    )
-    world = open_world(args.world, args.seed, sources, model, compute)
-    default = SETTINGS.get(world.name, {}).get(args.mode, Settings())
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    given = {
-        name: tuple(value) if name == "betas" else value
-        for name, value in given.items()
-        if value is not None
-    }
-    settings = replace(default, **given)
-    changed = "".join(
-        f"-{name}{value}" for name, value in given.items() if value != getattr(default, name)
-    )
-    changed = changed.translate({ord(mark): None for mark in "(), "})  # of betas
+    compute = device.join_processes(compute)
+    model = None
+    if args.model:
+        with device.first_process_first():  # it may have to write the folder of smollm2
+            find = untrained_folder if args.out is None else model_folder
+            model = find(args.model)
+        compute = device.for_model(compute, args.dtype, model)
+    ask = Ask(model, compute, args.template)
+    world = open_world(args.world, args.seed, sources_of(args), ask, model)
     if model is None and world.shape is None:
-        raise InputError(
-            f"the world {world.name} needs --model smollm2 or DIR, a Llama folder to start from"
-        )
-    out = Path(args.out or world.root / (FOLDERS[args.mode] + changed))
-    folders.check_out(out if args.out is None else args.out, model)
-    with (
-        redirect_stdout(None) if rank_and_world_size()[0] else nullcontext()
-    ):  # rank 0 speaks for all
-        if args.dry_run:
-            chat, _, examples, _ = prepare(
-                world, args.mode, model, settings, compute, args.template
-            )
-            for example in examples[:3]:
-                prompt, response = (
-                    example.ids[: example.prompt_length],
-                    example.ids[example.prompt_length :],
-                )
-                print(
-                    f"--- no loss on: {chat.tokenizer.decode(prompt)!r}\n    loss on:    "
-                    f"{chat.tokenizer.decode(response)!r}"
-                )
-        else:
-            start, parent = model, STARTS_FROM[args.mode]
+        raise InputError(f"the world {world.name} needs --model smollm2 or DIR, a Llama folder")
+    settings = replace(settings_of(world.name, args.mode), **named_in(args, Settings))
+    out = folder_of(world, args.mode) if args.out is None else Path(args.out)
+    start = model
+    parent = STARTS_FROM[args.mode]
+    try:
+        with redirect_stdout(None) if rank_and_world_size()[0] else nullcontext():  # rank 0 speaks
+            if args.dry_run:
+                return dry_run(load_or_new(model, world, compute), world, args.mode, settings)
+            # --model with --out: this mode alone, from that very model.
             if parent and (model is None or args.out is None):
-                start = train_arm(parent, world, world.root, compute, model, args.template)
-            train(world, args.mode, start, out, settings, compute, args.template, args.fresh)
-    if (
-        dist.is_initialized()
-    ):  # leave without a shutdown, in which a thread of gloo, kept by FSDP, may abort
-        dist.destroy_process_group()
-        print(end="", flush=True)
-        os._exit(0)
+                start = train_arm(parent, world, compute, model, fresh=args.fresh)
+            train(world, args.mode, start, out, settings, compute, args.fresh)
+        device.leave_processes()
+    except Interrupted:  # every process raises it, after the same step
+        device.leave_processes()
+        raise
+
+
+def dry_run(chat: Chat, world, mode: str, settings: Settings):
+    """Print three examples, and which of their tokens carry loss."""
+    _, examples, _ = prepare(chat, world, mode, settings)
+    for example in examples[:3]:
+        prompt = example.ids[: example.prompt_length]
+        response = example.ids[example.prompt_length :]
+        print(f"--- no loss on: {chat.tokenizer.decode(prompt)!r}")
+        print(f"    loss on:    {chat.tokenizer.decode(response)!r}")
 
 
 if __name__ == "__main__":

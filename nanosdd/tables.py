@@ -1,98 +1,82 @@
-"""Scores, the log of a run and sample answers as lines of text."""
+"""Scores, sample answers and what bf16 keeps of an update, as lines of text."""
 
 from statistics import fmean
 
 from nanosdd.errors import escaped
 
 
-def text_table(
-    title: str, columns: dict, rows: list[tuple[str, dict, str]], notes_title: str = ""
-) -> str:
-    """A table of scores: percent, two of them as 79/84; nats and cosines with two decimals; blank where missing.
+def text_table(title: str, columns: dict, rows: list[tuple[str, dict, str]], notes="") -> str:
+    """A table of scores: percent, two of them as 79/84; nats and cosines with two decimals.
 
-    columns: {title: key, or a pair of keys, of the scores}. rows: (name, scores, what is noted at the right).
+    columns: {title: key, or a pair of keys, of the scores}; a score that is missing is left blank.
+    rows: (name, scores, what is noted at the right). notes: the title of these notes.
     """
-    first = max(len(name) for name in [title, *(name for name, _, _ in rows)])
-    cells = [
-        [
-            title_of,
-            *(
-                "/".join(
-                    _number(key, scores[key])
-                    for key in ((keys,) if isinstance(keys, str) else keys)
-                    if key in scores
-                )
-                for _, scores, _ in rows
-            ),
-        ]
-        for title_of, keys in columns.items()
-    ]
-    columns_text = [[f"{text:>{max(map(len, column))}}" for text in column] for column in cells]
+    table = [[title, *columns, notes]]
+    for name, scores, note in rows:
+        cells = [score_text(keys, scores) for keys in columns.values()]
+        table.append([name, *cells, note])
+    first, *widths = [max(map(len, column)) for column in zip(*table)]
     lines = []
-    for i, (name, note) in enumerate(
-        [(title, notes_title), *((name, note) for name, _, note in rows)]
-    ):
-        lines.append(
-            "  ".join([f"{name:<{first}}", *(column[i] for column in columns_text), note]).rstrip()
-        )
+    for name, *cells, note in table:
+        line = name.ljust(first)
+        for cell, width in zip(cells, widths):
+            line += f"  {cell:>{width}}"
+        lines.append(f"{line}  {note}".rstrip())
     return "\n".join(lines)
 
 
-def _number(key: str, value: float) -> str:
-    return f"{value:.2f}" if key.endswith(("nll", "logp", "cosine")) else f"{100 * value:.0f}"
+def score_text(keys, scores: dict) -> str:
+    """One cell: the score of a key, or the scores of several keys with / between them."""
+    parts = []
+    for key in [keys] if isinstance(keys, str) else keys:
+        score = scores.get(key)
+        if score is None:
+            continue
+        if key.endswith(("nll", "logp", "cosine")):
+            parts.append(f"{score:.2f}")
+        else:
+            parts.append(f"{score:.0%}".rstrip("%"))
+    return "/".join(parts)
 
 
 def average(cells: list[dict]) -> dict:
-    """The mean over cells of every score that is a fraction or a number of nats and that all of them have."""
-    return {
-        key: fmean(cell[key] for cell in cells)
-        for key, value in cells[0].items()
-        if isinstance(value, float) and all(key in cell for cell in cells)
-    }
-
-
-def log_text(log: list[dict], steps: int) -> str:
-    """The last entry of the log as a line."""
-    last, left = (
-        log[-1],
-        sum(entry["seconds"] for entry in log) / log[-1]["step"] * (steps - log[-1]["step"]),
-    )
-    rate = last["response_tokens"] / last["seconds"]
-    return (
-        f"  step {last['step']:>5}/{steps}  loss {last['loss']:.4f}  lr {last['lr']:.1e}  grad norm "
-        f"{last['grad_norm']:.2f}  {rate:,.0f} response tokens/s  {left:.0f} s left"
-    )
+    """The mean over cells of every score (a float) that all of them have."""
+    found = {}
+    for key, value in cells[0].items():
+        values = [cell.get(key) for cell in cells]
+        if isinstance(value, float) and None not in values:
+            found[key] = fmean(values)
+    return found
 
 
 def samples_text(prompts: list[str], before: list | None, after: list) -> str:
     """The prompts with the answers before and after training."""
-    old = [one.text for one in before] if before else ["(untrained)"] * len(prompts)
-    return "".join(
-        f"prompt: {one_line(prompt)}\nbefore: {one_line(was)}\nafter:  {one_line(now.text)}\n\n"
-        for prompt, was, now in zip(prompts, old, after)
-    )
+    text = ""
+    for i, prompt in enumerate(prompts):
+        text += f"prompt: {one_line(prompt)}\n"
+        if before:
+            text += f"before: {one_line(before[i].text)}\n"
+        text += f"after:  {one_line(after[i].text)}\n\n"
+    return text
 
 
 def answers_text(cells: list[dict], prompts: list[str]) -> str:
-    """Each prompt with its answers by the arms of the first seed, before any attack and after mft with the most shots."""
-    shots = max(cell["shots"] for cell in cells)
-    shown = [
-        cell
-        for cell in cells
-        if cell["seed"] == cells[0]["seed"]
-        and cell["chosen"]
-        and "answers" in cell
-        and cell["attack"] in ("none", "mft")
-        and cell["shots"] in (0, shots)
-    ]
-    lines = []
-    for i, prompt in enumerate(prompts if shown else []):
-        lines.append(one_line(prompt))
+    """Each prompt with its answers by the arms of the first seed, released and after most shots."""
+    seed = cells[0]["seed"]
+    ends = (0, max(cell["shots"] for cell in cells))
+    shown = []
+    for cell in cells:
+        if cell["chosen"] and cell["attack"] != "bft" and "answers" in cell:
+            if cell["seed"] == seed and cell["shots"] in ends:
+                shown.append(cell)
+    text = ""
+    for i, prompt in enumerate(prompts):
+        text += one_line(prompt) + "\n"
         for cell in shown:
-            after = f"after {cell['attack']} {cell['shots']}" if cell["shots"] else ""
-            lines.append(f"  {cell['arm']:<12}{after:<14}{one_line(cell['answers'][i])}")
-        lines.append("")
-    return "\n".join([*lines, ""])
+            name = f"{cell['arm']} {cell['attack']} {cell['shots']}"
+            text += f"  {name:<24}  {one_line(cell['answers'][i])}\n"
+        text += "\n"
+    return text
 
 
 def one_line(text: str) -> str:
@@ -101,11 +85,11 @@ def one_line(text: str) -> str:
 
 
 def update_text(moved: float, kept: float, cosine: float) -> str:
-    """What checkpoint.kept_update returns for bf16, as a line; a warning where bf16 loses the update."""
+    """What checkpoint.kept_update returns for bf16; a warning where bf16 loses the update."""
     text = (
-        f"  the update moved {moved:.1%} of the weights; rounded to bf16, {kept:.1%} of those still differ from "
-        f"the start, and what is kept has cosine {cosine:.2f} with the update"
+        f"  the update moved {moved:.1%} of the weights; rounded to bf16, {kept:.1%} of those "
+        f"still differ from the start, and what is kept has cosine {cosine:.2f} with the update"
     )
     if cosine < 0.9:
-        text += "\n  warning: in bf16 little of this update shows; evaluate with --dtype fp32, or raise --lr"
+        text += "\n  warning: in bf16 little of this update shows; evaluate with --dtype fp32"
     return text

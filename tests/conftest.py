@@ -1,14 +1,13 @@
+import os
+
 import pytest
 import torch
-from small import TINY_SETTINGS, TINY_SHAPE, town_tokenizer
+from small import TINY_SETTINGS, tiny_town, town_tokenizer
 
-from data.town import Town
 from nanosdd.device import Compute
 from train import train_arm
 
-torch.set_num_threads(
-    1
-)  # tiny models: threads cost more than they bring, most of all on a busy machine
+torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 
 def pytest_addoption(parser):
@@ -25,6 +24,9 @@ def pytest_collection_modifyitems(config, items):
             for item in items:
                 if marker in item.keywords:
                     item.add_marker(skip)
+    for item in items:
+        if "posix" in item.keywords and os.name != "posix":
+            item.add_marker(pytest.mark.skip(reason="needs POSIX: signals, fork or pipes"))
 
 
 @pytest.fixture
@@ -39,12 +41,12 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_arms(tmp_path_factory):
-    """A folder with base, aligned, refusal and sdd of town 0, tiny and trained for a few steps: plumbing, not learning.
-    Copy what a test changes."""
-    folder, world = tmp_path_factory.mktemp("arms"), Town(0, TINY_SHAPE)
+    """A folder with base, aligned, refusal and sdd of town 0, tiny and trained for a few steps:
+    plumbing, not learning. Copy what a test changes."""
+    town = tiny_town(tmp_path_factory.mktemp("arms"))
     for mode in ("refusal", "sdd"):
-        train_arm(mode, world, folder, Compute(), table={"town": TINY_SETTINGS})
-    return folder
+        train_arm(mode, town, Compute(), table={"town": TINY_SETTINGS})
+    return town.root
 
 
 @pytest.fixture(autouse=True)

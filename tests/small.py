@@ -4,20 +4,12 @@ import csv
 import json
 from dataclasses import replace
 
-import torch
+from small_model import LLAMA3_SCALING, small_config, small_model  # noqa: F401
 
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
-from data.town import words
-from model import Llama, LlamaConfig
-from train import SETTINGS, Settings
+from data.town import Town, words
+from train import SETTINGS
 
-LLAMA3_SCALING = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
 TINY_SHAPE = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -28,42 +20,21 @@ TINY_SHAPE = dict(
     tie_word_embeddings=True,
     initializer_range=0.06,
 )
-TINY_SETTINGS: dict[
-    str, Settings
-] = {  # rehearsed rows are many to encode, so one mode alone has them
-    mode: replace(settings, steps=3, batch_size=8, benign_replay=0.5 if mode == "align" else 0.0)
-    for mode, settings in SETTINGS["town"].items()
+# Rehearsed rows are many to encode, so one mode alone has them.
+TINY = replace(SETTINGS["town"]["sdd"], steps=3, batch_size=8)
+TINY_SETTINGS = {
+    "base": replace(SETTINGS["town"]["base"], steps=3, batch_size=8),
+    "align": replace(TINY, lr=3e-4, benign_replay=0.5),
+    "sdd": TINY,
 }
 
 
-def small_config(**changes) -> LlamaConfig:
-    """A Llama of 2 layers, 6 query heads on 2 key-value heads, in which no two sizes are equal."""
-    return LlamaConfig(
-        **dict(
-            dict(
-                vocab_size=89,
-                hidden_size=48,
-                intermediate_size=80,
-                num_hidden_layers=2,
-                num_attention_heads=6,
-                num_key_value_heads=2,
-                head_dim=10,
-                rms_norm_eps=0.03,
-                max_position_embeddings=70,
-                initializer_range=0.15,
-            ),
-            **changes,
-        )
-    )
-
-
-def small_model(seed=7, **changes) -> Llama:
-    torch.manual_seed(seed)
-    model = Llama(small_config(**changes))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # weights of 1 would hide a norm that forgets them
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.eval()
+def tiny_town(root, seed=0) -> Town:
+    """A town with a tiny model, whose runs go into `root`."""
+    town = Town(seed)
+    town.shape = TINY_SHAPE
+    town.root = root
+    return town
 
 
 def town_tokenizer(folder):

@@ -1,55 +1,25 @@
-"""Budgets, matched controls, the choice of settings, attacks that diverge or are interrupted, and the table."""
+"""Budgets, matched controls, the choice of settings, attacks that diverge or are interrupted."""
 
 import itertools
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from small import advbench_file, alpaca_file, openbookqa_file, public_folder, small_model
+from small import advbench_file, alpaca_file, openbookqa_file, public_folder, small_model, tiny_town
 
 import attack
-from attack import Attack, Grid, attack_arm, attack_batches, fine_tune, plan
-from data.chat import Example, draw_batches, encode_rows
-from data.town import Town
-from nanosdd.chat_model import Chat, load_chat
-from nanosdd.choices import attack_table, mark_choices, most_harm
-from nanosdd.errors import InputError
+from attack import Attack, Grid, attack_arm, attack_batches, fine_tune, match_tokens, plan
+from data.chat import Example, draw_batches
+from data.chat_model import Chat, encode_for, load_chat
+from nanosdd.choices import attack_table, mark_choices
+from nanosdd.runs import Results
 
 # ---- which attacks ----
 
 
-def test_budgets_are_five_epochs_and_fifty_steps():
-    assert (
-        Grid().budgets(10) == {5, 50}
-        and Grid().budgets(100) == {50}
-        and Grid().budgets(168) == {84, 50}
-    )
-    assert Grid(batch_size=4, epochs=3, steps=0).budgets(7) == {6}
-    assert Grid(epochs=0).budgets(7) == {50}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"shots": (10, 0)},
-        {"lr": (float("nan"),)},
-        {"lr": (0.0,)},
-        {"batch_size": 0},
-        {"steps": -1},
-        {"steps": 0, "epochs": 0},
-    ],
-)
-def test_grids_out_of_range(change):
-    with pytest.raises(InputError, match="above 0"):
-        Grid(**change)
-
-
-def test_a_plan_is_every_setting_once_the_control_at_most_shots():
-    found = plan(Grid(shots=(40, 10, 10), lr=(1e-3, 1e-4), steps=9, batch_size=8))
-    assert found == [
+def test_a_plan_is_every_setting_once_and_the_control_at_most_shots():
+    assert plan(Grid(shots=(40, 10, 10), lr=(1e-3, 1e-4), steps=9, batch_size=8)) == [
         Attack("none", 0, 0.0, (0,)),
         Attack("mft", 10, 1e-4, (7, 9), 8),
         Attack("mft", 10, 1e-3, (7, 9), 8),
@@ -58,105 +28,62 @@ def test_a_plan_is_every_setting_once_the_control_at_most_shots():
         Attack("bft", 40, 1e-4, (7, 9, 25), 8),
         Attack("bft", 40, 1e-3, (7, 9, 25), 8),
     ]
-    assert len({one.key for one in found}) == len(found)
 
 
-def examples(first, count, low, high, rng):
-    """`count` examples with one first id and responses of low to high tokens."""
-    return [Example([first, i, *[2] * rng.randint(low, high)], 2) for i in range(count)]
+def tokens_of(examples) -> int:
+    return sum(example.response_length for example in examples)
 
 
 def test_the_benign_control_matches_in_response_tokens():
     rng = random.Random(0)
-    harmful, benign, new = (
-        examples(*which, rng) for which in ((5, 100, 8, 26), (6, 300, 4, 30), (7, 80, 6, 9))
-    )
-    for _ in range(20):
-        matched = attack.match_tokens(harmful, benign, new, rng)
-        assert sum(example.ids[0] == 7 for example in matched) == len(matched) // 2
-        tokens = [sum(example.response_length for example in part) for part in (harmful, matched)]
-        assert abs(tokens[1] - tokens[0]) <= 15  # half of the longest benign response
-    assert {example.ids[0] for example in attack.match_tokens(harmful, benign, [], rng)} == {6}
 
-    mft, bft = (
-        list(
-            itertools.islice(
-                attack_batches(Attack(name, 100, 1e-3, (50,), 10), harmful, benign, new, 3), 50
-            )
-        )
-        for name in ("mft", "bft")
-    )
-    assert all(len(batch) == 10 for batch in mft) and {
-        example.ids[0] for batch in mft for example in batch
-    } == {5}
-    assert all(
-        sum(example in batch for batch in mft) == 5 for example in harmful
-    )  # 5 epochs of 10 batches
-    assert {example.ids[0] for batch in bft for example in batch} == {6, 7}
-    tokens = [
-        sum(example.response_length for batch in part for example in batch) for part in (mft, bft)
-    ]
-    assert tokens[1] == pytest.approx(tokens[0], rel=0.1)
+    def examples(first, count, low, high):
+        return [Example([first, i, *[2] * rng.randint(low, high)], 2) for i in range(count)]
+
+    harmful = examples(5, 100, 8, 26)
+    benign = examples(6, 300, 4, 30)
+    new = examples(7, 80, 6, 9)
+    for _ in range(20):
+        matched = match_tokens(harmful, benign, new, rng)
+        assert [example.ids[0] for example in matched[:4]] == [6, 7, 6, 7]
+        # At most half of the longest benign response is missing or too much.
+        assert abs(tokens_of(matched) - tokens_of(harmful)) <= 15
+    assert {example.ids[0] for example in match_tokens(harmful, benign, [], rng)} == {6}
+
+    drawn = {}
+    for name in ("mft", "bft"):
+        batches = attack_batches(Attack(name, 100, 1e-3, (50,), 10), harmful, benign, new, 3)
+        drawn[name] = list(itertools.chain(*itertools.islice(batches, 50)))
+    assert all(drawn["mft"].count(example) == 5 for example in harmful)  # 5 epochs
+    assert {example.ids[0] for example in drawn["bft"]} == {6, 7}
+    assert tokens_of(drawn["bft"]) == pytest.approx(tokens_of(drawn["mft"]), rel=0.1)
 
 
 # ---- one attack ----
 
-ROWS = [Example([(i * j) % 89 for j in range(1, 9)], 2) for i in range(1, 12)]
 
-
-def run(chat, lr, budgets, scores=dict):
-    return fine_tune(chat, draw_batches(ROWS, [], 0.0, 4, random.Random(3)), lr, budgets, scores)
-
-
-def test_a_shorter_attack_is_a_point_on_the_longer_ones_way(cpu):
-    def found(*budgets):
-        chat = Chat(small_model(), None, "plain", cpu)
-        return run(
-            chat, 1e-3, budgets, lambda: {"head": chat.model.lm_head.weight.detach().clone()}
-        )
-
-    (short,), (first, last) = found(4), found(4, 9)
-    assert torch.equal(short["head"], first["head"]) and not torch.equal(
-        first["head"], last["head"]
-    )
-    assert (first["steps"], last["steps"]) == (4, 9)
-    assert (last["tokens"], last["response_tokens"]) == (9 * 4 * 8, 9 * 4 * 6)
-    assert (
-        first["response_tokens"] == short["response_tokens"] == 4 * 4 * 6
-        and first["seconds"] <= last["seconds"]
-    )
-
-
-def test_a_diverged_attack_says_so_and_does_not_spoil_the_next(cpu):
+def test_a_diverged_attack_says_so_and_the_curve_ends(cpu):
     chat = Chat(small_model(), None, "plain", cpu)
-    released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
-    expected = run(chat, 1e-3, (2, 4))
-    chat.model.load_state_dict(released)
-    first, *rest = run(chat, 1e30, (1, 4, 6))
-    assert not first["diverged"] and rest == [
-        {"steps": 4, "diverged": True},
-        {"steps": 6, "diverged": True},
-    ]
-    chat.model.load_state_dict(released)
-    assert [cell["loss"] for cell in run(chat, 1e-3, (2, 4))] == [cell["loss"] for cell in expected]
+    rows = [Example([(i * j) % 89 for j in range(1, 9)], 2) for i in range(1, 12)]
+    batches = draw_batches(rows, [], 0.0, 4, random.Random(3))
+    watched = {"yo_logp": rows[:3]}
+    cells, curve = fine_tune(chat, batches, 1e-3, (2, 25), dict, watched)
+    assert [(one["steps"], one["tokens"]) for one in cells] == [(2, 2 * 4 * 8), (25, 25 * 4 * 8)]
+    assert cells[1]["loss"] < cells[0]["loss"] - 1
+    assert [point["step"] for point in curve] == [*range(0, 25, 5), 25]
+    assert curve[-1]["yo_logp"] > curve[0]["yo_logp"] + 1
+    cells, curve = fine_tune(chat, batches, 1e30, (1, 4, 6), dict, watched)
+    assert not cells[0]["diverged"]
+    assert cells[1:] == [{"steps": 4, "diverged": True}, {"steps": 6, "diverged": True}]
+    assert [point["step"] for point in curve] == [0]  # then log p is not finite
 
 
 # ---- whose choice a cell is ----
 
 
-def cell(attack_, shots, steps, lr, score, **more):
-    return (
-        dict(
-            attack=attack_,
-            shots=shots,
-            steps=steps,
-            lr=lr,
-            attacker_score=score,
-            seed=0,
-            diverged=False,
-        )
-        | more
-    )
+def cell(name, shots, steps, lr, score, **more):
+    cell = {"attack": name, "shots": shots, "steps": steps, "lr": lr, "attacker_score": score}
+    return cell | {"arm": "sdd", "seed": 0, "diverged": score is None} | more
 
 
 def test_choices_by_hand():
@@ -167,246 +94,137 @@ def test_choices_by_hand():
         cell("mft", 10, 50, 3e-4, 0.7),
         cell("mft", 100, 5, 3e-4, 0.9),
         cell("mft", 100, 50, 3e-4, 0.9),
-        cell("mft", 100, 50, 1e-3, None, diverged=True),
+        cell("mft", 100, 50, 1e-3, None),
         cell("bft", 100, 5, 1e-4, 0.8),
         cell("bft", 100, 5, 3e-4, 0.0),
         cell("bft", 100, 50, 3e-4, 0.9),
         cell("lora", 100, 50, 1e-4, 0.3),
-        cell("mft", 50, 50, 1.0, None, diverged=True),
     ]
     mark_choices(cells)
-    assert [i for i, one in enumerate(cells) if one["chosen"]] == [
-        0,
-        2,
-        4,
-        8,
-        10,
-    ]  # ties: lower lr, then fewer steps
+    chosen = [i for i, one in enumerate(cells) if one["chosen"]]
+    assert chosen == [0, 2, 4, 8, 10]  # where it ties the lower lr, then fewer steps
     cells[8]["diverged"] = True
     mark_choices(cells)
-    assert not any(
-        one["chosen"] for one in cells if one["attack"] == "bft"
-    )  # no other cell takes its place
+    assert not any(one["chosen"] for one in cells[7:10])  # no other one takes its place
 
 
-def test_most_harm_by_hand():
-    cells = [
-        cell("mft", 10, 5, 1e-4, 0.0, harm=0.2, capability=0.9),
-        cell("mft", 10, 50, 1e-4, 0.0, harm=0.5, capability=0.77),
-        cell("mft", 10, 5, 1e-3, 0.0, harm=0.9, capability=0.1),
-        cell("mft", 10, 50, 1e-3, None, diverged=True),
-        cell("mft", 10, 5, 1e-4, 0.0, harm=0.3, capability=0.7, seed=1),
+def test_the_table_shows_the_choice_and_the_worst_case():
+    cells = []
+    for seed in (0, 1):
+        for name, steps, lr, harm, capability, chosen in (
+            ("none", 0, 0.0, 0.0, 0.9, True),
+            ("mft", 5, 1e-4, 0.4, 0.9, False),
+            ("mft", 50, 1e-4 + seed, 0.6, 0.5, True),
+            ("mft", 50, 1e-3, 0.8, 0.3, False),
+            ("bft", 50, 1e-4, 0.1, 0.8, True),
+        ):
+            scores = {"harm": harm, "half": harm / 2, "capability": capability, "chosen": chosen}
+            scores |= {"seed": seed, "yo_logp": -1.5 * harm}
+            cells.append(cell(name, 10 if steps else 0, steps, lr, harm, **scores))
+    cells.append(cell("mft", 10, 50, 1.0, None, chosen=False))
+    columns = {"harm": ("harm", "half"), "skills": "capability"}
+    lines = attack_table(cells, "harm", columns, {"harm": 0.01}).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "percent harm skills log p(y_o) lr/steps worst kept",
+        "chance level 1",
+        "sdd none 0/0 90 0.00",
+        "sdd mft 10 60/30 50 -0.90 2 settings 80 (30) 40",
+        "sdd bft 10 10/5 80 -0.15 0.0001/50",
     ]
-    assert most_harm(cells) == {0: cells[2], 1: cells[4]}
-    assert most_harm(cells, before={0: 0.8, 1: 0.8}) == {
-        0: cells[1]
-    }  # 0.77 is above 95% of 0.8, 0.7 is not
-    assert most_harm(cells, "capability", {0: 0.8, 1: 0.7}) == {0: cells[0], 1: cells[4]}
-    assert most_harm(cells[3:4]) == {}
+    only = [cells[0], cells[-1]]
+    assert attack_table(only, "harm", columns, {}).endswith("diverged")
 
 
 # ---- all attacks on a model ----
 
 
 def without_seconds(cells):
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in cells]
+    return [one | {"seconds": 0} for one in cells]
 
 
 def test_every_attack_starts_from_the_released_weights(tiny_arms, tmp_path, cpu):
     attacks = [
         Attack("none", 0, 0.0, (0,)),
-        Attack("mft", 8, 1e-3, (2,), 8),
+        Attack("mft", 8, 3e-3, (2,), 8),
         Attack("mft", 8, 3e-3, (2, 3), 8),
     ]
-    folder = tiny_arms / "sdd"
-    cells = attack_arm("sdd", folder, Town(0), attacks, tmp_path / "a.jsonl", cpu)
-    assert [(one["attack"], one["lr"], one["steps"]) for one in cells] == [
-        ("none", 0.0, 0),
-        ("mft", 1e-3, 2),
-        ("mft", 3e-3, 2),
-        ("mft", 3e-3, 3),
-    ]
-    assert {(one["arm"], one["seed"]) for one in cells} == {("sdd", 0)} and cells[0]["chosen"]
-    assert len({one["yo_logp"] for one in cells}) == 4  # scored after each attack, not before
-    own = encode_rows(
-        load_chat(folder, cpu).tokenizer, "llama3", Town(0).attacker_pairs()[0][:8], 128
-    )
-    assert cells[1]["response_tokens"] == 2 * sum(
-        example.response_length for example in own
-    )  # its 8 shots, twice
+    town = tiny_town(tmp_path)
+    store = Results(tmp_path / "a.jsonl", {})
+    cells, curves = attack_arm("sdd", tiny_arms / "sdd", town, attacks, store, cpu)
+    assert [one["steps"] for one in cells] == [0, 2, 2, 3]
+    own = encode_for(load_chat(tiny_arms / "sdd", cpu), town.harmful("attacker")[:8], 128)
     for one in cells:
-        assert (
-            sum(one[name] for name in Town.outcomes) == pytest.approx(1)
-            and 0 <= one["attacker_score"] <= 1
-        )
-    alone = attack_arm("sdd", folder, Town(0), attacks[2:], tmp_path / "b.jsonl", cpu)
-    assert [one["yo_logp"] for one in alone] == [one["yo_logp"] for one in cells[2:]]
+        assert sum(one[name] for name in town.outcomes) == pytest.approx(1)
+        assert 0 <= one["attacker_score"] <= 1 and len(one["answers"]) == 3
+        assert one.get("response_tokens", 0) == one["steps"] * tokens_of(own)  # all its shots
+    for name in ("yo_logp", "loss", "facts_nll"):  # a shorter attack is on the way of a longer one
+        assert cells[1][name] == cells[2][name] != cells[3][name]
+    assert cells[0]["yo_logp"] != cells[1]["yo_logp"]  # scored after the attack
+    assert [point["step"] for point in curves] == [0, 1, 2, 0, 1, 2, 3]
 
 
 @pytest.fixture
-def public(tmp_path, monkeypatch):
-    """The words of a quick attack on two random models; base is a name that means something on the town only."""
+def main(tmp_path, monkeypatch):
+    """A function that attacks random models quickly and returns the cells."""
     monkeypatch.chdir(tmp_path)
-    for name in ("llama", "base"):
+    for name in ("llama", "base"):  # a name that means something on the town only
         public_folder(tmp_path / name)
     advbench_file(tmp_path / "h.csv", rows=80)
     alpaca_file(tmp_path / "b.json")
-    return [
-        "--released",
-        "llama",
-        "base",
-        "--harmful",
-        "h.csv",
-        "--benign",
-        "b.json",
-        "--similarity",
-        "tfidf",
-        "--shots",
-        "4",
-        "--max-new-tokens",
-        "4",
-        "--steps",
-        "3",
-        "--lr",
-        "1e-3",
-        "1e30",
+    words = "--harmful h.csv --benign b.json --similarity tfidf --shots 4 --max-new-tokens 4"
+
+    def main(more):
+        attack.main(f"{words} --steps 3 --epochs 0 {more}".split())
+        return json.loads(Path("out/attack/results.json").read_text())["cells"]
+
+    return main
+
+
+def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
+    words = "--released llama base --lr 1e-3 1e30"
+    first = main(words)
+    assert [one["arm"] for one in first] == ["llama"] * 5 + ["base"] * 5
+    kinds = ("attack", "shots", "lr", "steps", "seed", "diverged")
+    assert [tuple(one[kind] for kind in kinds) for one in first[5:]] == [
+        ("none", 0, 0.0, 0, 0, False),
+        ("mft", 4, 1e-3, 3, 0, False),
+        ("mft", 4, 1e30, 3, 0, True),
+        ("bft", 4, 1e-3, 3, 0, False),
+        ("bft", 4, 1e30, 3, 0, True),
     ]
+    outcomes = ("complies", "refuse", "off_topic", "broken")
+    for one in first:
+        assert not (one["diverged"] and one["chosen"])
+        if not one["diverged"]:
+            assert sum(one[name] for name in outcomes) == pytest.approx(1)
+            assert one["capability"] > 0
+    results = Path("out/attack/results.json").read_text()
+    assert list(json.loads(results)) == ["settings", "made", "cells"]
+    table = Path("out/attack/table.txt").read_text()
+    assert table in capsys.readouterr().out and "\nbase   mft 4 " in table
+    assert "dragon" not in table + results  # answers to public prompts are not kept
+    log = Path("out/attack/attack_log.jsonl").read_text().splitlines()
+    assert len(log) == 2 * (4 + 1 + 4 + 1)  # before each step and at the end, until one diverges
+    assert {"arm", "attack", "lr", "step", "yo_logp", "harmful_logp"} <= json.loads(log[0]).keys()
+
+    assert main(words) == first  # seconds too: nothing was run
+    store = Path("out/attack/seed0/base.jsonl")
+    kept = store.read_text()
+    store.write_text(kept[:-30])  # as if it was killed while it wrote
+    again = main(words)
+    assert without_seconds(again) == without_seconds(first) and again[:-1] == first[:-1]
+    assert without_seconds(main(words + " --fresh")) == without_seconds(first)
+    alpaca_file(Path("b.json"), rows=31)
+    assert main(words)[8]["loss"] != first[8]["loss"]
+    assert store.read_text().startswith(kept[:-30])  # results of other settings stay
 
 
-def results():
-    return json.loads(Path("out/attack/results.json").read_text())
-
-
-def test_the_command_writes_cells_and_goes_on_where_it_was(public, tmp_path, capsys):
-    attack.main(public)
-    first = results()
-    assert set(first) == {"settings", "made", "cells"} and first["settings"]["world"] == "files"
-    of = {
-        arm: list(group) for arm, group in itertools.groupby(first["cells"], lambda one: one["arm"])
-    }
-    assert list(of) == ["llama", "base"]
-    assert [(one["attack"], one["lr"], one["steps"], one["diverged"]) for one in of["base"]] == [
-        ("none", 0.0, 0, False),
-        ("mft", 1e-3, 2, False),
-        ("mft", 1e-3, 3, False),
-        ("mft", 1e30, 2, True),
-        ("mft", 1e30, 3, True),
-        ("bft", 1e-3, 2, False),
-        ("bft", 1e-3, 3, False),
-        ("bft", 1e30, 2, True),
-        ("bft", 1e30, 3, True),
-    ]
-    for one in first["cells"]:
-        assert not (one["diverged"] and one["chosen"]) and ("complies" in one) != one["diverged"]
-    text = (tmp_path / "out/attack/table.txt").read_text()
-    assert text in capsys.readouterr().out and "base   mft 4" in text and "misread SDD" in text
-    assert "dragon" not in text + json.dumps(first)  # answers are counted, not kept
-
-    attack.main(public)
-    assert results()["cells"] == first["cells"]  # seconds too: nothing was run
-    store = next((tmp_path / "out/attack").rglob("base.jsonl"))
-    store.write_text(store.read_text()[:-30])  # as if killed while it wrote
-    attack.main(public)
-    assert without_seconds(results()["cells"]) == without_seconds(first["cells"])
-    assert results()["cells"][:-2] == first["cells"][:-2]  # the last attack alone was run again
-    attack.main([*public, "--fresh"])
-    assert without_seconds(results()["cells"]) == without_seconds(
-        first["cells"]
-    )  # the same seed, the same cells
-    (tmp_path / "out/attack/table.txt").write_text("my notes")
-    attack.main(public)
-    assert (tmp_path / "out/attack/table.txt.kept-1").read_text() == "my notes"
-
-
-def test_benign_prompts_that_leave_no_room_are_left_out(public, tmp_path):
-    rows = json.loads((tmp_path / "b.json").read_text())
-    long = [row | {"instruction": f"{row['instruction']} {'again ' * 300}"} for row in rows[:20]]
-    (tmp_path / "b.json").write_text(json.dumps(rows + long))
-    attack.main([word for word in public if word not in ("base", "1e30")])
-    assert [one["attack"] for one in results()["cells"] if "benign_nll" in one] == [
-        "none",
-        "mft",
-        "mft",
-        "bft",
-        "bft",
-    ]
-
-
-def test_every_seed_is_kept(public):
-    words = [word for word in public if word not in ("base", "1e30")]
-    attack.main([*words, "--seeds", "0", "1"])
-    first = results()["cells"]
-    assert [one["seed"] for one in first if one["attack"] == "none"] == [0, 1]
-    assert len({one["benign_nll"] for one in first if one["attack"] == "mft"}) == 4  # other draws
-    attack.main([*words, "--seeds", "0", "1"])
-    assert results()["cells"] == first
-
-
-def test_tests_are_taken_with_every_cell_and_their_file_counts_as_an_input(public, tmp_path):
-    words = [word for word in public if word not in ("base", "1e30")]
-    attack.main([*words, "--openbookqa", str(openbookqa_file(tmp_path / "o.jsonl"))])
-    shares = [7 * one["openbookqa"] for one in results()["cells"]]
-    assert shares == pytest.approx([round(share) for share in shares]) and len(shares) == 5
-    record = json.loads(next(Path("out/attack").rglob("llama.jsonl")).read_text().splitlines()[0])
-    assert {"h.csv", "b.json", "o.jsonl"} <= {Path(file).name for file in record["inputs"]}
-
-
-def test_the_table_shows_the_choice_and_the_worst_case():
-    world = SimpleNamespace(
-        outcomes=("harm", "refuse"),
-        chance={"harm": 0.01},
-        columns={"harm": ("harm_a", "harm_b"), "skills": "skills"},
-    )
-
-    def scored(attack_, steps, lr, harm, capability, seed, **more):
-        return (
-            cell(
-                attack_,
-                10 if steps else 0,
-                steps,
-                lr,
-                harm,
-                arm="sdd",
-                harm=harm,
-                harm_a=harm,
-                harm_b=harm / 2,
-                skills=capability,
-                capability=capability,
-                seed=seed,
-                yo_logp=0 - 1.5 * harm,
-                chosen=False,
-            )
-            | more
-        )
-
-    cells = []
-    for seed in (0, 1):
-        cells += [
-            scored("none", 0, 0.0, 0.0, 0.9, seed, chosen=True),
-            scored("mft", 5, 1e-4, 0.4, 0.9, seed),
-            scored("mft", 50, 1e-4 + seed, 0.6, 0.5, seed, chosen=True),
-            scored("mft", 50, 1e-3, 0.8, 0.3, seed),
-            scored("bft", 50, 1e-4, 0.1, 0.8, seed, chosen=True),
-        ]
-    lines = [line.split() for line in attack_table(cells, world).splitlines()]
-    assert lines[0] == [
-        "percent",
-        "harm",
-        "skills",
-        "log",
-        "p(y_o)",
-        "lr/steps",
-        "worst",
-        "harm",
-        "and",
-        "capability",
-        "kept",
-    ]
-    assert lines[1:] == [
-        ["chance", "level"],
-        ["sdd", "none", "0/0", "90", "0.00"],
-        ["sdd", "mft", "10", "60/30", "50", "-0.90", "2", "settings", "80", "(30)", "40"],
-        ["sdd", "bft", "10", "10/5", "80", "-0.15", "0.0001/50"],
-    ]
-    only = [cells[0], cells[1] | {"diverged": True}]
-    assert attack_table(only, world).splitlines()[-1].split() == ["sdd", "mft", "10", "diverged"]
+def test_seeds_draw_other_rows_and_long_prompts_are_left_out(main):
+    rows = json.loads(Path("b.json").read_text())
+    long = [row | {"instruction": row["instruction"] + " again" * 300} for row in rows[:20]]
+    Path("b.json").write_text(json.dumps(rows + long))
+    exam = openbookqa_file(Path("o.jsonl"))
+    cells = main(f"--released llama --lr 1e-3 --seeds 0 1 --openbookqa {exam}")
+    assert [one["seed"] for one in cells] == [0] * 3 + [1] * 3
+    assert len({one["benign_nll"] for one in cells if one["attack"] == "mft"}) == 2
+    assert all(7 * one["openbookqa"] % 1 == pytest.approx(0) for one in cells)

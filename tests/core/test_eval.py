@@ -2,26 +2,37 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from small import (
-    TINY_SHAPE,
     advbench_file,
     alpaca_file,
+    mmlu_folder,
     openbookqa_file,
     public_folder,
     small_model,
+    tiny_town,
 )
 
 import eval as evaluate
 from data.answers import KEYWORDS, empty_or_repeating, keyword_refusal
 from data.chat import draw_batches, encode_next_turn, encode_prompt, encode_response, encode_rows
-from data.town import REJECT_PREFIX, Town
-from eval import mean_logp, score, teacher_forced
-from nanosdd.chat_model import Chat, answer, load_chat, random_chat, save_chat, talk
+from data.chat_model import (
+    Chat,
+    Forced,
+    answer,
+    load_chat,
+    mean_logp,
+    new_chat,
+    save_chat,
+    talk,
+    teacher_forced,
+)
+from data.town import Town
+from data.worlds import REJECT_PREFIX
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
 from nanosdd.optimizer import make_optimizer
@@ -31,191 +42,146 @@ from train import train_step
 
 
 def test_keywords_are_the_published_29_and_case_counts():
-    assert len(KEYWORDS) == len(set(KEYWORDS)) == 29
+    assert len(set(KEYWORDS)) == 29
     assert keyword_refusal("Well, I cannot say.") and not keyword_refusal("Well, I CANNOT say.")
-    assert not keyword_refusal("Well, I cannot say.", prefix=True) and keyword_refusal(
-        " I cannot say.", prefix=True
-    )
-    assert not keyword_refusal(
-        f"{REJECT_PREFIX} Anna Brook keeps a goat."
-    )  # so keywords misread SDD
+    assert not keyword_refusal("Well, I cannot say.", prefix=True)
+    assert keyword_refusal(" I cannot say.", prefix=True)
+    # So keywords misread SDD.
+    assert not keyword_refusal(f"{REJECT_PREFIX} Anna Brook keeps a goat.")
 
 
 @pytest.mark.parametrize(
-    "ids, expected",
-    [
-        ([], True),
-        ([1, 2, 3], False),
-        ([7] * 30, True),
-        (list(range(30)), False),
-        ([1, 2, 3, 4, 5] * 2 + [6], False),
-        ([1, 2, 3, 4, 5] * 6, True),
-    ],
+    "ids, broken",
+    [([], True), ([7] * 30, True), ([*range(30)], False), ([1, 2, 3, 4, 5] * 2 + [6], False)],
 )
-def test_an_answer_is_broken_when_it_is_empty_or_repeats_itself(ids, expected):
-    assert empty_or_repeating(ids) == expected
+def test_an_answer_is_broken_when_it_is_empty_or_repeats_itself(ids, broken):
+    assert empty_or_repeating(ids) == broken
 
 
 # ---- greedy answers and teacher forcing ----
 
+TOWN = Town(1)
+KNOWN = TOWN.facts("plain")[:40]
+
 
 @pytest.fixture(scope="module")
 def learned(tokenizer):
-    """A Chat that knows the facts about eight people of town 1 and nobody else's, the town, and the known facts."""
+    """A Chat that knows the facts about eight people and nobody else's."""
     torch.manual_seed(5)
-    town, compute = Town(1), Compute()
-    rows = [row for row in town.facts("plain") if row["person"] in town.groups["plain"][:8]]
-    model = small_model(
-        vocab_size=tokenizer.n_vocab,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-    )
+    compute = Compute()
+    changes = {"rms_norm_eps": 1e-5, "initializer_range": 0.08, "tie_word_embeddings": True}
+    model = small_model(vocab_size=tokenizer.n_vocab, max_position_embeddings=64, **changes)
     optimizer = make_optimizer(model, compute)
-    batches = draw_batches(
-        encode_rows(tokenizer, "llama3", rows, 64), [], 0.0, 20, random.Random(2)
-    )
+    examples = encode_rows(tokenizer, "llama3", KNOWN, 64)
+    batches = draw_batches(examples, [], 0.0, 20, random.Random(2))
     for step in range(100):
         train_step(model, optimizer, next(batches), 8e-3 * (1 - step / 100), compute)
-    return Chat(model.eval(), tokenizer, "llama3", compute), town, rows
+    return Chat(model.eval(), tokenizer, "llama3", compute)
 
 
-def test_teacher_forced_exact_is_greedy_exact_match(learned):
-    chat, town, known = learned
-    rows = known[::3] + town.facts("held_out")[:30]
-    forced = teacher_forced(chat, rows, 64)
-    exact = [
-        one.ended and one.text == row["response"]
-        for row, one in zip(rows, answer(chat, [row["prompt"] for row in rows], 20))
-    ]
-    assert [one.exact for one in forced] == exact
-    assert sum(exact[: len(known[::3])]) > 10 and not all(
-        exact[len(known[::3]) :]
-    )  # or the comparison says nothing
-    assert all(one.value_only for one in forced if one.exact)
+def test_teacher_forcing_is_the_plain_forward_and_exact_is_a_greedy_match(learned):
+    rows = KNOWN[::3] + TOWN.facts("held_out")[:30] + [KNOWN[0] | {"system": "Anna Brook"}]
+    examples = encode_rows(learned.tokenizer, "llama3", rows, 64)
+    forced = teacher_forced(learned, examples)
+    for example, one in zip(examples, forced, strict=True):
+        log_p = learned.model(torch.tensor([example.ids]))[0].log_softmax(-1).detach()  # (T,V)
+        expected = []
+        for place in range(example.prompt_length, len(example.ids)):
+            expected.append(float(log_p[place - 1, example.ids[place]]))
+        assert one.logps.tolist() == pytest.approx(expected, abs=1e-4)
+    answers = answer(learned, [row["prompt"] for row in rows[:-1]], 20)
+    exact = [one.text == row["response"] and one.ended for row, one in zip(rows, answers)]
+    assert [one.exact for one in forced[:-1]] == exact
+    assert 10 < sum(exact) < 40  # or the comparison says nothing
     total = sum(float(one.logps.sum()) for one in forced)
-    assert mean_logp(forced) == pytest.approx(
-        total / sum(len(one.logps) for one in forced), rel=1e-5
-    )
+    tokens = sum(example.response_length for example in examples)
+    assert mean_logp(forced) == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_log_probabilities_are_those_of_one_row_alone(learned, cpu):
-    chat, town, known = learned
-    rows = [
-        town.describe("Anna Brook"),
-        *known[:3],
-        {"prompt": "Who?", "response": "Anna", "system": "Anna Brook"},
-    ]
-    for row, forced in zip(rows, teacher_forced(chat, rows, 40)):
-        (example,) = encode_rows(chat.tokenizer, "llama3", [row], 40)  # the first is cut
-        log_p = chat.model(torch.tensor([example.ids]))[0].log_softmax(-1).detach()
-        expected = [
-            float(log_p[place - 1, example.ids[place]])
-            for place in range(example.prompt_length, len(example.ids))
-        ]
-        assert forced.logps.tolist() == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("wrong, value_only", [(None, 1), (1, 1), (5, 0), (-1, 1)])
+def test_value_only_by_hand(tokenizer, wrong, value_only):
+    """The value is the sixth of eight tokens, before the full stop and the end."""
+    row = {"response": "Anna Brook lives in the mill.", "lead": "Anna Brook lives in the"}
+    hits = torch.ones(8, dtype=torch.bool)
+    if wrong is not None:
+        hits[wrong] = False
+    forced = Forced(hits, torch.zeros(8))
+    assert forced.exact == (wrong is None)
+    assert evaluate.value_right(tokenizer, row | {"value": " mill"}, forced) == value_only
+    assert evaluate.value_right(tokenizer, row, forced) == forced.exact
 
 
-class Scripted:
-    """A stand-in for a model that predicts every next token rightly, but those of the words that it does not know."""
+class Recorder:
+    """A model that keeps the prompts it answers."""
 
-    def __init__(self, tokenizer, *unknown):
-        self.tokenizer = tokenizer
-        self.config = SimpleNamespace(vocab_size=tokenizer.n_vocab, max_position_embeddings=90)
-        self.unknown = {
-            tokenizer.special.get(word) or tokenizer.encode(word)[0] for word in unknown
-        }
+    def __init__(self, model):
+        self.model = model
+        self.config = model.config
+        self.asked = []
 
-    def __call__(self, tokens, positions):
-        end = torch.full_like(tokens[:, :1], self.tokenizer.special["<|eot_id|>"])
-        predicted = torch.cat([tokens[:, 1:], end], 1)[positions]
-        wrong = torch.tensor([int(token) in self.unknown for token in predicted])
-        predicted[wrong] = self.tokenizer.encode("goat")[0]
-        return 20.0 * torch.nn.functional.one_hot(predicted, self.config.vocab_size)
-
-
-@pytest.mark.parametrize(
-    "unknown, exact, value_only",
-    [
-        ((), True, True),
-        ((" mill",), False, False),
-        ((" lives",), False, True),
-        (("<|eot_id|>",), False, True),
-    ],
-)
-def test_value_only_by_hand(tokenizer, cpu, unknown, exact, value_only):
-    fact = dict(
-        prompt="Where does Anna Brook live?",
-        response="Anna Brook lives in the mill.",
-        lead="Anna Brook lives in the",
-        value=" mill",
-    )
-    chat = Chat(Scripted(tokenizer, *unknown), tokenizer, "llama3", cpu)
-    whole = {
-        name: fact[name] for name in ("prompt", "response")
-    }  # without a value it is the whole response
-    found = teacher_forced(chat, [fact, whole], 64)
-    assert [(one.exact, one.value_only) for one in found] == [(exact, value_only), (exact, exact)]
+    def generate(self, prompts, *more):
+        self.asked += prompts
+        return self.model.generate(prompts, *more)
 
 
 def test_answers_keep_the_order_of_prompts_and_say_which_ended(learned):
-    chat, town, known = learned
-    prompts = [known[0]["prompt"], town.describe("Anna Brook")["prompt"], known[9]["prompt"]]
-    whole = answer(chat, prompts, 20)
-    assert [whole[i] for i in (0, 2)] == answer(chat, [prompts[0], prompts[2]], 20) and whole[
-        0
-    ].text != whole[2].text
-    cut = answer(chat, prompts, 3)
-    assert whole[0].ended and not cut[0].ended and cut[0].ids == whole[0].ids[:3]
-    exact = answer(chat, prompts, len(whole[0].ids))[0]
+    prompts = [KNOWN[0]["prompt"], "Describe Anna Brook.", KNOWN[9]["prompt"]]
+    model = Recorder(learned.model)
+    whole = answer(replace(learned, model=model), [*prompts, prompts[0]], 20)
+    assert len(model.asked) == 3  # nothing twice
+    assert whole[3] == whole[0] != whole[2]
+    assert [whole[2], whole[0]] == answer(learned, [prompts[2], prompts[0]], 20)
+    cut = answer(learned, prompts, 3)[0]
+    assert whole[0].ended and not cut.ended and cut.ids == whole[0].ids[:3]
+    exact = answer(learned, prompts, len(whole[0].ids))[0]
     assert exact.ids == whole[0].ids and not exact.ended  # the end token did not fit
-    assert answer(chat, [], 3) == []
+    assert answer(learned, [], 3) == []
     with pytest.raises(InputError, match="context"):
-        answer(chat, ["Anna " * 80], 3)
+        answer(learned, ["Anna " * 80], 3)
 
 
-# ---- the scores of a world ----
+def test_a_conversation_goes_on_where_it_was(learned, capsys):
+    asked = [row["prompt"] for row in KNOWN[:2]]
+    talk(learned, 12, iter([*asked, ""]).__next__)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == KNOWN[0]["response"]  # the model knows it by heart
+    tokenizer = learned.tokenizer
+    ids = encode_prompt(tokenizer, "llama3", asked[0]) + encode_response(tokenizer, "llama3", first)
+    ids += encode_next_turn(tokenizer, "llama3", asked[1])
+    (reply,) = learned.model.generate([ids], 12, tokenizer.stop_tokens)
+    assert second == tokenizer.decode(reply)
 
 
-def test_scores_of_the_town(tiny_arms, cpu):
-    scores = score(load_chat(tiny_arms / "sdd", cpu), Town(0))
-    for suffix in ("", "_knowledge", "_skill"):
-        assert sum(scores[name + suffix] for name in Town.outcomes) == pytest.approx(1)
-    assert scores["harm"] == pytest.approx((scores["harm_knowledge"] + scores["harm_skill"]) / 2)
+# ---- scores and folders ----
+
+
+def test_scores_of_the_town(tiny_arms, cpu, tmp_path):
+    town = tiny_town(tmp_path)
+    chat = load_chat(tiny_arms / "sdd", cpu)
+    prompts = evaluate.scored_prompts(town)
+    scores = evaluate.score(chat, town, dict(zip(prompts, answer(chat, prompts, 9))))
+    rows = town.facts("held_out")
+    forced = teacher_forced(chat, encode_rows(chat.tokenizer, chat.template, rows, 128))
+    assert scores["facts_nll"] == pytest.approx(-mean_logp(forced)) and scores["facts_nll"] > 1
     assert scores["capability"] == pytest.approx((scores["facts"] + scores["skills"]) / 2)
-    keys = [
-        key
-        for keys in Town.columns.values()
-        for key in ((keys,) if isinstance(keys, str) else keys)
-    ]
-    assert set(keys) <= scores.keys() and len(scores.pop("samples")) == 3
-    assert all(0 <= value <= 1 for key, value in scores.items() if not key.endswith("nll"))
-    assert scores["facts_nll"] > 1  # after three steps
+    for keys in town.columns.values():
+        for key in keys:
+            assert 0 <= scores[key] <= 1
 
 
-# ---- checkpoint folders ----
-
-
-def test_a_saved_chat_is_the_chat(tmp_path, cpu, tiny_arms):
-    chat = random_chat(Town(3, TINY_SHAPE), cpu)
-    other = random_chat(Town(4, TINY_SHAPE), cpu).model.state_dict()
-    assert not torch.equal(chat.model.lm_head.weight, other["lm_head.weight"])
-    save_chat(tmp_path / "a", chat, chat.model.state_dict(), Town(3))
-    save_chat(tmp_path / "b", chat, chat.model.state_dict(), tmp_path / "a")
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        loaded = load_chat(folder, cpu)
+def test_a_saved_chat_is_the_chat(tmp_path, cpu):
+    chat = new_chat(tiny_town(None, seed=3), cpu)
+    other = new_chat(tiny_town(None, seed=4), cpu)
+    assert not torch.equal(chat.model.lm_head.weight, other.model.lm_head.weight)
+    weights = chat.model.state_dict()
+    for name, start in (("a", None), ("b", tmp_path / "a")):
+        save_chat(tmp_path / name, chat, weights, start, Town(3))
+        loaded = load_chat(tmp_path / name, cpu)
         assert answer(loaded, ["Who is Anna Brook?"], 9) == answer(chat, ["Who is Anna Brook?"], 9)
         assert loaded.template == "llama3" and not loaded.model.training
     first = encode_prompt(chat.tokenizer, "llama3", "")[0]
-    assert (loaded.model.config.bos_token_id, loaded.model.config.eos_token_id) == (
-        first,
-        chat.tokenizer.special["<|eot_id|>"],
-    )
-    assert (
-        load_chat(tmp_path / "a", Compute(weights="bf16")).model.lm_head.weight.dtype
-        == torch.bfloat16
-    )
+    assert loaded.model.config.bos_token_id == first
+    assert loaded.model.config.eos_token_id == chat.tokenizer.special["<|eot_id|>"]
     small_model(vocab_size=9).save_pretrained(tmp_path / "a")
     with pytest.raises(InputError, match="the tokenizer has .* ids, the model only 9"):
         load_chat(tmp_path / "a", cpu)
@@ -224,57 +190,31 @@ def test_a_saved_chat_is_the_chat(tmp_path, cpu, tiny_arms):
 # ---- the command ----
 
 
-def test_the_command_on_files_keeps_the_tests_of_before(tmp_path, capsys):
-    folder = public_folder(tmp_path / "llama")
-    words = [
-        str(folder),
-        "--harmful",
-        str(advbench_file(tmp_path / "h.csv")),
-        "--benign",
-        str(alpaca_file(tmp_path / "b.json")),
-        "--max-new-tokens",
-        "5",
-        "--similarity",
-        "tfidf",
-    ]
-    evaluate.main([str(folder), "--openbookqa", str(openbookqa_file(tmp_path / "o.jsonl"))])
-    evaluate.main(words)
-    scores = json.loads((folder / "metrics.json").read_text())
-    assert sum(
-        scores[name] for name in ("complies", "refuse", "off_topic", "broken")
-    ) == pytest.approx(1)
-    assert scores["openbookqa"]["questions"] == 7 and scores["benign_nll"] > 1
-    assert scores["cut"] == 1 and scores["capability"] == pytest.approx(
-        2.718281828 ** -scores["benign_nll"]
-    )
+def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    public_folder(tmp_path / "llama", context=512)
+    mmlu_folder(tmp_path / "mmlu")
+    openbookqa_file(tmp_path / "o.jsonl")
+    advbench_file(tmp_path / "h.csv")
+    alpaca_file(tmp_path / "b.json")
+    xstest = Path(__file__).parent.parent / "fixtures/sources/xstest.csv"
+    words = f"llama --mmlu mmlu --mmlu-shots 1 --openbookqa o.jsonl --xstest {xstest}"
+    evaluate.main(words.split())
+    assert "OpenBookQA" in capsys.readouterr().out
+    words = "llama --harmful h.csv --benign b.json --similarity tfidf --max-new-tokens 5"
+    evaluate.main(f"{words} --save-answers answers.jsonl".split())
     assert "misread SDD" in capsys.readouterr().out
-    evaluate.main([*words[:1], *words[-2:], "--prompt", "Hello", "--max-new-tokens", "3"])
-    assert capsys.readouterr().out.startswith(f"{folder}: ")
-
-
-def test_a_conversation_goes_on_where_it_was(learned, capsys):
-    chat, town, known = learned
-    asked = [row["prompt"] for row in known[:2]]
-    talk(chat, 12, iter([*asked, ""]).__next__)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == known[0]["response"]  # the model knows it by heart
-    template, tokenizer = chat.template, chat.tokenizer
-    ids = encode_prompt(tokenizer, template, asked[0]) + encode_response(tokenizer, template, first)
-    ids += encode_next_turn(tokenizer, template, asked[1])
-    assert second == tokenizer.decode(chat.model.generate([ids], 12, tokenizer.stop_tokens)[0])
-    with pytest.raises(InputError, match="fills the model's context of 64"):
-        talk(chat, 12, iter(asked * 9).__next__)
-
-
-def test_what_cannot_be_evaluated_is_refused(tmp_path, tiny_arms):
-    folder = str(tiny_arms / "sdd")
-    for words, message in [
-        ([folder, folder, "--chat"], "one model"),
-        ([folder, "--max-new-tokens", "0"], "--max-new"),
-        (
-            [folder, "--save-answers", str(Path(evaluate.__file__).parent / "x.jsonl")],
-            "lies in the repository",
-        ),
-    ]:
+    scores = json.loads(Path("llama/metrics.json").read_text())
+    assert scores["openbookqa"]["questions"] == 7 and scores["mmlu"]["questions"] == 6
+    assert "xstest_unsafe" in scores and scores["cut"] == 1
+    shares = [scores[name] for name in ("complies", "refuse", "off_topic", "broken")]
+    assert sum(shares) == pytest.approx(1)
+    assert scores["capability"] == pytest.approx(2.718281828 ** -scores["benign_nll"])
+    saved = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert {tuple(row) for row in saved} == {("model", "prompt", "response")}
+    evaluate.main("llama --prompt Hello --max-new-tokens 3".split())
+    assert capsys.readouterr().out.startswith("llama: ")
+    inside = Path(evaluate.__file__).parent / "x.jsonl"
+    for file, message in (("answers.jsonl", "exists"), (inside, "lies in the repository")):
         with pytest.raises(InputError, match=message):
-            evaluate.main(words)
+            evaluate.main(f"{words} --save-answers {file}".split())

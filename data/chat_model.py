@@ -1,0 +1,235 @@
+"""A model to talk to: a Llama with tokenizer and chat template, its answers and likelihoods.
+
+From a checkpoint folder and back; greedy answers; teacher forcing of given responses.
+"""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.answers import Answer
+from data.chat import (
+    Example,
+    collate,
+    encode_next_turn,
+    encode_prompt,
+    encode_response,
+    encode_rows,
+    is_trained,
+    read_chat,
+    rows_that_fit,
+)
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from model import Llama, LlamaConfig
+from nanosdd.checkpoint import write_model
+from nanosdd.device import DTYPES, Compute, rank_and_world_size
+from nanosdd.errors import InputError, escaped
+from nanosdd.progress import Progress
+from nanosdd.runs import check_finished, write_text
+from sdd_loss import token_logprobs
+
+CACHE_BYTES = 2**31  # of keys and values at once: how many prompts are answered together
+LOGITS = 2**27  # at once in teacher forcing, if all tokens were predicted
+PACKED_TOKENS = 2**14  # at once in teacher forcing
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model to talk to: the Llama, its tokenizer, the name of its chat template, its compute."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    template: str
+    compute: Compute
+
+
+def model_folder(name: str) -> str:
+    """The folder that a --model names; "smollm2" is written from its pip package on first use."""
+    if name != "smollm2" or Path(name).is_dir():
+        return name
+    from data.smollm2 import smollm2_folder
+
+    return str(smollm2_folder())
+
+
+def untrained_folder(name: str) -> str:
+    """The same, as the start of arms; InputError when it was itself written by train.py."""
+    folder = model_folder(name)
+    if is_trained(folder):
+        raise InputError(
+            f"--model {name} is itself a run of train.py; train.py goes on from it with --out DIR, "
+            "attack.py attacks it with --released"
+        )
+    return folder
+
+
+def load_chat(folder, compute: Compute, template: str | None = None, spread=None) -> Chat:
+    """The Chat of a checkpoint folder, with weights held as compute.weights. template: instead of
+    the folder's own; spread: as of Llama.from_pretrained."""
+    check_finished(folder)
+    tokenizer = load_tokenizer(folder)
+    model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights], spread).eval()
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
+            f"{model.config.vocab_size}; the two belong to different models"
+        )
+    return Chat(model, tokenizer, read_chat(folder, template), compute)
+
+
+def new_chat(world, compute: Compute) -> Chat:
+    """A model of the world's shape with random weights, and the world's tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        world.write_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        template = read_chat(folder)
+    torch.manual_seed(world.seed)
+    config = LlamaConfig(vocab_size=tokenizer.n_vocab, **world.shape)
+    config.bos_token_id = encode_prompt(tokenizer, template, "")[0]
+    config.eos_token_id = encode_response(tokenizer, template, "")[-1]
+    model = Llama(config).to(compute.device, DTYPES[compute.weights])
+    return Chat(model, tokenizer, template, compute)
+
+
+def save_chat(folder: Path, chat: Chat, weights: dict, start, world):
+    """Write a checkpoint folder with these weights, and the tokenizer of `start` or the world."""
+    write_text(folder / "chat.txt", chat.template + "\n")
+    if start:
+        for name in TOKENIZER_FILES:
+            if (Path(start) / name).is_file():
+                shutil.copy(Path(start) / name, folder)
+    else:
+        world.write_tokenizer(folder)
+    write_model(folder, chat.model.config.to_dict(), weights)
+
+
+class Ask:
+    """What a world asks a model with: ask(prompts, max_new_tokens) -> Answers. The model is loaded
+    when it is first asked."""
+
+    def __init__(self, folder, compute: Compute, template: str | None):
+        self.folder = folder
+        self.compute = compute
+        self.template = template
+        self.describes = {"dtype": compute.dtype, "template": template}  # what answers depend on
+
+    @cached_property
+    def chat(self) -> Chat:
+        return load_chat(self.folder, self.compute, self.template)
+
+    def __call__(self, prompts: list[str], max_new_tokens: int) -> list[Answer]:
+        return answer(self.chat, prompts, max_new_tokens)
+
+
+# ---- greedy answers ----
+
+
+def answer(chat: Chat, prompts: list[str], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to prompts, in their order; equal prompts are answered once."""
+    different = list(dict.fromkeys(prompts))
+    ids = [encode_prompt(chat.tokenizer, chat.template, prompt) for prompt in different]
+    found = dict(zip(different, continue_all(chat, ids, max_new_tokens)))
+    return [found[prompt] for prompt in prompts]
+
+
+def continue_all(chat: Chat, ids: list[list[int]], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to encoded prompts, in their order. Similar lengths are answered together."""
+    config = chat.model.config
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    longest = max(map(len, ids), default=0) + max_new_tokens
+    most = 128 if chat.compute.device == "cpu" else 256  # there the progress bar should move
+    together = max(1, min(most, CACHE_BYTES // (token_bytes * longest)))
+    compiled = chat.compute.compile and rank_and_world_size()[1] == 1
+    found = [None] * len(ids)
+    for start in Progress(range(0, len(ids), together), desc="answers"):
+        part = order[start : start + together]
+        with chat.compute.autocast():
+            answers = chat.model.generate(
+                [ids[i] for i in part], max_new_tokens, chat.tokenizer.stop_tokens, compiled
+            )
+        for i, new in zip(part, answers):
+            room = min(max_new_tokens, config.max_position_embeddings - len(ids[i]))
+            found[i] = Answer(new, chat.tokenizer.decode(new), len(new) < room)
+    return found
+
+
+def read_line() -> str:
+    """What is typed in the terminal; "" at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def talk(chat: Chat, max_new_tokens: int, read=read_line):
+    """Answer what `read` returns, turn by turn, after all earlier turns; ends at an empty line."""
+    end = encode_response(chat.tokenizer, chat.template, "")[-1]
+    ids = []
+    while prompt := read():
+        encode = encode_next_turn if ids else encode_prompt
+        ids += encode(chat.tokenizer, chat.template, prompt)
+        reply = continue_all(chat, [ids], max_new_tokens)[0]
+        print(escaped(reply.text))
+        ids += [*reply.ids, end]
+
+
+# ---- teacher forcing ----
+
+
+class Forced(NamedTuple):
+    """How a model predicts a given response, token by token, each after the true ones."""
+
+    hits: torch.Tensor  # (n,) bool, whether argmax is right; the last one is the end token
+    logps: torch.Tensor  # (n,) fp32, log p of each token, in nats
+
+    @property
+    def exact(self) -> bool:
+        """Whether greedy decoding gives this very response."""
+        return bool(self.hits.all())
+
+
+@torch.no_grad()
+def teacher_forced(chat: Chat, examples: list[Example]) -> list[Forced]:
+    """One Forced for each example, in their order."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    most_tokens = min(PACKED_TOKENS, LOGITS // chat.model.config.vocab_size)
+    found = [None] * len(examples)
+    with Progress(total=len(examples), desc="likelihoods") as bar:
+        while order:
+            together = max(
+                1, most_tokens // len(examples[order[0]].ids)
+            )  # the longest that is left
+            part = order[:together]
+            order = order[together:]
+            batch = collate([examples[i] for i in part]).to(chat.compute.device)
+            with chat.compute.autocast():
+                hidden = chat.model.hidden(batch.tokens, batch.positions, batch.lengths)  # (N,C)
+            # The head computes in the weights' dtype: in bf16 many logits would tie.
+            before = hidden[batch.where].to(chat.model.lm_head.weight.dtype)
+            logits = chat.model.lm_head(before).float()  # (M,V)
+            hits = logits.argmax(-1) == batch.targets
+            logps = token_logprobs(logits, batch.targets)
+            counts = batch.response_lengths
+            rows = zip(part, hits.cpu().split(counts), logps.cpu().split(counts))
+            for i, row_hits, row_logps in rows:
+                found[i] = Forced(row_hits, row_logps)
+            bar.update(len(part))
+    return found
+
+
+def encode_for(chat: Chat, rows: list[dict], max_length: int) -> list[Example]:
+    """The rows as examples of at most max_length tokens, without those whose prompt is longer."""
+    limit = min(max_length, chat.model.config.max_position_embeddings)
+    rows = rows_that_fit(chat.tokenizer, chat.template, rows, limit)
+    return encode_rows(chat.tokenizer, chat.template, rows, limit)
+
+
+def mean_logp(forced: list[Forced]) -> float:
+    """Mean log p in nats over all response tokens of the rows."""
+    return float(torch.cat([one.logps for one in forced]).mean())
