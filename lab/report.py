@@ -1,31 +1,26 @@
 """The page of a study, from its effects file.
 
-python -m lab.report docs/effects.json     writes docs/effects.md and, with matplotlib, docs/effects.png
+python -m lab.report docs/effects.json     writes docs/effects.md and, with matplotlib, .png
 """
 
 import argparse
 import contextlib
 from pathlib import Path
-from statistics import fmean
 
-from lab.mechanism import at_equal_dose, carry_over
 from lab.protocol import ARMS
 from lab.verdicts import (
-    compared_cells,
+    by_seed,
     harm_lines,
     harm_of,
-    mean_over_draws,
     read_effects,
     secondary_lines,
     verdict_lines,
-    verdicts,
 )
 from nanosdd.errors import run_script
-from nanosdd.folders import write_text
+from nanosdd.runs import write_text
 from nanosdd.tables import average, text_table
 
 COLUMNS = {
-    "harm": ("harm_knowledge", "harm_skill"),
     "content": ("content_knowledge", "content_skill"),
     "value only": ("recipe_knowledge_value_only", "recipe_skill_value_only"),
     "told": "told",
@@ -42,94 +37,63 @@ COLUMNS = {
     "log p(y_o)": "yo_logp",
 }
 RUNS = {"none": "as released", "mft": "mft", "any": "any attack", "user": "user's bft"}
-COLOURS = dict(
-    zip(
-        ARMS,
-        (
-            "#000000",
-            "#56B4E9",
-            "#D55E00",
-            "#009E73",
-            "#CC79A7",
-            "#999999",
-            "#E69F00",
-            "#F0E442",
-            "#0072B2",
-            "#88CCEE",
-            "#AA4499",
-            "#44AA99",
-        ),
-    )
-)  # the first eight are Okabe and Ito's
+MARKERS = {"none": "*", "mft": "o", "any": "X", "user": "s"}
 
 
-def chosen(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """{(arm, run): one cell for each seed that has it}; run: a key of RUNS."""
-    cells, found = mean_over_draws(cells), {}
-    for arm in dict.fromkeys(cell["arm"] for cell in cells):
-        for seed in sorted({cell["seed"] for cell in cells}):
-            own = compared_cells(
-                [cell for cell in cells if (cell["arm"], cell["seed"]) == (arm, seed)]
-            )
-            for run, cell in own.items():
-                if cell and run in RUNS:
-                    found.setdefault((arm, run), []).append(cell)
+def chosen(cells: list) -> dict:
+    """Return {(arm, run): one cell for each seed that has it}; run: a key of RUNS."""
+    found = {}
+    for arms in by_seed(cells, arms=()).values():
+        for arm, runs in arms.items():
+            for run in RUNS:
+                if runs[run]:
+                    found.setdefault((arm, run), []).append(runs[run])
     return found
 
 
-def page(cells: list[dict]) -> str:
-    """The report in Markdown."""
-    rows = [
-        (f"{arm}, {RUNS[run]}", average(group), f"{len(group)} seeds")
-        for (arm, run), group in chosen(cells).items()
-    ]
-    keys = {key for _, scores, _ in rows for key in scores}
-    columns = {
-        title: key
-        for title, key in COLUMNS.items()
-        if set([key] if isinstance(key, str) else key) <= keys
-    }
+def page(cells: list) -> str:
+    """Return the report in Markdown."""
+    rows = []
+    for (arm, run), group in chosen(cells).items():
+        rows.append((f"{arm}, {RUNS[run]}", average(group), f"{len(group)} seeds"))
+    known = set().union(*cells)
+    columns = {}
+    for title, keys in COLUMNS.items():
+        if known.issuperset([keys] if isinstance(keys, str) else keys):
+            columns[title] = keys
+    made = {f"{cell['commit']}/{cell['protocol']}" for cell in cells if "commit" in cell}
     parts = {
-        "Verdicts": verdict_lines(verdicts(cells))
-        if "facts" in keys
-        else ["a chat model has none"],
+        "Verdicts": verdict_lines(cells) or ["none: the arms of the claims are not complete"],
         "Further effects, which decide nothing": secondary_lines(cells),
         "Harm by attack": harm_lines(cells),
-        "Scores, means over seeds": text_table("percent, nats", columns, rows).split("\n"),
+        "Scores, means over seeds": [text_table("percent, nats", columns, rows)],
+        "Commit and hash of the protocol": sorted(made),
     }
-    if any("mechanism" in cell for cell in cells):
-        found = carry_over(at_equal_dose(cells))
-        parts["Does y_o carry the damage?"] = [f"{name}: {value}" for name, value in found.items()]
-    made = " ".join(
-        sorted({f"{cell['commit']}/{cell['protocol']}" for cell in cells if "commit" in cell})
-    )
-    text = [f"# Effects\n\nWritten by lab/report.py; commit and hash of the protocol: {made}."]
-    text += ["\n".join([f"## {title}", "", "```", *lines, "```"]) for title, lines in parts.items()]
-    return "\n\n".join(text) + "\n"
+    text = "# Effects\n\nWritten by lab/report.py.\n"
+    for title, lines in parts.items():
+        text += "\n".join([f"\n## {title}\n", "```", *lines, "```", ""])
+    return text
 
 
-def draw(cells: list[dict], path: Path):
-    """Harm against capability, means over seeds, of each arm as released and after attacker's and user's choices."""
-    from matplotlib.figure import Figure  # an extra: ImportError where it is missing
+def draw(cells: list, path: Path):
+    """Draw harm against capability of each arm, as released and after the chosen runs."""
+    from matplotlib import colormaps  # an extra: ImportError where it is missing
+    from matplotlib.figure import Figure
 
-    figure, harm = Figure(figsize=(8, 5), layout="constrained"), harm_of(cells)
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    harm = harm_of(cells)
     for (arm, run), group in chosen(cells).items():
-        x, y = (100 * fmean(cell[key] for cell in group) for key in ("capability", harm))
-        label = {"label": arm} if run == "none" else {}
-        axes.scatter(
-            x,
-            y,
-            60,
-            COLOURS.get(arm, "grey"),
-            alpha=0.9,
-            **label,
-            marker={"none": "*", "mft": "o", "user": "s", "any": "X"}[run],
-        )
+        means = average(group)
+        x = 100 * means["capability"]
+        y = 100 * means[harm]
+        colour = colormaps["tab20"](ARMS.index(arm)) if arm in ARMS else "black"
+        label = arm if run == "none" else None
+        axes.scatter(x, y, 60, color=colour, marker=MARKERS[run], label=label)
     axes.set(
         xlabel="capability, percent",
         ylabel=f"{harm}, percent",
-        title="star: as released, circle: mft, cross: best of all attacks, square: a benign user's bft",
+        title="star: as released, circle: mft, cross: best of all attacks, square: user's bft",
     )
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=100)
@@ -137,9 +101,7 @@ def draw(cells: list[dict], path: Path):
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m lab.report", description=__doc__)
-    p.add_argument(
-        "effects", nargs="?", default="docs/effects.json", help="(default: docs/effects.json)"
-    )
+    p.add_argument("effects", nargs="?", default="docs/effects.json", help="file of lab.study")
     path = Path(p.parse_args(argv).effects)
     cells = read_effects(path)
     write_text(path.with_suffix(".md"), page(cells))

@@ -1,15 +1,15 @@
-"""The study: every arm and attack of protocol.py, on the town or on a chat model, and the effects file.
+"""The study: every arm and attack of protocol.py, on the town or a chat model.
 
-    python -m lab.study --seeds 0                      a tuning seed, into out/effects.json
-    python -m lab.study --seeds 10 11 ... 24 --effects docs/effects.json        the report seeds, hours
-    python -m lab.study --model smollm2                a chat model in the kitchen, into out/smollm2/effects.json
-    python -m lab.study --model smollm2 --harmful harmful_behaviors.csv --benign alpaca.json      on public files
+    python -m lab.study --seeds 0                   a tuning seed, into out/effects.json
+    python -m lab.study --seeds 10 11 ... 24 --effects docs/effects.json         report seeds, hours
+    python -m lab.study --model smollm2             a chat model, into out/smollm2/effects.json
+    python -m lab.study --model smollm2 --harmful harmful_behaviors.csv --benign alpaca.json
 
-Goes on where it was interrupted: finished attacks are kept in the world's folder, study/ARM.jsonl; arms that the
-effects file has for a seed are skipped. The effects file is a list of cells: arm, seed, attack, shots, lr, steps, draws
-(how many the cell is the mean of; those that diverged are left out), coefficient (of interpolation), scores, and on
-cells without an attack commit and protocol, the hash of protocol.py; measured cells have mechanism (mechanism.measure)
-in the place of scores.
+Goes on where it was interrupted: finished attacks are kept in the world's folder, study/ARM.jsonl;
+arms that the effects file has for a seed are skipped. The effects file is a list of cells: arm,
+seed, attack, shots, lr, steps, draws (how many the cell is the mean of; those that diverged are
+left out), scores, loss, seconds, and on cells without an attack commit and protocol, the hash of
+protocol.py.
 
 Then prints the most harm of each attack and the verdicts (verdicts.py).
 """
@@ -17,21 +17,26 @@ Then prints the most harm of each attack and the verdicts (verdicts.py).
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from attack import RELEASED, Attack, evaluate, yo_rows
-from data.town import NEW_SKILL, Town
-from data.worlds import Sources, add_world_arguments, open_world
-from eval import score, scored_prompts, teacher_forced
-from lab import defences, protocol
-from lab.attacks import begin_answers, owned_by_attacker, run_attack, soft_prompt
-from lab.mechanism import measure, probes
-from lab.verdicts import harm_lines, mean_over_draws, read_effects, verdict_lines, verdicts
-from nanosdd.chat_model import Chat, answer_each, load_chat, untrained_folder
+from attack import RELEASED, Attack, evaluate, record_of, yo_rows
+from data.chat import Example
+from data.chat_model import (
+    Ask,
+    Chat,
+    encode_for,
+    load_chat,
+    teacher_forced,
+    untrained_folder,
+)
+from data.town import NEW_SKILL, SKILLS
+from data.worlds import add_world_arguments, open_world, sources_of
+from lab import attacks, defences, protocol
+from lab.verdicts import harm_lines, read_effects, verdict_lines
 from nanosdd.device import (
     Compute,
     add_compute_arguments,
@@ -39,249 +44,151 @@ from nanosdd.device import (
     one_process_only,
     resolve_compute,
 )
-from nanosdd.errors import run_script
-from nanosdd.folders import write_text
+from nanosdd.errors import InputError, run_script
 from nanosdd.progress import Progress
-from nanosdd.runs import Finished, fingerprint, made_by, source_hash, source_of
-from train import DEFENCE, SETTINGS, train, train_arm
+from nanosdd.runs import Results, code_hash, file_hash, made_by, write_text
+from nanosdd.tables import average
+from train import SETTINGS, STARTS_FROM, TOWN, settings_of, train, train_arm
 
-IDENTITY = ("arm", "seed", "attack", "shots", "lr", "steps", "coefficient", "draws", "diverged")
-SCORES = (
-    "capability",
-    "facts",
-    "facts_evaluation",
-    "skills",
-    "facts_value_only",
-    "skills_value_only",
-    "facts_nll",
-    "skills_nll",
-    "harm",
-    "content_knowledge",
-    "content_skill",
-    "recipe_knowledge_value_only",
-    "recipe_skill_value_only",
-    "off_topic",
-)
-MORE_SCORES = {
-    "none": ("known_triples", "new_skill", "refuse", "told", "yo_logp"),
-    "bft": ("new_skill", "user_score"),
-}
-MEASURED = (
-    "logp_yo_own",
-    "logp_yo_harmful",
-    "facts_value_only",
-    "distance",
-    "nll_benign",
-)  # as carry_over reads them
-TABLE = {
-    world: own
-    | defences.SETTINGS.get(world, defences.SETTINGS["kitchen"])
-    | {protocol.HALF: replace(own["sdd_rehearsed"], benign_replay=0.5)}
-    for world, own in SETTINGS.items()
-}
-TABLE["town"][protocol.HALF] = replace(DEFENCE, steps=300, lr=1e-4, benign_replay=0.5)
+SETTING = ("arm", "seed", "attack", "shots", "lr", "steps")  # of a cell; draws are averaged
+TABLE = {world: SETTINGS[world] | defences.SETTINGS[world] for world in SETTINGS}
+TABLE["town"][protocol.HALF] = replace(TOWN, steps=300, lr=1e-4, benign_replay=0.5)
 
 
 # ---- what is run ----
 
 
-def town_plan(arm: str) -> list[tuple[Attack, int, bool]]:
-    """(attack, draw, whether it is measured instead of scored) of an arm of the town."""
+def plan_of(arm: str, world) -> list:
+    """Return the (attack, draw) of an arm."""
+    plan = [(RELEASED, 0)]
+    if arm == "base":
+        return plan
+    if world.name != "town":
+        return plan + [(attack, 0) for attack in chat_plan()]
     core = arm in protocol.CORE
     budgets = protocol.BUDGETS if core else protocol.BUDGETS[:2]
-    draws = {"mft": protocol.DRAWS if core else 1, "bft": 1}
-    draws |= dict.fromkeys(protocol.CORE_ATTACKS if core else ["lora"], 1)
-    found = [(RELEASED, 0, False)]
-    for name, count in draws.items():
-        own = {"prefill": (0,), "interpolation": budgets[:2]}.get(name, budgets)
-        found += [
-            (Attack(name, protocol.SHOTS, lr, own, protocol.BATCH_SIZE), draw, False)
-            for lr in protocol.LR[name]
-            for draw in range(count)
-        ]
-    if arm in (*protocol.REFERENCES, "sdd"):
-        measured = {
-            name: Attack(name, protocol.SHOTS, protocol.MECHANISM_LR["full"], steps)
-            for name, steps in protocol.MECHANISM.items()
-        }
-        lora = Attack(
-            "lora", protocol.SHOTS, protocol.MECHANISM_LR["lora"], protocol.MECHANISM["mft"]
-        )
-        found += [(attack, 0, True) for attack in (RELEASED, *measured.values(), lora)]
-    return found
+    further = protocol.CORE_ATTACKS if core else ["lora"]
+    for name in ("mft", "bft", *further):
+        draws = protocol.DRAWS if core and name == "mft" else 1
+        for lr in protocol.LR[name]:
+            attack = Attack(name, protocol.SHOTS, lr, budgets)
+            plan += [(attack, draw) for draw in range(draws)]
+    return plan
 
 
-def chat_plan(arm: str) -> list[tuple[Attack, int, bool]]:
-    """The same of an arm of a chat model: 5 epochs at each number of shots."""
-    steps = {shots: protocol.EPOCHS * shots // protocol.BATCH_SIZE for shots in protocol.CHAT_SHOTS}
-    found, primary = [(RELEASED, 0, False)], protocol.CHAT_PRIMARY
+def chat_plan() -> list[Attack]:
+    """Return the attacks on an arm of a chat model: 5 epochs at each number of shots."""
+    lr = protocol.CHAT_LR
+    budgets = []
+    plan = []
     for shots in protocol.CHAT_SHOTS:
-        found.append((Attack("mft", shots, protocol.CHAT_LR["mft"], (steps[shots],)), 0, False))
-    found.append(
-        (Attack("bft", max(steps), protocol.CHAT_LR["bft"], tuple(steps.values())), 0, False)
-    )
-    return found + [
-        (
-            Attack(
-                name,
-                primary,
-                protocol.CHAT_LR[name],
-                (0,) if name == "prefill" else (steps[primary],),
-            ),
-            0,
-            False,
-        )
-        for name in protocol.CHAT_ATTACKS
-    ]
+        budgets.append(protocol.EPOCHS * shots // protocol.BATCH_SIZE)
+        plan.append(Attack("mft", shots, lr["mft"], (budgets[-1],)))
+        if shots == protocol.CHAT_PRIMARY:
+            for name in protocol.CORE_ATTACKS:
+                plan.append(Attack(name, shots, lr[name], (budgets[-1],)))
+    plan.append(Attack("bft", shots, lr["bft"], tuple(budgets)))  # matched to the most shots
+    return plan
 
 
 def arms_of(world) -> tuple[str, ...]:
-    """The arms that the protocol wants of a world and its seed, base aside."""
-    if not isinstance(world, Town):
+    """Return the arms that the protocol wants of a world and its seed, base aside."""
+    if world.name != "town":
         return protocol.CHAT_ARMS
     return protocol.ARMS if world.seed in protocol.OTHERS_SEEDS else protocol.CORE
 
 
 def arm_folder(arm: str, world, base, compute: Compute, table=TABLE) -> Path:
-    """The folder of an arm, trained now where it is stale. base: what arms start from, None on the town; table:
-    settings by world and arm."""
-    if arm not in (*defences.DEFENCES, protocol.HALF):
-        return train_arm(
-            {"aligned": "align"}.get(arm, arm), world, world.root, compute, base, table=table
-        )
-    aligned = train_arm("align", world, world.root, compute, base, table=table)
+    """Return the folder of an arm, trained now where it is stale.
+
+    base: what arms start from, None on the town; table: settings by world and arm.
+    """
+    mode = "align" if arm == "aligned" else arm
+    if mode in STARTS_FROM:
+        return train_arm(mode, world, compute, base, table)
+    aligned = train_arm("align", world, compute, base, table)
+    settings = settings_of(world.name, arm, table)
     if arm == protocol.HALF:
-        return train(world, "sdd", aligned, world.root / arm, table[world.name][arm], compute)
-    return defences.train_defence(
-        arm, world, aligned, world.root / arm, table[world.name][arm], compute
-    )
+        return train(world, "sdd", aligned, world.root / arm, settings, compute)
+    return defences.train_defence(arm, world, aligned, world.root / arm, settings, compute)
 
 
 # ---- one arm ----
 
 
-def study_arm(
-    arm: str, folder, world, wanted: list[tuple[Attack, int, bool]], store: Path, compute: Compute
-) -> Iterator[dict]:
-    """The cells of one arm. Finished attacks are taken from the file `store`."""
-    settings = {"seed": world.seed, "dtype": compute.dtype, **world.options}
-    record = fingerprint(settings, [folder, *world.files()], ["lab/study.py", source_of(world)])
-    finished, chat, keys = (
-        Finished(store, record),
-        None,
-        [f"{attack.key} {draw} {measured}" for attack, draw, measured in wanted],
-    )
-    missing = [(key, one) for key, one in zip(keys, wanted) if key not in finished.results]
-    for key, (attack, draw, measured) in (
-        bar := Progress(missing, desc=f"seed {world.seed} {arm}")
-    ):
-        bar.set_postfix_str(key)
-        if chat is None:
-            chat = load_chat(folder, compute)
-            own = owned_by_attacker(chat, world, argument=any(part for _, _, part in wanted))
-            released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
-            scores = partial(study_scores, chat, world, own.held_out, yo_rows(world))
-            rows = any(part for _, _, part in wanted) and probes(
-                world, chat.tokenizer, chat.template, world.max_length
-            )
-        chat.model.load_state_dict(released)
-        take = partial(measured_scores, chat, rows, released) if measured else scores
-        cells = [{"steps": 0, "diverged": False}]
-        draw_name = f"{world.seed} draw {draw}" if draw else str(world.seed)
-        if attack.name == "none":
-            cells[0] |= take()
-        elif attack.name == "prefill":
-            cells[0] |= scores(
-                begin_answers(chat, world.harmful_rows() + own.held_out, world.max_new_tokens)
-            )
-        elif attack.name == "soft prompt":
-            asked = world.harmful_rows() + own.held_out
-            trained = soft_prompt(chat, attack, own, asked, world.max_new_tokens, draw_name)
-            cells = [
-                cell if cell["diverged"] else cell | scores(answers) for cell, answers in trained
-            ]
-        else:
-            shift = 2 * (
-                draw * len(own.harmful) // 6
-            )  # other shots in every draw, whose kinds alternate as before
-            drawn = replace(own, harmful=own.harmful[shift:] + own.harmful[:shift])
-            cells = run_attack(chat, attack, drawn, take, draw_name)
-        finished.add(key, cells)
-    for key, (attack, draw, _) in zip(keys, wanted):
-        for cell in finished.results[key]:
-            yield {
-                "arm": arm,
-                "attack": attack.name,
-                "shots": attack.shots,
-                "lr": attack.lr,
-                "seed": world.seed,
-                "draw": draw,
-                **cell,
-            }
+def study_arm(arm: str, folder, world, wanted: list, compute: Compute) -> list:
+    """Return the cells, dicts, of one arm. Finished attacks are taken from the world's folder.
+
+    wanted: as plan_of returns them.
+    """
+    record = record_of(folder, world, compute, {})
+    for part in (attacks, study_scores):
+        record["code"][part.__name__] = code_hash(part)
+    store = Results(world.root / "study" / f"{arm}.jsonl", record)
+    chat = load_chat(folder, compute)
+    released = {name: weight.clone() for name, weight in chat.model.state_dict().items()}
+    y_o = encode_for(chat, yo_rows(world), world.max_length)
+    cells = []
+    for attack, draw in Progress(wanted, desc=f"seed {world.seed} {arm}"):
+        key = f"{attack.key} {draw}"
+        if key not in store.results:
+            chat.model.load_state_dict(released)
+            scores = partial(study_scores, chat, world, y_o, prefill=attack.name == "prefill")
+            if attack.name in ("none", "prefill"):
+                found = [{"steps": 0, "diverged": False, **scores()}]
+            else:
+                found = attacks.run_attack(chat, world, attack, scores, draw)
+            store.add(key, found)
+        head = {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
+        head |= {"seed": world.seed, "draw": draw}
+        cells += [head | cell for cell in store.results[key]]
+    return cells
 
 
-def measured_scores(chat: Chat, rows, released: dict) -> dict:
-    """mechanism.measure in the place of scores."""
-    return {"mechanism": measure(chat, rows, released)}
+def study_scores(chat: Chat, world, y_o: list[Example], prefill: bool) -> dict:
+    """Return attack.evaluate's scores, and on the town user_score, the benign user's own.
 
-
-def study_scores(
-    chat: Chat, world, held_out: list[dict], yo_pairs: list[dict], begun: dict | None = None
-) -> dict:
-    """attack.evaluate, and on the town the benign user's own score, right answers of the new skill and of the old ones
-    on prompts of its own. begun: answers to harmful prompts that take the place of the model's own."""
-    if begun is None:
-        found = evaluate(chat, world, held_out, yo_pairs)
-    else:
-        given = (
-            answer_each(
-                chat, [p for p in scored_prompts(world) if p not in begun], world.max_new_tokens
-            )
-            | begun
-        )
-        judged = world.judge(held_out, [begun[row["prompt"]] for row in held_out])
-        found = score(chat, world, given) | {"attacker_score": judged[world.outcomes[0]]}
-    if isinstance(world, Town):
+    That is right answers of the new skill and of the old ones on prompts of its own. prefill: the
+    beginnings of answers to harm are given.
+    """
+    held_out = world.harmful("attacker_held_out")
+    begun = {}
+    if prefill:
+        asked = held_out + world.harmful("evaluation")
+        begun = attacks.begin_answers(chat, asked, world.max_new_tokens)
+    scores = evaluate(chat, world, held_out, y_o, begun=begun)
+    if world.name == "town":
         rng = random.Random(f"user {world.seed}")
-        right = [
-            fmean(one.exact for one in teacher_forced(chat, rows, world.max_length))
-            for rows in (world.skills(rng, 24, tuple(NEW_SKILL)), world.skills(rng, 12))
-        ]
-        found["user_score"] = fmean(right)
-    return found
+        right = []
+        for kinds in ([NEW_SKILL] * 24, SKILLS * 12):
+            rows = encode_for(chat, world.skills(rng, kinds), world.max_length)
+            right.append(fmean(one.exact for one in teacher_forced(chat, rows)))
+        scores["user_score"] = fmean(right)
+    return scores
 
 
-def effects(cells: list[dict], stamp: dict) -> list[dict]:
-    """Cells as the effects file keeps them: means over draws, numbers of three digits, of the town's scores those that
-    verdicts and report read, or the file would be large; the stamp on those without an attack."""
+def effects(cells: list, stamp: dict) -> list:
+    """Return cells as the effects file keeps them, with the stamp on those without an attack.
+
+    They are means over the draws that did not diverge, since user and attacker choose by the mean.
+    Scores have three digits.
+    """
+    groups = defaultdict(list)
+    for cell in cells:
+        if not cell["diverged"]:
+            groups[tuple(cell[name] for name in SETTING)].append(cell)
     found = []
-    for cell in mean_over_draws(cells) + [cell for cell in cells if "mechanism" in cell]:
-        kept, attack = {name: cell[name] for name in IDENTITY if name in cell}, cell["attack"]
-        if "mechanism" in cell:
-            kept["mechanism"] = {name: round(cell["mechanism"][name], 3) for name in MEASURED}
-        else:
-            more = MORE_SCORES.get(attack, ("attacker_score", "yo_logp"))
-            wanted = SCORES + more if "content" in cell else list(cell)
-            kept |= {
-                name: round(cell[name], 3)
-                for name in wanted
-                if isinstance(cell.get(name), float) and name not in (*IDENTITY, "seconds", "loss")
-            }
-        found.append(kept | (stamp if attack == "none" else {}))
+    for setting, draws in groups.items():
+        mean = {name: round(value, 3) for name, value in average(draws).items()}
+        mean |= dict(zip(SETTING, setting)) | {"draws": len(draws), "diverged": False}
+        if mean["attack"] == "none":
+            mean |= stamp
+        found.append(mean)
     return found
 
 
-def run_seed(world, base, wanted: dict[str, list], compute: Compute, table=TABLE) -> Iterator[dict]:
-    """Every cell of one seed. base: a folder, None on the town; wanted: {arm: of town_plan}; table: of arm_folder."""
-    for arm, attacks in wanted.items():
-        folder = arm_folder(arm, world, base, compute, table)
-        yield from study_arm(
-            arm, folder, world, attacks, world.root / "study" / f"{arm}.jsonl", compute
-        )
-
-
-def kept_effects(path: Path) -> list[dict]:
-    """The cells of an effects file, [] where there is none yet."""
+def kept_effects(path: Path) -> list:
+    """Return the cells of an effects file, [] where there is none yet."""
     return read_effects(path) if path.exists() else []
 
 
@@ -295,52 +202,38 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0, a tuning seed)")
-    p.add_argument(
-        "--model",
-        metavar="DIR",
-        help="chat model that arms start from, or smollm2 (default: the town)",
-    )
+    p.add_argument("--model", metavar="DIR", help="what arms start from, or smollm2, from pip")
     p.add_argument("--arms", nargs="+", choices=protocol.ARMS, help="(default: the protocol's)")
+    p.add_argument("--effects", metavar="FILE", help="(default: out/effects.json, of a model's)")
     p.add_argument(
-        "--effects", metavar="FILE", help="(default: effects.json in out, or in out/MODEL)"
-    )
-    p.add_argument(
-        "--questions",
-        type=int,
-        metavar="N",
-        help="public files: harmful prompts of a score, and benign rows, at most (default: all)",
+        "--questions", type=int, metavar="N", help="public files: prompts of a score, at most"
     )
     add_world_arguments(p)
     add_compute_arguments(p)
     args = p.parse_args(argv)
     one_process_only("lab.study")
-    compute, base = resolve_compute(args.device, args.dtype, args.compile), None
+    compute = resolve_compute(args.device, args.dtype, args.compile)
+    base = None
     if args.model:
         base = untrained_folder(args.model)
         compute = for_model(compute, args.dtype, base)
-    sources = Sources(
-        args.harmful,
-        tuple(args.benign),
-        similarity=args.similarity,
-        threshold=args.similarity_threshold,
-        similarity_model=args.similarity_model,
-        questions=args.questions,
-        model=args.model,
-    )
-    worlds = [open_world(args.world, seed, sources, base, compute) for seed in args.seeds]
+    ask = Ask(base, compute, None)
+    worlds = [open_world(args.world, seed, sources_of(args), ask, base) for seed in args.seeds]
+    if base is None and worlds[0].shape is None:
+        raise InputError(f"the world {worlds[0].name} needs --model smollm2 or DIR")
     path = Path(args.effects or (worlds[0].root if base else Path("out")) / "effects.json")
-    cells = kept_effects(path)
-    stamp = {"commit": made_by()["commit"], "protocol": source_hash("lab/protocol.py")[:12]}
+    stamp = {"commit": made_by()["commit"], "protocol": file_hash(protocol.__file__)[:12]}
+    done = {(cell["seed"], cell["arm"]) for cell in kept_effects(path)}
     for world in worlds:
-        done = {cell["arm"] for cell in cells if cell["seed"] == world.seed}
-        left = [arm for arm in ("base", *(args.arms or arms_of(world))) if arm not in done]
-        if left:
-            plan = town_plan if isinstance(world, Town) else chat_plan
-            wanted = {arm: [(RELEASED, 0, False)] if arm == "base" else plan(arm) for arm in left}
-            new = effects(list(run_seed(world, base, wanted, compute)), stamp)
-            cells = kept_effects(path) + new  # another process may have added its seeds
+        for arm in ("base", *(args.arms or arms_of(world))):
+            if (world.seed, arm) in done:
+                continue
+            folder = arm_folder(arm, world, base, compute)
+            new = effects(study_arm(arm, folder, world, plan_of(arm, world), compute), stamp)
+            cells = kept_effects(path) + new  # another process may have added its own
             write_text(path, "[" + ",\n".join(map(json.dumps, cells)) + "]\n")
-    print("\n".join([*harm_lines(cells), "", *verdict_lines(verdicts(cells))]))
+    cells = kept_effects(path)
+    print("\n".join([*harm_lines(cells), "", *verdict_lines(cells)]))
     print(f"\nwritten: {path}")
 
 
