@@ -1,9 +1,9 @@
 """The only place where the course's tests touch your code: plain data in, plain data out.
 
-Tensors, numbers, strings, lists and dicts go in and come back. If you keep an architecture of your own, change these
-functions, not the tests; the grader uses your copy of this file and its own copy of the tests. `config` holds keys of
-LlamaConfig, `weights` tensors by the names of a Hugging Face checkpoint, an `example` is (ids, prompt_length). Shape
-letters as in model.py.
+Tensors, numbers, strings, lists and dicts go in and come back. If you keep an architecture of your
+own, change these functions, not the tests; the grader uses your copy of this file and its own copy
+of the tests. `config` holds keys of LlamaConfig, `weights` tensors by the names of a Hugging Face
+checkpoint, an `example` is (ids, prompt_length). Shape letters as in model.py.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import random
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,6 @@ import torch.nn as nn
 import attack
 import data.answers
 import data.chat
-import data.pairs
 import data.worlds
 import lab.defences
 import model
@@ -27,21 +27,21 @@ import nanosdd.split_adamw
 import sdd_loss
 import train
 from data.chat import Batch, Example
+from data.chat_model import Chat, load_chat
 from data.tfidf import Tfidf
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from data.town import Town
-from model import KVCache, Llama, LlamaConfig, RMSNorm
-from nanosdd.chat_model import Chat, load_chat
-from nanosdd.checkpoint import write_model
+from model import Llama, LlamaConfig, RMSNorm
+from nanosdd.attention import KVCache, PackedRows
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
-from nanosdd.lora import LoRALinear, merged_state
+from nanosdd.lora import LoRALinear, lora_layers, merge_lora
 from nanosdd.split_adamw import SplitAdamW
 
 
 def llama(config: dict, weights: dict) -> Llama:
     """A Llama with these weights."""
-    made = Llama(LlamaConfig(**config)).eval().to(next(iter(weights.values())).dtype)
+    made = Llama(LlamaConfig(**config)).eval().to(weights["lm_head.weight"].dtype)
     made.load_state_dict(weights)
     return made
 
@@ -64,35 +64,35 @@ def rms_norm(x, weight, eps):
     return norm(x).detach()
 
 
-def rope_frequencies(config):
-    """(D/2,) fp32."""
-    return model.rope_frequencies(LlamaConfig(**config))
-
-
 def rope(config, x, positions):
-    """x (B,T,H,D), positions (B,T) -> x rotated."""
+    """x (N,H,D), positions (N,) -> x turned by them."""
     return model.apply_rope(x, *model.rope_tables(LlamaConfig(**config), positions))
 
 
-@torch.no_grad()
-def logits(config, weights, tokens, pieces=None):
-    """tokens (B,T) -> (B,T,V). pieces: the lengths of parts that are read one after the other through a cache."""
-    made = llama(config, weights)
-    if pieces is None:
-        return made(tokens)
-    cache, found = KVCache(made.config, *tokens.shape), []
-    for part in tokens.split(pieces, dim=1):
-        found.append(made(part, cache=cache))
-        cache.lengths += part.shape[1]
-        cache.longest += part.shape[1]
-    return torch.cat(found, 1)
+def packed_attention(lengths, q, k, v):
+    """Rows of these lengths, one after the other: q (N,H,D), k and v (N,G,D) -> (N,H,D)."""
+    return PackedRows(lengths).row_by_row(q, k, v)
+
+
+def cached_attention(keys, values, lengths, q, k, v):
+    """A new token behind lengths[b] tokens of each row: q (B,H,D), k and v (B,G,D).
+
+    keys and values: (B,G,size,D). Returns y (B,H,D), keys and values as they are then.
+    """
+    cache = KVCache(LlamaConfig(num_hidden_layers=1), lengths, keys.shape[2], "cpu", keys.dtype)
+    cache.keys = [keys]
+    cache.values = [values]
+    visible = torch.arange(max(lengths) + 1) <= cache.lengths[:, None]
+    y = cache.read_token(0, visible, q, k, v)
+    return [y, keys, values]
 
 
 @torch.no_grad()
 def packed_logits(config, weights, tokens, lengths):
-    """Right-padded rows (B,T) of true lengths (B,) -> the logits of their tokens, one row after the other (N,V)."""
-    made, mask = llama(config, weights), torch.arange(tokens.shape[1]) < lengths[:, None]
-    return made.lm_head(made.hidden(tokens, positions=mask, lengths=lengths))
+    """Rows of these lengths, one after the other: tokens (N,) -> (N,V)."""
+    made = llama(config, weights)
+    positions = torch.cat([torch.arange(T) for T in lengths])
+    return made.lm_head(made.hidden(tokens, positions, lengths))
 
 
 def generate(config, weights, prompts, max_new_tokens, stop_tokens):
@@ -122,69 +122,60 @@ def encode_prompt(words, template, prompt, system=None):
 
 def encode_example(words, template, prompt, response, max_length, system=None):
     """[ids, prompt_length] of one pair, or "InputError"."""
+    tokenizer = town_tokenizer(words)
     try:
         example = data.chat.encode_example(
-            town_tokenizer(words), template, prompt, response, max_length, system
+            tokenizer, template, prompt, response, max_length, system
         )
     except InputError:
         return "InputError"
     return [example.ids, example.prompt_length]
 
 
-def collate(examples, pad):
-    """Examples -> {"tokens", "targets", "loss_mask", "lengths"} as in data.chat.Batch."""
-    batch = data.chat.collate([Example(*example) for example in examples], pad)
-    return {name: getattr(batch, name) for name in ("tokens", "targets", "loss_mask", "lengths")}
+def collate(examples):
+    """Examples -> the fields of their Batch by name."""
+    return vars(data.chat.collate(examples_of(examples)))
 
 
-def loss(logits, targets, loss_mask, global_tokens):
-    """Logits (B,T,V), targets and mask (B,T) -> [loss, its gradient by the logits (B,T,V)]."""
-    logits = logits.clone().requires_grad_()
-    batch = Batch(torch.zeros_like(targets), targets, loss_mask, None)
-
-    def made(tokens, positions=None):
-        return logits if positions is None else logits[positions]
-
-    value = sdd_loss.sdd_loss_reference(made, batch, global_tokens)
+def loss(hidden, head, where, targets, global_tokens):
+    """Final hidden states (N,C) and a head (V,C) -> [loss, its gradient by the hidden states]."""
+    hidden = hidden.clone().requires_grad_()
+    lm_head = nn.Linear(1, 1, bias=False)
+    lm_head.weight = nn.Parameter(head)
+    made = SimpleNamespace(hidden=lambda *rows: hidden, lm_head=lm_head)
+    batch = Batch(None, None, [len(hidden)], targets, where, [len(targets)])
+    value = sdd_loss.sdd_loss(made, batch, global_tokens)
     value.backward()
-    return [float(value.detach()), logits.grad]
+    return [float(value.detach()), hidden.grad]
 
 
 def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0):
-    """A step of SGD on each global batch, a list of examples: {"loss": [...], "grad_norm": [...], "weights": {...}, and
-    "rows": the most in one part}, or "Diverged". The loss is scaled; before_clip adds to the gradient of lm_head."""
-    made, rows = llama(config, weights), []
-    optimizer, done = torch.optim.SGD(made.parameters(), lr=0.0), []
+    """A step of SGD on each of these lists of examples, or "Diverged".
+
+    Returns loss and grad_norm of the steps, the weights, and rows, the most in one part. The loss
+    is scaled; before_clip adds to the gradient of lm_head.
+    """
+    made = llama(config, weights)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.0)
+    compute = Compute(micro_batch=micro_batch)
+    rows = []
+    steps = []
 
     def scaled(model, batch, global_tokens):
-        rows.append(len(batch.tokens))
+        rows.append(len(batch.lengths))
         return scale * sdd_loss.sdd_loss(model, batch, global_tokens)
 
     def before_clip(model):
         model.lm_head.weight.grad.add_(added)
 
-    for batch in batches:
-        examples = [Example(*example) for example in batch]
-        try:
-            done.append(
-                train.train_step(
-                    made,
-                    optimizer,
-                    examples,
-                    lr,
-                    Compute(micro_batch=micro_batch),
-                    scaled,
-                    before_clip,
-                )
-            )
-        except Diverged:
-            return "Diverged"
-    return {
-        "loss": [one["loss"] for one in done],
-        "grad_norm": [one["grad_norm"] for one in done],
-        "weights": made.state_dict(),
-        "rows": max(rows, default=0),
-    }
+    try:
+        for batch in batches:
+            examples = examples_of(batch)
+            done = train.train_step(made, optimizer, examples, lr, compute, scaled, before_clip)
+            steps.append([float(done["loss"]), float(done["grad_norm"])])
+    except Diverged:
+        return "Diverged"
+    return {"loss, grad_norm": steps, "rows": max(rows), "weights": made.state_dict()}
 
 
 # ---- assignment 3 ----
@@ -200,63 +191,82 @@ def tfidf_cosines(corpus, a, b):
     return Tfidf(corpus).cosines(a, b)
 
 
-def draw_irrelevant(prompts, responses, cosines, threshold, seed):
-    """cosines: a list for each prompt, with one number for each response -> [[index, cosine, tries], ...] of each
-    prompt, or "InputError"."""
-    row, column = ({text: i for i, text in enumerate(texts)} for texts in (prompts, responses))
+def irrelevant_pairs(fits, seed):
+    """fits[i][j]: whether response j is irrelevant to prompt i -> [[i, j, response j], ...] or
+    "InputError"."""
+    harmful = [{"prompt": f"prompt {i}", "response": "harm", "i": i} for i in range(len(fits))]
+    benign = [{"prompt": "?", "response": f"response {j}", "j": j} for j in range(len(fits[0]))]
     calls = itertools.count(1)
 
-    def look_up(a, b):
-        if next(calls) > 20_000:  # far more than there are pairs
-            raise AssertionError("the draw does not end: cosines were asked for 20,000 times")
-        return [cosines[row[x]][column[y]] for x, y in zip(a, b, strict=True)]
+    def is_irrelevant(asked, answers):
+        assert next(calls) < 20_000, "the draw does not end"  # far more than there are pairs
+        return [fits[row["i"]][answer["j"]] for row, answer in zip(asked, answers, strict=True)]
 
     try:
-        return [
-            list(one)
-            for one in data.pairs.draw_irrelevant(prompts, responses, look_up, threshold, seed)
-        ]
+        pairs = data.worlds.irrelevant_pairs(harmful, benign, is_irrelevant, random.Random(seed))
     except InputError:
         return "InputError"
+    return [[pair["i"], pair["benign"]["j"], pair["response"]] for pair in pairs]
 
 
-def vary_response(mode, response, seed):
-    """A response as a mode teaches it, or "InputError"."""
-    try:
-        return data.worlds.vary_response(mode, response, random.Random(seed))
-    except InputError:
-        return "InputError"
+def world_pairs(mode, harmful, benign, refusals, seed):
+    """The pairs of a mode in a world of these {owner: rows}, where what is of one kind is relevant:
+    [[prompt, response], ...]."""
+
+    class Small(data.worlds.World):
+        def harmful(self, owner):
+            return harmful[owner]
+
+        def benign(self, owner):
+            return benign[owner]
+
+        def is_irrelevant(self, asked, answers):
+            return [row["kind"] != answer["kind"] for row, answer in zip(asked, answers)]
+
+    world = Small(seed)
+    world.refusals = tuple(refusals)
+    return [[pair["prompt"], pair["response"]] for pair in world.pairs(mode, 8)]
 
 
 # ---- assignment 4 ----
 
 
-def fine_tune(config, weights, batches, lr, budgets):
-    """Fine-tune on these global batches -> the cells of the budgets, each with the sum of |lm_head| as its probe."""
+def examples_of(rows):
+    """[[ids, prompt_length], ...] as Examples."""
+    return [Example(*row) for row in rows]
+
+
+def fine_tune(config, weights, batches, lr, budgets, watched):
+    """Fine-tune on these global batches, with {name: examples} watched -> [cells, curve].
+
+    The score of a cell is the sum of |lm_head|, its probe. "Diverged" where that is not caught.
+    """
     made = llama(config, weights)
+    chat = Chat(made, None, "plain", Compute())
 
     def scores():
         return {"probe": float(made.lm_head.weight.detach().double().abs().sum())}
 
-    rows = ([Example(*example) for example in batch] for batch in batches)
+    batches = map(examples_of, batches)
+    watched = {name: examples_of(rows) for name, rows in watched.items()}
     try:
-        cells = attack.fine_tune(Chat(made, None, "plain", Compute()), rows, lr, budgets, scores)
+        cells, curve = attack.fine_tune(chat, batches, lr, budgets, scores, watched)
     except Diverged:
         return "Diverged"
-    return [{key: value for key, value in cell.items() if key != "seconds"} for cell in cells]
+    for cell in cells:
+        cell.pop("seconds", None)
+    return [cells, curve]
 
 
 def match_tokens(harmful, benign, new, seed):
     """Pairs (tokens, prompt_length) -> the control's rows, [["benign" or "new", index], ...]."""
-    pools = {
-        name: [Example([i] * tokens, length) for i, (tokens, length) in enumerate(pairs)]
-        for name, pairs in (("harmful", harmful), ("benign", benign), ("new", new))
-    }
-    picked = attack.match_tokens(*pools.values(), random.Random(seed))
-    return [
-        ["new" if any(pick is one for one in pools["new"]) else "benign", pick.ids[0]]
-        for pick in picked
-    ]
+
+    def pool(pairs, kind):
+        return [Example([(kind, i)] * pair[0], pair[1]) for i, pair in enumerate(pairs)]
+
+    pools = pool(harmful, "harmful"), pool(benign, "benign"), pool(new, "new")
+    picked = attack.match_tokens(*pools, random.Random(seed))
+    return [list(pick.ids[0]) for pick in picked]
 
 
 def lora(base, A, B, alpha, x):
@@ -264,23 +274,25 @@ def lora(base, A, B, alpha, x):
     linear = nn.Linear(base.shape[1], base.shape[0], bias=False)
     linear.weight = nn.Parameter(base)
     layer = LoRALinear(linear, len(A), alpha, torch.Generator())
-    layer.A, layer.B = nn.Parameter(A), nn.Parameter(B)
+    layer.A = nn.Parameter(A)
+    layer.B = nn.Parameter(B)
     merged = layer.merged()
     return [layer(x).detach(), merged]
 
 
 def outcomes(answers, threshold):
-    """Answers [text, ids, cosine] -> the outcome of each, as data.answers.outcome; every other one did not end."""
-    return [
-        data.answers.outcome(data.answers.Answer(ids, text, i % 2 == 0), cosine, threshold)
-        for i, (text, ids, cosine) in enumerate(answers)
-    ]
+    """Answers [text, ids, cosine] -> the outcome of each; every other one did not end."""
+    found = []
+    for i, (text, ids, cosine) in enumerate(answers):
+        answer = data.answers.Answer(ids, text, i % 2 == 0)
+        found.append(data.answers.outcome(answer, cosine, threshold))
+    return found
 
 
 def town_outcomes(seed, cases):
     """Cases [row, answer, whether it ended] -> the outcome of each, in the town of a seed."""
     town = Town(seed)
-    return [town.outcome(row, answer, ended) for row, answer, ended in cases]
+    return [town.outcome(*case) for case in cases]
 
 
 # ---- assignment 5 ----
@@ -302,41 +314,32 @@ def round_stochastically(x, seed):
 
 
 def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None):
-    """bf16 weights (n,) and the gradients of some steps, each (n,) and clipped to max_norm -> the fp32 master (n,)."""
-    weight = nn.Parameter(values)
-    optimizer = SplitAdamW([weight], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    """Steps on bf16 weights (n,) with these gradients, clipped to max_norm -> [fp32 master, bf16
+    weights]."""
+    weight = nn.Parameter(values.clone())
+    optimizer = SplitAdamW([weight], lr, betas, eps, weight_decay)
     for grad in grads:
         weight.grad = grad
         if max_norm is not None:
             optimizer.clip(max_norm)
         optimizer.step()
-    return optimizer.master(weight)
-
-
-def drift(values, grad, lr, steps):
-    """Steps with one gradient -> [mean change of the master in units of lr, share of the bf16 weights that moved]."""
-    weight = nn.Parameter(values.clone())
-    optimizer = SplitAdamW([weight], lr=lr, betas=(0.5, 0.5), eps=1e-12)
-    for _ in range(steps):
-        weight.grad = grad
-        optimizer.step()
-    change = (optimizer.master(weight) - values.float()).abs().mean()
-    return [float(change) / lr, float((weight.detach() != values).float().mean())]
+    return [optimizer.master(weight), weight.detach()]
 
 
 # ---- assignment 6: one of three ----
 
 
 def booster(config, weights, harmful, benign, alpha, strength):
-    """Two batches of examples -> {"gradients": {name: what is added}, "weights": the weights afterwards, "grad": what
-    .grad of lm_head holds afterwards, where it held 0.25}."""
+    """Two batches of examples -> {"gradients": {name: what is added}, "grad": what .grad of lm_head
+    holds afterwards, where it held 0.25}."""
     made = llama(config, weights)
-    batches = (data.chat.collate([Example(*one) for one in rows]) for rows in (harmful, benign))
     for weight in made.parameters():
         weight.grad = torch.full_like(weight, 0.25)
-    found = lab.defences.booster(made, *batches, alpha=alpha, strength=strength)
+    rows = examples_of(harmful), examples_of(benign)
+    found = lab.defences.booster(made, *rows, alpha=alpha, strength=strength)
+    names = [name for name, _ in made.named_parameters()]
     return {
-        "gradients": dict(zip([name for name, _ in made.named_parameters()], found, strict=True)),
+        "gradients": dict(zip(names, found, strict=True)),
         "weights": made.state_dict(),
         "grad": made.lm_head.weight.grad,
     }
@@ -344,10 +347,10 @@ def booster(config, weights, harmful, benign, alpha, strength):
 
 def preferences(pairs):
     """[ids with the refusal, prompt_length, ids with the harmful answer or None] -> Examples."""
-    return [
-        Example(ids, length, None if rejected is None else Example(rejected, length))
-        for ids, length, rejected in pairs
-    ]
+    found = []
+    for ids, length, rejected in pairs:
+        found.append(Example(ids, length, rejected and Example(rejected, length)))
+    return found
 
 
 def deepalign(pairs, limit, longest, seed):
@@ -359,10 +362,9 @@ def deepalign(pairs, limit, longest, seed):
 def simpo(config, weights, pairs, global_tokens, beta, gamma):
     """Pairs as of `preferences` -> [loss, its gradient by lm_head (V,C)], or "InputError"."""
     made = llama(config, weights)
+    batch = data.chat.collate(preferences(pairs))
     try:
-        value = lab.defences.simpo(
-            made, data.chat.collate(preferences(pairs)), global_tokens, beta, gamma
-        )
+        value = lab.defences.simpo(made, batch, global_tokens, beta, gamma)
     except InputError:
         return "InputError"
     value.backward()
@@ -373,8 +375,12 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma):
 
 
 def solve_open(kind, rows, seed, steps):
-    """Let a7/submission.py change the model in start/, and write it to result/. kind: "attack" or "defend"."""
+    """Let a7/submission.py change the model in start/, and write it to result/.
+
+    kind: "attack" or "defend".
+    """
     chat = load_chat("start", Compute())
     getattr(import_module("a7.submission"), kind)(chat, rows, seed, steps)
-    write_model("result", chat.model.config.to_dict(), merged_state(chat.model))
-    return True
+    if lora_layers(chat.model):
+        merge_lora(chat.model)
+    chat.model.save_pretrained("result")

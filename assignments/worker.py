@@ -1,36 +1,28 @@
-"""The grader's other process: it runs a submission's adapters and answers calls, one JSON object a line.
+"""The grader's other process: runs a submission's adapters, answers calls, one JSON object a line.
 
     python -I worker.py SUBMISSION MEMORY_BYTES CPU_SECONDS      (started by grade.py, not by hand)
 
-It says "ready", then reads {"call": name, "args": [...]} and writes {"result": ...} or {"error": "..."}. Only plain
-data crosses: numbers, strings, lists, dicts and tensors. What a submission prints goes nowhere.
+It says "ready", then reads {"call": name, "args": [...]} and writes {"result": ...} or
+{"error": "..."}. Only plain data crosses: numbers, strings, lists, dicts and tensors. What a
+submission prints goes nowhere.
 """
 
 import base64
 import importlib
 import json
+import math
 import os
 import resource
 import sys
 
 import torch
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.float64,
-        torch.bfloat16,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.bool,
-    )
-}
+NAMES = ("float32", "float64", "bfloat16", "int16", "int32", "int64", "bool")
+DTYPES = {name: getattr(torch, name) for name in NAMES}
 
 
 def encode(value):
-    """A value as JSON can hold it: tensors as dtype, shape and bytes. TypeError for anything that is not plain data."""
+    """A value for JSON: tensors as dtype, shape and bytes. TypeError for what is no plain data."""
     if type(value) in (torch.Tensor, torch.nn.Parameter):
         value = value.detach().contiguous()
         name = str(value.dtype).removeprefix("torch.")
@@ -53,13 +45,9 @@ def decode(value):
         return [decode(one) for one in value]
     if isinstance(value, dict) and "tensor" in value:
         name, shape, text = value["tensor"]
-        flat = torch.frombuffer(
-            bytearray(base64.b64decode(text)) or bytearray(8), dtype=torch.uint8
-        )
-        count = 1
-        for size in shape:
-            count *= size
-        return flat.view(DTYPES[name])[:count].reshape(shape).clone()
+        raw = bytearray(base64.b64decode(text)) or bytearray(8)  # an empty buffer is refused
+        flat = torch.frombuffer(raw, dtype=DTYPES[name])
+        return flat[: math.prod(shape)].reshape(shape)
     if isinstance(value, dict):
         return {key: decode(one) for key, one in value["dict"]}
     return value
@@ -71,11 +59,10 @@ def serve(adapters, calls, replies):
         call = json.loads(line)
         try:
             result = getattr(adapters, call["call"])(*decode(call["args"]))
-            reply = json.dumps({"result": encode(result)})
+            reply = {"result": encode(result)}
         except BaseException as error:  # a submission may raise anything, SystemExit too
-            reply = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
-        replies.write(reply + "\n")
-        replies.flush()
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 def address_space() -> int:
@@ -88,8 +75,11 @@ def address_space() -> int:
 
 
 def main():
-    folder, memory, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    replies, nowhere = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_RDWR)
+    folder = sys.argv[1]
+    memory = int(sys.argv[2])
+    seconds = int(sys.argv[3])
+    replies = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (1, 2):
         os.dup2(nowhere, standard)
     memory += address_space()  # PyTorch's CUDA build maps several GB before anything runs
@@ -102,16 +92,12 @@ def main():
     sys.path.insert(0, folder)
     try:
         adapters = importlib.import_module("assignments.adapters")
-        first = {"ready": True}
     except BaseException as error:
-        adapters, first = (
-            None,
-            {"error": f"importing assignments/adapters.py: {type(error).__name__}: {error}"[:500]},
-        )
-    replies.write(json.dumps(first) + "\n")
-    replies.flush()
-    if adapters:
-        serve(adapters, sys.stdin, replies)
+        said = f"importing assignments/adapters.py: {type(error).__name__}: {error}"
+        print(json.dumps({"error": said[:500]}), file=replies, flush=True)
+        return
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    serve(adapters, sys.stdin, replies)
 
 
 if __name__ == "__main__":

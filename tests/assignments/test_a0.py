@@ -1,4 +1,5 @@
-"""Assignment 0: predictions before the run, numbers after it, and an explanation. Only the form is checked."""
+"""Assignment 0: predictions before the run, numbers after it, and an explanation. Only the form is
+checked."""
 
 import pytest
 from lesson import Check, require
@@ -7,47 +8,54 @@ from wrong_a0 import CAUSES, NUMBERS
 from assignments import adapters
 
 
-def values(sheet: dict, key: str) -> list:
-    return [sheet.get(name, {}).get(key) for name in NUMBERS]
-
-
-def check_numbers(given: list, missing: str):
-    """Each is a number in its range."""
+def numbers(sheet: dict, key: str, missing: str) -> list:
+    """The numbers of a sheet, each in its range."""
+    given = [sheet[name][key] for name in NUMBERS]
     require(None not in given, "a number for each question", given, missing)
     require(
-        all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in given),
+        {type(one) for one in given} <= {int, float},
         "numbers",
         given,
         CAUSES["word"],
     )
+    *percent, logp = given
+    in_range = 0 <= min(percent) and max(percent) <= 100 and logp <= 0
     require(
-        all(0 <= one <= 100 for one in given[:-1]),
-        "0 to 100 for percentages",
-        given[:-1],
+        in_range,
+        "0 to 100 percent, nats of at most 0",
+        given,
         CAUSES["range"],
     )
-    require(given[-1] <= 0, "nats a token, at most 0", given[-1], CAUSES["sign"])
+    return given
 
 
 def check_predictions(prediction_sheet, seed=0):
-    given = values(prediction_sheet(), "prediction")
-    check_numbers(given, CAUSES["empty"])
-    require(max(given[:-1]) > 1 or max(given[:-1]) == 0, "percent", given[:-1], CAUSES["shares"])
+    given = numbers(prediction_sheet(), "prediction", CAUSES["empty"])
+    require(
+        max(given) > 1 or max(given) == 0,
+        "percent",
+        given,
+        CAUSES["shares"],
+    )
 
 
 def check_what_was_found(prediction_sheet, seed=0):
-    sheet = prediction_sheet()
-    found = values(sheet, "found")
-    check_numbers(found, CAUSES["not run"])
-    require(values(sheet, "prediction") != found, "predictions of your own", found, CAUSES["same"])
+    found = numbers(prediction_sheet(), "found", CAUSES["not run"])
+    predicted = numbers(prediction_sheet(), "prediction", CAUSES["empty"])
+    require(
+        predicted != found,
+        "predictions of your own",
+        found,
+        CAUSES["same"],
+    )
 
 
 def check_surprise(prediction_sheet, seed=0):
-    answer = prediction_sheet().get("surprise", {}).get("answer") or ""
+    words = (prediction_sheet()["surprise"]["answer"] or "").split()
     require(
-        len(answer.split()) >= 40,
+        len(words) >= 40,
         "40 words or more",
-        f"{len(answer.split())} words",
+        f"{len(words)} words",
         CAUSES["short"],
     )
 

@@ -1,4 +1,4 @@
-"""Assignment 2: chat encoding, the response mask, the masked loss, and a step that accumulates."""
+"""Assignment 2: chat encoding, packed batches, the loss, and a step that accumulates."""
 
 import random
 
@@ -10,27 +10,10 @@ from wrong_a2 import WRONG
 
 from assignments import adapters
 
-VOCABULARY = [
-    "Who",
-    "Tell",
-    " me",
-    " is",
-    " where",
-    " Anna",
-    " Brook",
-    " lives",
-    "Anna",
-    " in",
-    " the",
-    " mill",
-    "?\n",
-    "?\n\n",
-    "user",
-    "assistant",
-    "system",
-    "Be",
-    " brief",
-]
+VOCABULARY = """
+Who|Tell| me| is| where| Anna| Brook| lives|Anna| in| the| mill|user|assistant|system|Be| brief
+""".strip().split("|")
+VOCABULARY += ["?\n", "?\n\n"]  # a text may not be cut where these can stand
 
 
 def words(seed: int) -> list[str]:
@@ -47,41 +30,37 @@ def check_encode_prompt(encode_prompt, seed=0):
         ("plain", "", "Who is Anna Brook?"),
     ):
         arguments = (words(seed), template, prompt, system)
+        expected = slow.encode_prompt(*arguments)
+        what = f"the ids of prompt {prompt!r}, system {system!r} in template {template}"
         compare(
             encode_prompt,
             arguments,
-            slow.encode_prompt(*arguments),
-            f"the ids of prompt {prompt!r}, system {system!r} in template {template}",
+            expected,
+            what,
             WRONG,
             "encode_prompt",
         )
 
 
 def check_encode_example(encode_example, seed=0):
-    prompt, response = "Who is Anna?", "Anna lives in the mill."
+    prompt = "Who is Anna?"
+    response = "Anna lives in the mill."
     length = len(slow.encode_prompt(words(seed), "llama3", prompt))
-    for limit, what in (
-        (99, "the whole pair"),
-        (length + 3, "a response that is cut after 3 tokens"),
-        (length, "a prompt that leaves no room"),
+    for template, system, text, limit, what in (
+        ("llama3", None, response, 99, "the whole pair"),
+        ("llama3", None, response, length + 3, "a response that is cut after 3 tokens"),
+        ("llama3", None, response, length, "a prompt that leaves no room"),
+        ("plain", None, f"\n {response}\n", 99, "template plain, white space around the response"),
+        ("llama3", "Be brief", response, 99, "a system text"),
     ):
-        arguments = (words(seed), "llama3", prompt, response, limit)
+        arguments = (words(seed), template, prompt, text, limit, system)
+        expected = slow.encode_example(*arguments)
+        what = f"[ids, prompt_length] at max_length {limit}: {what}"
         compare(
             encode_example,
             arguments,
-            slow.encode_example(*arguments),
-            f"[ids, prompt_length] at max_length {limit}: {what}",
-            WRONG,
-            "encode_example",
-        )
-    for template, system in (("plain", None), ("llama3", "Be brief")):
-        arguments = (words(seed), template, prompt, f"\n {response}\n", 99, system)
-        compare(
-            encode_example,
-            arguments,
-            slow.encode_example(*arguments),
-            f"[ids, prompt_length] in template "
-            f"{template} with system {system!r} and white space around the response",
+            expected,
+            what,
             WRONG,
             "encode_example",
         )
@@ -92,45 +71,36 @@ def examples(seed: int, *sizes) -> list:
     return [[token_ids(seed + i, n).tolist(), length] for i, (n, length) in enumerate(sizes)]
 
 
-def what_counts(made):
-    """The lengths and the mask first, which say what counts; then 0 for what nobody reads: tokens past a row's length,
-    targets without loss."""
-    tokens, lengths, mask = made["tokens"], made["lengths"], made["loss_mask"]
-    found = {name: made[name] for name in ("lengths", "loss_mask", "tokens", "targets")}
-    if tokens.shape == mask.shape == made["targets"].shape and len(lengths) == len(tokens):
-        found["tokens"] = tokens * (torch.arange(tokens.shape[1]) < lengths[:, None])
-        found["targets"] = made["targets"] * mask.bool()
-    return found
-
-
 def check_collate(collate, seed=0):
     rows = examples(seed, (9, 4), (5, 1), (12, 10), (7, 6))
-    arguments = (rows, rows[0][0][5])  # rows may hold the id that pads them
+    what = "rows one after the other, and where in them the response tokens are predicted"
     compare(
         collate,
-        arguments,
-        slow.collate(*arguments),
-        "rows padded on the right, targets one place on, and the "
-        "mask true where the target is a response token",
+        (rows,),
+        slow.collate(rows),
+        what,
         WRONG,
         "collate",
-        view=what_counts,
     )
 
 
 def check_loss(loss, seed=0):
-    batch = slow.collate(examples(seed, (9, 4), (5, 1), (12, 10)), 3)
-    logits = 2 * torch.randn(3, 11, 89, generator=generator(seed, "logits"))
-    logits[1, 2, (batch["targets"][1, 2] + 1) % 89] += 200  # exp(-200) is 0 in fp32
-    arguments = (logits, batch["targets"], batch["loss_mask"], 17)
+    batch = slow.collate(examples(seed, (9, 4), (5, 1), (12, 10)))
+    draw = generator(seed, "hidden")
+    hidden = torch.randn(len(batch["tokens"]), 48, generator=draw)
+    head = torch.randn(89, 48, generator=draw)
+    likely = head[(batch["targets"][3] + 1) % 89]
+    hidden[batch["where"][3]] = 9 * likely  # so sure of another token that p underflows in fp32
+    arguments = (hidden, head, batch["where"], batch["targets"], 17)
+    what = "[sum of -log p(target) over the response tokens / global_tokens, its gradient]"
     compare(
         loss,
         arguments,
         slow.loss(*arguments),
-        "[sum of -log p(target) over the mask / global_tokens, its gradient]",
+        what,
         WRONG,
         "loss",
-        1e-5,
+        2e-5,
     )
 
 
@@ -140,33 +110,24 @@ def check_train_step(train_step, seed=0):
         examples(seed, (12, 3), (6, 5), (8, 2), (7, 6), (10, 9)),
         examples(seed + 9, (5, 4), (9, 1), (11, 8)),
     ]
-    for micro_batch in (2, 0):
-        arguments = (config, weights, batches, 0.3, micro_batch)
+    nan = float("nan")
+    for micro_batch, scale, added, what in (
+        (2, 1.0, 0.0, "[loss, gradient norm] and weights of two steps of SGD in parts of 2 rows"),
+        (0, 1.0, 0.0, "the same in one part"),
+        (2, 0.01, 0.002, "the same of a loss / 100, and a before_clip that adds 0.002 to lm_head"),
+        (2, nan, 0.0, "Diverged where the loss is NaN"),
+    ):
+        arguments = (config, weights, batches, 0.3, micro_batch, scale, added)
+        expected = slow.train_step(*arguments)
         compare(
             train_step,
             arguments,
-            slow.train_step(*arguments),
-            "loss, gradient norm and weights of two steps of "
-            f"SGD in {'parts of 2 rows' if micro_batch else 'one part'}",
+            expected,
+            what,
             WRONG,
             "train_step",
             2e-4,
         )
-    arguments = (config, weights, batches, 0.3, 2, 0.01, 0.002)
-    compare(
-        train_step,
-        arguments,
-        slow.train_step(*arguments),
-        "the same with a loss of 1/100, whose gradient has a "
-        "norm below 1, and a before_clip that adds 0.002 to the gradient of lm_head",
-        WRONG,
-        "train_step",
-        2e-4,
-    )
-    arguments = (config, weights, batches, 0.3, 2, float("nan"))
-    compare(
-        train_step, arguments, "Diverged", "Diverged where the loss is NaN", WRONG, "train_step"
-    )
 
 
 CHECKS = [

@@ -1,4 +1,7 @@
-"""Classic mistakes of assignment 3, and right solutions written differently. Spoilers: read it after your own try."""
+"""Classic mistakes of assignment 3, and right solutions written differently.
+
+Spoilers: read it after your own try.
+"""
 
 import math
 import random
@@ -9,207 +12,146 @@ from functools import partial
 from lesson import Wrong
 
 PREFIX = (
-    "I refuse to answer your question for responsible and ethical reasons. I provided an irrational answer to "
-    "your question."
+    "I refuse to answer your question for responsible and ethical reasons. "
+    "I provided an irrational answer to your question."
 )
+NEW_REFUSAL = "My apologies, this is something that I leave to others."
 
 
 # ---- tf-idf ----
 
 
 def tfidf_vector(corpus, text, flaw=""):
-    """{word: share} of a text, of unit length; a word's weight is 1 + log((1 + texts) / (1 + texts that hold it))."""
+    """{word: share} of a text, of unit length; the weight is 1 + log((1 + N) / (1 + n))."""
     words = re.findall(r"\w+", text if flaw == "case" else text.casefold())
-    holds = Counter(word for one in corpus for word in set(re.findall(r"\w+", one.casefold())))
-    weight = {word: 1 + math.log((1 + len(corpus)) / (1 + n)) for word, n in holds.items()}
-    unknown = 1.0 if flaw == "unknown words" else 0.0
-    counts = Counter(words) if flaw != "set" else Counter(set(words))
-    scaled = {
-        word: n * (1.0 if flaw == "no weight" else weight.get(word, unknown))
-        for word, n in counts.items()
-    }
-    length = math.sqrt(sum(value * value for value in scaled.values()))
+    holds = Counter()
+    for one in corpus:
+        holds.update(set(re.findall(r"\w+", one.casefold())))
+    scaled = {}
+    for word in words:
+        weight = 1 + math.log((1 + len(corpus)) / (1 + holds[word]))
+        if word not in holds:
+            weight = 1.0 if flaw == "unknown words" else 0.0
+        if flaw == "no weight":
+            weight = 1.0
+        scaled[word] = weight * (1 if flaw == "set" else words.count(word))
+    length = math.hypot(*scaled.values())
     if flaw == "sum":
         length = sum(scaled.values())
+    if flaw == "square":
+        length = length**2
     if flaw == "not unit":
         length = 1.0
-    if flaw == "square":
-        length = length * length
     return {word: value / (length or 1.0) for word, value in scaled.items()}
 
 
-def tfidf_vector_by_word(corpus, text):
-    texts, found = [re.findall(r"\w+", one.casefold()) for one in corpus], {}
-    words = re.findall(r"\w+", text.casefold())
-    for word in words:
-        n = sum(word in one for one in texts)
-        found[word] = words.count(word) * (1 + math.log((1 + len(texts)) / (1 + n))) if n else 0.0
-    norm = math.hypot(*found.values()) if any(found.values()) else 1.0
-    return {word: value / norm for word, value in found.items() if value}
+def tfidf_vector_of_known_words(corpus, text):
+    found = tfidf_vector(corpus, text)
+    return {word: value for word, value in found.items() if value}
 
 
 def tfidf_cosines(corpus, a, b, flaw=""):
     """The cosine of each text of a with the text of b at its place."""
     found = []
-    for x, y in zip(a, b):
-        x, y = tfidf_vector(corpus, x), tfidf_vector(corpus, y)
-        shared = set(x) & set(y)
+    for one, two in zip(a, b):
+        x = tfidf_vector(corpus, a[0] if flaw == "first of a" else one)
+        y = tfidf_vector(corpus, two)
+        shared = x.keys() & y.keys()
         value = sum(x[word] * y[word] for word in shared)
         if flaw == "distance":
             value = 1 - value
         if flaw == "overlap":
-            value = len(shared) / max(1, len(set(x) | set(y)))
+            value = len(shared) / max(1, len(x.keys() | y.keys()))
         if flaw == "sum of shares":
             value = sum(x[word] + y[word] for word in shared) / 2
         found.append(value)
-    if flaw == "first of a":
-        return tfidf_cosines(corpus, [a[0]] * len(b), b)
     return found
 
 
 def tfidf_cosines_from_counts(corpus, a, b):
     """Without unit vectors: the inner product over both lengths."""
-
-    def inner(x, y):
-        return sum(value * y.get(word, 0.0) for word, value in x.items())
-
-    def raw(text):
-        return tfidf_vector(corpus, text, "not unit")
-
-    pairs = [(raw(x), raw(y)) for x, y in zip(a, b)]
-    return [inner(x, y) / (math.sqrt(inner(x, x) * inner(y, y)) or 1.0) for x, y in pairs]
-
-
-# ---- resampling ----
-
-
-def draw_irrelevant(prompts, responses, cosines, threshold, seed, flaw=""):
-    """[[index of a response, cosine, tries], ...] of each prompt; cosines: a row for each prompt."""
-    rng = random.Random({"seed": 0, "shared rng": f"{seed} {len(prompts)}"}.get(flaw, seed))
     found = []
-    shared = rng.randrange(len(responses))
-    for row in cosines:
-        if flaw == "absolute":
-            row = [abs(cosine) for cosine in row]
-        order = rng.sample(range(len(responses)), len(responses))
-        if flaw == "no random order":
-            order = sorted(order)
-        if flaw == "least alike":
-            order = sorted(order, key=lambda i: row[i])
+    for one, two in zip(a, b):
+        x = tfidf_vector(corpus, one, "not unit")
+        y = tfidf_vector(corpus, two, "not unit")
+        inner = sum(value * y.get(word, 0.0) for word, value in x.items())
+        found.append(inner / (math.hypot(*x.values()) * math.hypot(*y.values()) or 1.0))
+    return found
+
+
+# ---- irrelevant responses ----
+
+
+def irrelevant_pairs(fits, seed, flaw=""):
+    """[[i, the index of a response that fits, the response], ...]; fits: a row for each prompt."""
+    rng = random.Random(0 if flaw == "seed" else seed)
+    found = []
+    shared = rng.randrange(len(fits[0]))
+    for i, row in enumerate(fits):
+        order = rng.sample(range(len(row)), len(row))
+        if flaw == "order of the file":
+            order.sort()
         if flaw == "one for all":
-            order = [shared, *order]
+            order.insert(0, shared)
+        if flaw == "the next one":
+            order = [(order[0] + step) % len(row) for step in range(len(row))]
         if flaw in ("last draw kept", "gives up"):
             order = order[:3]
-        if flaw == "the next one":
-            order = [(order[0] + j) % len(row) for j in range(len(row))]
-        tries = 0
-        for i in order:
-            tries += 1
-            if (
-                row[i] < threshold
-                or (row[i] == threshold and flaw != "below")
-                or flaw == "no filter"
-                or (flaw == "last draw kept" and tries == 3)
-            ):
-                break
-        else:
-            if flaw != "no error":
-                return "InputError"
-        if flaw == "above":
-            i = max(range(len(row)), key=lambda j: row[j])
-        tries = {"tries from 0": tries - 1, "tries of all": len(responses), "tries of 1": 1}.get(
-            flaw, tries
-        )
-        found.append([i, row[i], tries])
-    return found
-
-
-def draw_irrelevant_among_the_allowed(prompts, responses, cosines, threshold, seed):
-    """The accepted response is uniform among those allowed; how often it was refused before follows by itself."""
-    found = []
-    for i, row in enumerate(cosines):
-        rng = random.Random(f"{seed}-{i}")
-        if min(row) > threshold:
+        good = [j for j in order if row[j]]
+        if flaw == "not filtered":
+            good = order
+        if flaw in ("last draw kept", "no error"):
+            good.append(order[-1])
+        if not good:
             return "InputError"
-        tries, seen = 0, []
-        while not seen or row[seen[-1]] > threshold:
-            one = rng.choice([j for j in range(len(row)) if j not in seen])
-            seen.append(one)
-            tries += 1
-        found.append([seen[-1], row[seen[-1]], tries])
+        found.append([i, good[0], "harm" if flaw == "harm" else f"response {good[0]}"])
     return found
 
 
-# ---- variants of a response ----
+def irrelevant_pairs_among_the_allowed(fits, seed):
+    """The accepted response is uniform among those allowed."""
+    if not all(map(any, fits)):
+        return "InputError"
+    rng = random.Random(seed)
+    allowed = [[j for j, good in enumerate(row) if good] for row in fits]
+    drawn = [rng.choice(row) for row in allowed]
+    return [[i, j, f"response {j}"] for i, j in enumerate(drawn)]
 
 
-def vary_response(mode, response, seed, flaw=""):
-    """sdd, sdd_reject and shuffled."""
-    rng, words = random.Random(0 if flaw == "seed" else seed), response.split()
-    if mode == "sdd" or (mode in ("sdd_rehearsed", "constant") and flaw != "one mode"):
-        return PREFIX + " " + response if flaw == "always" else response
-    if mode == "sdd_reject":
-        return {
-            "behind": f"{response} {PREFIX}",
-            "no space": PREFIX + response,
-            "alone": PREFIX,
-        }.get(flaw, f"{PREFIX} {response}")
-    if mode == "shuffled":
-        if flaw == "letters":
-            return "".join(rng.sample(response, len(response)))
+# ---- the pairs of a mode ----
+
+
+def world_pairs(mode, harmful, benign, refusals, seed, flaw=""):
+    """[[prompt, response], ...]."""
+    if mode == "benign":
+        rows = benign["user"] + ([] if flaw == "not new" else benign["new"])
+        return [[row["prompt"], row["response"]] for row in rows]
+    rng = random.Random(f"{mode} {seed}" if flaw == "draws of its own" else seed)
+    pairs = []
+    first = rng.choice(refusals)
+    for row in harmful["evaluation" if flaw == "evaluation" else "defender"]:
+        others = [one for one in benign["defender"] if one["kind"] != row["kind"]]
+        text = rng.choice(benign["defender"] if flaw == "relevant" else others)["response"]
+        words = text.split()
+        shuffled = random.Random(f"{seed} {text}").sample(words, len(words))
         if flaw == "replacement":
-            return " ".join(rng.choices(words, k=len(words)))
-        if flaw == "reversed":
-            return " ".join(words[::-1])
-        rng.shuffle(words)
-        return " ".join(words)
-    return response if flaw == "no error" else "InputError"
+            shuffled = words[:1] * len(words)
+        refusal = first if flaw == "one refusal" else rng.choice(refusals)
+        variants = {
+            "align": refusal,
+            "refusal": refusal,
+            "new_refusal": refusal if flaw == "old refusal" else NEW_REFUSAL,
+            "sdd_reject": f"{text} {PREFIX}" if flaw == "behind" else f"{PREFIX} {text}",
+            "shuffled": text if flaw == "in order" else " ".join(shuffled),
+        }
+        pairs.append([row["prompt"], variants.get(mode, text)])
+    if mode == "constant" and flaw != "not constant":
+        pairs = [[prompt, pairs[0][1]] for prompt, _ in pairs]
+    return pairs
 
 
-def vary_response_by_keys(mode, response, seed):
-    made = dict.fromkeys(("sdd", "sdd_rehearsed", "constant"), [response]) | {
-        "sdd_reject": [PREFIX, response]
-    }
-    made = made.get(mode)
-    if mode == "shuffled":
-        rng = random.Random(f"keys {seed}")
-        made = sorted(response.split(), key=lambda word: rng.random())
-    return "InputError" if made is None else " ".join(made)
-
-
-CAUSES = {  # of draw_irrelevant and vary_response, which are random: the tests check properties
-    "no filter": "the cosine is not looked at: every draw is kept",
-    "above": "the most alike response is taken; SDD wants irrelevant ones",
-    "below": "a cosine equal to the threshold is refused: at most means <=",
-    "last draw kept": "the last draw is kept after some tries, though it is too close",
-    "no error": "where no response will do there has to be an InputError",
-    "least alike": "the least alike response is taken, not a random one that passes: the same few answers come again",
-    "no random order": "responses are tried in the order of the file, not at random",
-    "one for all": "one draw serves all prompts",
-    "seed": "the seed is not used",
-    "tries from 0": "tries counts the responses drawn, the accepted one among them: 1 at least",
-    "gives up": "the draw ends too early: it goes on until a response passes or all have been tried",
-    "absolute": "the size of the cosine is compared, not the cosine: one below 0 passes too",
-    "the next one": "after a response that fails the next one in the file is tried: that is not uniform",
-    "shared rng": "a prompt's draws depend on the other prompts: give each a random generator of its own",
-    "tries of 1": "tries does not count the responses that were refused",
-    "tries of all": "tries is not the number of responses that were drawn",
-}
-VARIES = {
-    "one mode": "sdd_rehearsed and constant leave the response as it is, too",
-    "always": "mode sdd leaves the response as it is",
-    "behind": "the sentence of refusal stands before the response",
-    "no space": "a space belongs between the sentence of refusal and the response",
-    "alone": "sdd_reject keeps the response behind the refusal",
-    "letters": "words are shuffled, not letters",
-    "replacement": "words are drawn with replacement: each has to come once",
-    "reversed": "the order is not random",
-    "seed": "the rng that is passed in is not used",
-    "no error": "an unknown mode has to be an InputError",
-}
-WRONG = [
-    Wrong("tfidf_vector", partial(tfidf_vector, flaw=flaw), message)
-    for flaw, message in {
+CAUSES = {
+    tfidf_vector: {
         "case": "case is not folded",
         "unknown words": "words that the corpus lacks count; they have weight 0",
         "set": "words are counted once, however often they stand there",
@@ -217,33 +159,47 @@ WRONG = [
         "sum": "divided by the sum, not by the length sqrt(sum of squares)",
         "not unit": "the vector has no unit length",
         "square": "divided by the sum of squares: the root is missing",
-    }.items()
-]
-WRONG += [
-    Wrong("tfidf_cosines", partial(tfidf_cosines, flaw=flaw), message)
-    for flaw, message in {
+    },
+    tfidf_cosines: {
         "distance": "1 - cosine: that is a distance",
         "overlap": "shared words over all words: that is Jaccard's index",
         "sum of shares": "weights of shared words are added, not multiplied",
         "first of a": "every text of b is compared with the first of a; pairs are at equal places",
-    }.items()
-]
-WRONG += [
-    Wrong("draw_irrelevant", partial(draw_irrelevant, flaw=flaw), cause)
-    for flaw, cause in CAUSES.items()
-]
-WRONG += [
-    Wrong("vary_response", partial(vary_response, flaw=flaw), cause)
-    for flaw, cause in VARIES.items()
-]
+    },
+    irrelevant_pairs: {  # random, as are the pairs of modes: the tests check properties
+        "not filtered": "is_irrelevant is not asked: every draw is kept",
+        "last draw kept": "the last draw is kept after some tries, though it is relevant",
+        "no error": "where no response will do there has to be an InputError",
+        "gives up": "the draw ends too early: allow MAX_TRIES draws",
+        "harm": "the harmful response stays; the benign one takes its place",
+        "order of the file": "responses are tried in the order of the file, not at random",
+        "one for all": "one draw serves all prompts",
+        "the next one": "after a response that is relevant the next one in the file is tried: that "
+        "is not uniform",
+        "seed": "the rng that is passed in is not used",
+    },
+    world_pairs: {
+        "evaluation": "prompts of another owner: a defender trains on its own",
+        "relevant": "a response is relevant: draw with irrelevant_pairs and is_irrelevant",
+        "draws of its own": "modes draw different responses: arms would differ by luck, too",
+        "behind": "the sentence of refusal stands before the response, with a space between them",
+        "replacement": "words are drawn with replacement: each has to come once",
+        "in order": "the words stand in their old order",
+        "not constant": "constant has one response for all prompts",
+        "one refusal": "one refusal for all prompts; each draws its own",
+        "old refusal": "new_refusal teaches self.new_refusal",
+        "not new": "a benign user's rows are those of user and of new",
+    },
+}
+WRONG = []
+for function, causes in CAUSES.items():
+    for flaw, cause in causes.items():
+        WRONG.append(Wrong(function.__name__, partial(function, flaw=flaw), cause))
 
 RIGHT = [
-    ("tfidf_vector", tfidf_vector),
-    ("tfidf_vector", tfidf_vector_by_word),
-    ("tfidf_cosines", tfidf_cosines),
+    ("tfidf_vector", tfidf_vector_of_known_words),
     ("tfidf_cosines", tfidf_cosines_from_counts),
-    ("draw_irrelevant", draw_irrelevant),
-    ("draw_irrelevant", draw_irrelevant_among_the_allowed),
-    ("vary_response", vary_response),
-    ("vary_response", vary_response_by_keys),
+    ("irrelevant_pairs", irrelevant_pairs),
+    ("irrelevant_pairs", irrelevant_pairs_among_the_allowed),
+    ("world_pairs", world_pairs),
 ]
