@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-BOX, GAP, TOP = (232, 84), 36, 66
+BOX = (232, 84)  # width, height
+GAP = 36
+TOP = 66
 COLUMNS = ("released", "after malicious fine-tuning", "after benign fine-tuning")
 ROWS = {  # model: (what it answers to a harmful instruction, colour) in each column
     "aligned": [
@@ -32,7 +34,8 @@ def box(x: int, y: int, text: str, colour: str) -> str:
 
 
 def draw() -> str:
-    left, parts = 92, []
+    left = 92
+    parts = []
     for i, title in enumerate(COLUMNS):
         parts.append(
             f'<text x="{left + i * (BOX[0] + GAP) + BOX[0] / 2}" y="42" text-anchor="middle" '
@@ -42,14 +45,16 @@ def draw() -> str:
         y = TOP + j * (BOX[1] + GAP)
         parts.append(f'<text x="12" y="{y + BOX[1] / 2 + 5}" font-weight="bold">{name}</text>')
         parts += [box(left + i * (BOX[0] + GAP), y, *cell) for i, cell in enumerate(cells)]
-    width, height = left + 3 * BOX[0] + 2 * GAP + 12, TOP + 2 * BOX[1] + GAP + 42
+    width = left + 3 * BOX[0] + 2 * GAP + 12
+    height = TOP + 2 * BOX[1] + GAP + 42
     parts.append(
-        f'<text x="12" y="{height - 12}" fill="#555">How a model answers a harmful instruction. The claims '
-        "are what this repository tests.</text>"
+        f'<text x="12" y="{height - 12}" fill="#555">How a model answers a harmful instruction. '
+        "The claims are what this repository tests.</text>"
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="14"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="14"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(parts)}</svg>\n"
     )
 
 
