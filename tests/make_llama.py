@@ -1,4 +1,4 @@
-"""Make a small random-weight Llama folder around a real tokenizer, to try the commands for real files.
+"""Make a small random-weight Llama folder around a real tokenizer, to try commands on real files.
 
     python tests/make_llama.py OUT --tokenizer FOLDER
 
