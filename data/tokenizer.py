@@ -13,6 +13,7 @@
 """
 
 import base64
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,12 @@ def byte_level_encoder(pattern: str, encode_piece):
     tiktoken could do both, but its own regex engine panics on a million spaces in a row.
     """
 
+    known = functools.lru_cache(2**16)(encode_piece)  # most text is made of few pieces
+
     def encode(text):
         ids = []
         for piece in regex.findall(pattern, text):
-            ids += encode_piece(piece)
+            ids += known(piece)
         return ids
 
     return encode
