@@ -48,7 +48,6 @@ def main():
     p.add_argument("--tokenizer", required=True, metavar="FOLDER")
     args = p.parse_args()
     make(args.out, args.tokenizer)
-    print(f"{args.out}: a random Llama, to try commands on")
 
 
 if __name__ == "__main__":
