@@ -30,7 +30,7 @@ from nanosdd.checkpoint import write_model
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
 from nanosdd.errors import InputError, escaped
 from nanosdd.progress import Progress
-from nanosdd.runs import check_finished, write_text
+from nanosdd.runs import check_finished, code_hash, write_text
 from sdd_loss import token_logprobs
 
 CACHE_BYTES = 2**31  # of keys and values at once: how many prompts are answered together
@@ -116,7 +116,12 @@ class Ask:
         self.folder = folder
         self.compute = compute
         self.template = template
-        self.describes = {"dtype": compute.dtype, "template": template}  # what answers depend on
+
+    @property
+    def describes(self) -> dict:
+        """What answers depend on beside the folder."""
+        decode = code_hash(Llama)
+        return {"dtype": self.compute.dtype, "template": self.template, "decode": decode}
 
     @cached_property
     def chat(self) -> Chat:
