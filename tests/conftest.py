@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -7,6 +8,10 @@ from small import TINY_SETTINGS, tiny_town, town_tokenizer
 from nanosdd.device import Compute
 from train import train_arm
 
+# In the background, or under nohup, these are ignored, here and in all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 
