@@ -264,8 +264,8 @@ def judge(kind: str, ready: Ready, weights: dict, problem: Problem) -> dict:
     if kind == "defend":
         return attacked(ready, weights, problem)
     ready.chat.model.load_state_dict(weights)
-    end = {"step": problem.attack_steps, **likelihoods(ready.chat, ready.watched)}
-    return scores_of(ready) | {"curves": {"attack": [end]}}
+    end = likelihoods(ready.chat, ready.watched, problem.attack_steps)
+    return scores_of(ready) | {"curves": {"attack": end}}
 
 
 # ---- tiers ----

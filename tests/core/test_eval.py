@@ -198,8 +198,8 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     advbench_file(tmp_path / "h.csv")
     alpaca_file(tmp_path / "b.json")
     xstest = Path(__file__).parent.parent / "fixtures/sources/xstest.csv"
-    words = f"llama --mmlu mmlu --mmlu-shots 1 --openbookqa o.jsonl --xstest {xstest}"
-    evaluate.main(words.split())
+    words = "llama --mmlu mmlu --mmlu-shots 1 --openbookqa o.jsonl --xstest".split()
+    evaluate.main([*words, str(xstest)])
     assert "OpenBookQA" in capsys.readouterr().out
     words = "llama --harmful h.csv --benign b.json --similarity tfidf --max-new-tokens 5"
     evaluate.main(f"{words} --save-answers answers.jsonl".split())
