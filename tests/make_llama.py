@@ -1,22 +1,12 @@
-"""Make a small random-weight Llama folder around a real tokenizer, to try commands on real files.
+"""A small random-weight Llama folder around a real tokenizer, to try commands on real files."""
 
-    python tests/make_llama.py OUT --tokenizer FOLDER
-
-It answers nonsense: its weights are random. FOLDER holds a tokenizer.model or tokenizer.json.
-"""
-
-import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from model import Llama, LlamaConfig
-from nanosdd.errors import run_script
 
 
 def make(out, tokenizer_folder, context=2048):
@@ -38,17 +28,3 @@ def make(out, tokenizer_folder, context=2048):
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_folder) / name).is_file():
             shutil.copyfile(Path(tokenizer_folder) / name, Path(out) / name)
-
-
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("out", metavar="OUT")
-    p.add_argument("--tokenizer", required=True, metavar="FOLDER")
-    args = p.parse_args()
-    make(args.out, args.tokenizer)
-
-
-if __name__ == "__main__":
-    run_script(main)
