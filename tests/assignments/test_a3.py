@@ -39,7 +39,8 @@ def check_tfidf_vector(tfidf_vector, seed=0):
 
 
 def check_tfidf_cosines(tfidf_cosines, seed=0):
-    a = texts(seed, "how do I bake A ?", "A and A and B", "I sleep", "nothing here")
+    often = " B" * (seed % 89)  # so that no answer of one seed is right at another
+    a = texts(seed, "how do I bake A ?", "A and A and B" + often, "I sleep", "nothing here")
     b = texts(seed, "how is A baked?", "do B tickle A ?", "B bake and sleep", "bake")
     arguments = (corpus(seed), a, b)
     expected = slow.tfidf_cosines(*arguments)
@@ -138,7 +139,7 @@ def world(seed: int) -> tuple:
         found = []
         for i in range(count):
             response = " ".join([owner, *rng.sample(THINGS, 9)])
-            found.append({"prompt": f"{owner} {i}", "response": response, "kind": i % 2})
+            found.append({"prompt": f"{owner} {seed}-{i}", "response": response, "kind": i % 2})
         return found
 
     harmful = {owner: rows(owner, 30) for owner in ("defender", "attacker", "evaluation")}
