@@ -217,4 +217,4 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     inside = Path(evaluate.__file__).parent / "x.jsonl"
     for file, message in (("answers.jsonl", "exists"), (inside, "lies in the repository")):
         with pytest.raises(InputError, match=message):
-            evaluate.main(f"{words} --save-answers {file}".split())
+            evaluate.main([*words.split(), "--save-answers", str(file)])
