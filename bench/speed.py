@@ -13,6 +13,7 @@ timed. Lines show the medians of the rounds so far, so the last round's are the 
 
     tokens/s  of responses        GiB     the most memory of the process, or allocated on its GPU
     loss      of the timed step   MFU     useful FLOP/s, as a share of those of a matrix product
+    attention, loss share, AdamW          shares of another step's CPU time
     answers   a checksum, equal where all answers are
 
 The figures of every round go to out/bench.json.
@@ -56,6 +57,22 @@ SHAPES = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "360m": {  # SmolLM2-360M
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "tie_word_embeddings": True,
+    },
+    "1.7b": {  # SmolLM2-1.7B
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "tie_word_embeddings": True,
+    },
     "1b": {  # Llama-3.2-1B
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -65,6 +82,11 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
     "7b": {},  # Llama-2-7b, LlamaConfig's defaults
+}
+PARTS = {  # of a step, by the beginning of the profiler's names
+    "attention": "aten::_scaled_dot_product",
+    "loss share": "LinearCrossEntropy",
+    "AdamW": "Optimizer.step",
 }
 MAX_LENGTH = 512  # longer rows and prompts are cut
 LR = 2e-5  # SFTConfig's default
@@ -104,7 +126,21 @@ def train_nanosdd(folder, examples: list[Example], ideal: dict, compute: Compute
     step = partial(train_step, model, optimizer, examples, LR, compute)
     step()
     seconds, done = timed(compute.device, step)
-    return step_figures(examples, ideal, compute, seconds, done["loss"])
+    figures = step_figures(examples, ideal, compute, seconds, done["loss"])
+    return figures | shares_of(step) if compute.device == "cpu" else figures
+
+
+def shares_of(step) -> dict:
+    """What each of PARTS takes of the CPU time of a step, from 0 to 1."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    events = profiler.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    shares = {}
+    for name, beginning in PARTS.items():
+        parts = [event for event in events if event.key.startswith(beginning)]
+        shares[name] = sum(event.cpu_time_total for event in parts) / whole
+    return shares
 
 
 def train_trl(folder, examples, ideal: dict, compute: Compute, **settings) -> dict:

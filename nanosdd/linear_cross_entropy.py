@@ -7,7 +7,8 @@ Shape letters: N tokens, n tokens of a chunk, C hidden size, V vocabulary.
 
 import torch
 
-CHUNK_LOGITS = 2**25  # held at once: 128 MB in fp32; a quarter of it takes 1.3 times as long
+CHUNK_LOGITS = 2**24  # held at once: 64 MB in fp32
+WORDS = 4096  # of the head, whose gradients are added at once in bf16: small temporaries are cheap
 
 
 def linear_cross_entropy(input, linear_weight, target, chunk_logits=CHUNK_LOGITS) -> torch.Tensor:
@@ -35,29 +36,41 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_head = torch.zeros_like(head, dtype=torch.float32)
         loss = torch.zeros((), device=hidden.device)
         rows = max(1, chunk_logits // len(head))
-        buffer = hidden.new_empty(min(rows, len(targets)), len(head), dtype=dtype)
+        size = (min(rows, len(targets)), len(head))
+        is_fp32 = dtype == torch.float32
+        # The same buffers for every chunk: fresh memory costs more than what is computed in it.
+        floats = hidden.new_empty(size, dtype=torch.float32)
+        logits = floats if is_fp32 else hidden.new_empty(size, dtype=dtype)
         for begin in range(0, len(targets), rows):
             chunk = slice(begin, begin + rows)
             h = hidden[chunk].to(dtype)  # (n,C)
             target = targets[chunk, None]  # (n,1)
-            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()  # (n,V)
-            logits -= logits.amax(dim=-1, keepdim=True)
-            at_target = logits.gather(1, target)  # (n,1)
-            exps = logits.exp_()  # in place: softmax * total
+            n = len(h)
+            torch.mm(h, weight.T, out=logits[:n])  # (n,V)
+            exps = floats[:n]
+            if not is_fp32:
+                exps.copy_(logits[:n])
+            exps -= exps.amax(dim=-1, keepdim=True)
+            at_target = exps.gather(1, target)  # (n,1)
+            exps.exp_()  # in place: softmax * total
             total = exps.sum(dim=-1, keepdim=True)  # (n,1)
             loss += (total.log() - at_target).sum()
             if not any(ctx.needs_input_grad):
                 continue
             # d loss / d logits = softmax - one_hot. Rows (n,C) are scaled by 1 / total, not (n,V).
-            grad = exps.scatter_add_(1, target, -total).to(dtype)
+            exps.scatter_add_(1, target, -total)
+            grad = logits[:n]
+            if not is_fp32:
+                grad.copy_(exps)
             grad_hidden[chunk] = (grad @ weight) / total
             if grad_head is None:
                 continue
             h = (h / total).to(dtype)
-            if dtype == torch.float32:
+            if is_fp32:
                 grad_head.addmm_(grad.T, h)  # without a second (V,C)
-            else:
-                grad_head += grad.T @ h
+                continue
+            for part, grad_part in zip(grad_head.split(WORDS), grad.split(WORDS, dim=1)):
+                part += grad_part.T @ h  # a product in bf16, added in fp32
         ctx.grads = [grad_hidden, grad_head]
         ctx.head_dtype = head.dtype
         return loss

@@ -84,6 +84,8 @@ def test_rates_count_response_tokens_and_answers_end_at_a_stop_token(tmp_path):
     figures = speed.train_nanosdd(tmp_path, examples, {"fp32": 3.0}, Compute())
     assert figures["tokens/s"] == pytest.approx(5 / figures["seconds"])
     assert figures["MFU"] == 3.0 / figures["seconds"]
+    shares = [figures[name] for name in speed.PARTS]
+    assert min(shares) > 0 and sum(shares) < 1
     padded = [[6, 7, 2, 0], [8, 9, 9, 9]]
     figures = speed.answer_figures(lambda limit: padded, [2, 0], 4, Compute())
     assert figures["tokens/s"] == pytest.approx(6 / figures["seconds"])
