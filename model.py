@@ -271,7 +271,7 @@ class Llama(nn.Module):
             model = cls(config)
         if spread:
             spread(model)
-        checkpoint.read_weights(model, folder, device, dtype, rope_frequencies(config))
+        checkpoint.read_weights(model, folder, device, dtype)
         model.tie_weights()
         return model
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,10 @@ from safetensors.torch import save_file
 
 from nanosdd.errors import InputError
 
-MOST_BYTES = 2**30  # of a file that is read as a whole; weights are not
+MOST_BYTES = 2**30  # of a data file that is read as a whole
+MOST_JSON = 2**25  # of a file beside the weights: parsed, it may take 25 times that
+# What is computed from config.json, and older files hold all the same.
+BUFFER = re.compile(r"\brotary_emb\.|masked_bias$|causal_mask$|position_ids$")
 
 
 # ---- files ----
@@ -38,13 +42,19 @@ def why_unreadable(path, limit: int = MOST_BYTES) -> str | None:
 
 def read_json(path):
     """The JSON value of a file; InputError when it cannot be read or is not JSON."""
-    reason = why_unreadable(path)
+    reason = why_unreadable(path, MOST_JSON)
     if reason:
         raise InputError(f"{path} cannot be read ({reason}); check the path and its permissions")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise InputError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
+
+
+def read_object(path) -> dict:
+    """The JSON object of a file; {} where there is no file or no object in it."""
+    found = read_json(path) if Path(path).is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -79,6 +89,10 @@ def read_config(folder) -> dict:
     config = read_json(Path(folder) / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder}/config.json is not a JSON object; download it again")
+    if (Path(folder) / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder}/adapter_config.json: a PEFT adapter; merge_and_unload it, and save the model"
+        )
     return config
 
 
@@ -89,6 +103,8 @@ def read_config(folder) -> dict:
 def open_weights(path, device="cpu"):
     """A safetensors file, memory-mapped; InputError when it is not there or not one."""
     try:
+        if reason := why_unreadable(path, 2**60):
+            raise OSError(reason)
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as error:
@@ -114,14 +130,13 @@ def find_tensors(folder) -> dict[str, Path]:
             "download the safetensors files of the checkpoint"
         )
     try:
-        shard_of = read_json(index)["weight_map"]
-        shards = set(map(Path, shard_of.values()))
+        shard_of = {name: Path(shard) for name, shard in read_json(index)["weight_map"].items()}
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{index} has no weight_map of tensors; download it again") from None
-    for shard in sorted(shards):
-        if shard.name != str(shard):
+    for shard in sorted(set(shard_of.values())):
+        if shard.is_absolute() or ".." in shard.parent.parts:
             raise InputError(f"{index} names '{shard}', which leaves the folder; refused")
-        listed = {name for name in shard_of if shard_of[name] == str(shard)}
+        listed = {name for name in shard_of if shard_of[name] == shard}
         with open_weights(Path(folder) / shard) as file:
             differing = listed ^ set(file.keys())
         if differing:  # missing in the shard, or in two shards: which one counts would be a guess
@@ -132,19 +147,17 @@ def find_tensors(folder) -> dict[str, Path]:
     return {name: Path(folder) / shard for name, shard in shard_of.items()}
 
 
-def read_weights(model, folder, device, dtype, inv_freq):
+def read_weights(model, folder, device, dtype):
     """Load a folder's weights, as copies in `dtype`, into a model built on the meta device.
 
     One tensor at a time; of a model that is sharded each process reads its own rows. InputError for
     a tensor that is missing, has no place in the model, or has another shape, and for quantized
-    weights. `rotary_emb.inv_freq`, which Llama 2 files hold, must agree with `inv_freq` (D/2,) and
-    is dropped.
+    weights. Buffers of older files are dropped, as in transformers: config.json decides.
     """
     wanted = model.state_dict()
     tied = model.config.tie_word_embeddings
-    files = find_tensors(folder)
-    frequencies = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    differing = wanted.keys() ^ (files.keys() - frequencies)
+    files = {name: path for name, path in find_tensors(folder).items() if not BUFFER.search(name)}
+    differing = wanted.keys() ^ files.keys()
     if tied:
         differing.discard("lm_head.weight")  # some files hold it all the same
     if differing:
@@ -155,15 +168,7 @@ def read_weights(model, folder, device, dtype, inv_freq):
     found = {}
     for name, path in files.items():
         with open_weights(path, device) as file:  # each time anew: what was read is unmapped again
-            if name in frequencies:
-                theirs = file.get_tensor(name).float().cpu()
-                if theirs.shape != inv_freq.shape or not theirs.allclose(inv_freq, 1e-2, 1e-7):
-                    raise InputError(
-                        f"{path}: {name} disagrees with rope_theta in config.json; "
-                        "the two belong to different models"
-                    )
-            else:
-                found[name] = read_tensor(file, path, name, wanted[name], dtype)
+            found[name] = read_tensor(file, path, name, wanted[name], dtype)
     if tied:
         embedding = found["model.embed_tokens.weight"]
         head = found.setdefault("lm_head.weight", embedding)

@@ -1,13 +1,14 @@
 """Checkpoint folders: what is saved loads bit-equal, and what does not fit is named."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import small_model
 
-from model import Llama, rope_frequencies
+from model import Llama
 from nanosdd.checkpoint import kept_update, read_json, write_text, writing
 from nanosdd.errors import InputError
 
@@ -58,12 +59,8 @@ def test_save_and_load_bit_equal(tmp_path, tied, sharded):
             "norm.weight is I8.*quantized",
         ),
         (
-            lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}),
-            "rope_theta",
-        ),
-        (
-            lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}),
-            "rope_theta",
+            lambda t: t.update({"model.layers.0.self_attn.rotary.weight": torch.ones(6)}),
+            "disagree about 1 .*rotary.weight",
         ),
     ],
 )
@@ -75,12 +72,66 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, damage, message):
         Llama.from_pretrained(tmp_path)
 
 
-def test_inv_freq_of_llama_2_files_is_checked_and_dropped(tmp_path):
-    model, tensors = saved(tmp_path)
-    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = rope_frequencies(model.config).half()
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        "model.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.self_attn.masked_bias",
+        "model.causal_mask",
+        "model.embed_tokens.position_ids",
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_buffers_of_older_files_change_nothing_as_in_transformers(tmp_path, buffer, sharded):
+    """Older files hold inv_freq without the linear scaling that config.json asks for."""
+    model, tensors = saved(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    tensors[buffer] = (1 / 10000 ** (torch.arange(0, 12, 2) / 12)).half()
     save_file(tensors, tmp_path / "model.safetensors")
+    if sharded:
+        write_shards(tmp_path, tensors)
     tokens = torch.tensor([[4, 8, 15]])
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("place", ["./{}", "parts/{}", "./parts/of it/{}"])
+def test_shards_may_lie_below_the_folder_as_in_transformers(tmp_path, place):
+    model, tensors = saved(tmp_path)
+    write_shards(tmp_path, tensors)
+    index = tmp_path / "model.safetensors.index.json"
+    shard_of = {}
+    for name, shard in json.loads(index.read_text())["weight_map"].items():
+        shard_of[name] = place.format(shard)
+    for shard in set(shard_of.values()):
+        (tmp_path / shard).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / os.path.basename(shard)).rename(tmp_path / shard)
+    index.write_text(json.dumps({"weight_map": shard_of}))
+    tokens = torch.tensor([[4, 8, 15]])
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, sharded):
+    _, tensors = saved(tmp_path)
+    name = "model.safetensors"
+    message = "neither model.safetensors nor"
+    if sharded:
+        write_shards(tmp_path, tensors)
+        name = "b.safetensors"
+        message = "b.safetensors is not a readable safetensors file .not an ordinary file"
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_peft_adapter_in_the_folder_is_not_left_out_in_silence(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match="adapter_config.json: a PEFT adapter; merge_and_unload"):
+        Llama.from_pretrained(tmp_path)
 
 
 def test_a_tied_head_that_the_file_carries_all_the_same_is_the_embedding(tmp_path):
@@ -141,6 +192,7 @@ def test_the_index_and_the_shards_have_to_agree(tmp_path):
     for name, message in (
         ("../other.safetensors", "leaves the folder"),
         ("/tmp/x.safetensors", "leaves the folder"),
+        ("a/../../other.safetensors", "leaves the folder"),
         ("..", "not a readable"),
         ("gone.safetensors", "gone.safetensors is not a readable"),
     ):
@@ -211,6 +263,12 @@ def test_a_broken_json_file_is_one_clear_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="cannot be read .Is a directory"):
         read_json(tmp_path)
+
+
+def test_a_file_that_would_take_gigabytes_when_parsed_is_not_parsed(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"[" + b"[]," * 2**24)
+    with pytest.raises(InputError, match="50,331,649 bytes, more than 33,554,432"):
+        read_json(tmp_path / "config.json")
 
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path):
