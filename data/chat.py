@@ -14,6 +14,7 @@ whole conversation, with four exceptions:
   transformers 4 ("<s>" "▁[" "INST"). Transformers 5 drops it there.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import load_tokenizer
-from nanosdd.checkpoint import read_json
+from nanosdd.checkpoint import read_object
 from nanosdd.errors import InputError
 
 # --- the templates ---
@@ -293,33 +294,25 @@ def shuffled_epochs(examples: list[Example], rng):
 
 # --- which template a folder needs ---
 
-# A Jinja template is recognised when it holds all of the first list and none of the second. Spaces,
-# which are left out here, and the kind of quotes do not count. The marks are strict: a template
-# that writes one more line must not pass.
-_HEADER = (
-    "'<|start_header_id|>'+message['role']+'<|end_header_id|>\n\n'"
-    "+message['content']|trim+'<|eot_id|>'"
-)
-_CHATML = "'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>'"
-MARKS = {
-    "llama2": (
-        ["bos_token+'[INST]'", "'<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']"],
-        [],
-    ),
-    "llama3": ([_HEADER, "bos_token"], ["<|start_header_id|>system", "think"]),
-    "llama31": (
-        [_HEADER, "bos_token", "CuttingKnowledgeDate:December2023\n", "'26Jul2024'"],
-        ["think"],
-    ),
-    "chatml": ([_CHATML], ["<|im_start|>system", "bos_token", "think"]),
-    "smollm2": (
-        [_CHATML, "AIassistantnamedSmolLM,trainedbyHuggingFace<|im_end|>\n"],
-        ["bos_token", "think"],
-    ),
-    "zephyr": (
-        ["'<|user|>\n'+message['content']+eos_token}}\n", "'<|assistant|>'}}\n"],
-        ["bos_token"],
-    ),
+# A Jinja template is known by its whole text: the first digits of its SHA-256, for published ones
+# that write what ours write. Those without a name are in tests/golden/chat: the same, shortened.
+PUBLISHED = {
+    "9780fae5bfea3cfd": "llama2",  # Llama-2-7b-chat-hf
+    "d5cb1f5b9a7262f7": "llama2",
+    "ba03a121d097859c": "llama3",  # Meta-Llama-3-8B-Instruct
+    "b48c47f644389271": "llama3",  # its first version
+    "7e72d9b972d23a74": "llama3",
+    "183c97c5d1eeab43": "llama31",  # Llama-3.1-8B-Instruct
+    "171a71249db559e2": "llama31",  # Llama-3.2-1B-Instruct and 3B
+    "2b613f4aadabb7d6": "llama31",
+    "bf45d790df64d4f9": "llama31",
+    "153280e3ff55d19d": "chatml",  # SmolLM-135M-Instruct, OpenHermes
+    "58c1a1f04baa7ada": "chatml",  # Dolphin, Axolotl
+    "f91864928fccff92": "chatml",
+    "872be49dbb638044": "smollm2",  # SmolLM2-135M-Instruct
+    "91d59b4a4e01e25b": "smollm2",
+    "66291cf0045c2425": "zephyr",  # TinyLlama-1.1B-Chat-v1.0, zephyr-7b
+    "30d0ce3cc83b6219": "zephyr",
 }
 
 
@@ -349,24 +342,21 @@ def _detect(folder: Path) -> str:
     """The template of a folder by its Jinja text, which is looked up where transformers looks."""
     path = folder / "chat_template.jinja"
     config_path = folder / "tokenizer_config.json"
-    jinja = None
+    config = read_object(config_path)
+    jinja = config.get("chat_template")
     if path.is_file():
         jinja = path.read_text(encoding="utf-8", errors="replace")
-    elif config_path.is_file():
-        config = read_json(config_path)
-        if isinstance(config, dict):
-            jinja = config.get("chat_template")
-    elif "<|start_header_id|>" in load_tokenizer(folder).special:
+    elif not config_path.is_file() and "<|start_header_id|>" in load_tokenizer(folder).special:
         return "llama3"  # bare Llama 3 files, as the town's
     if jinja is None:
         return "plain"  # a base model
-    if isinstance(jinja, str):
-        jinja = jinja.replace(" ", "").replace('"', "'").replace("\\n", "\n")
-        for name, (wanted, unwanted) in MARKS.items():
-            if all(mark in jinja for mark in wanted):
-                if not any(mark in jinja for mark in unwanted):
-                    return name
-    raise InputError(
-        f"{folder}: its chat template is none of those known; if one of them is close enough, name "
-        f"it with --template ({KNOWN})"
-    )
+    # In a JSON file a newline may be written twice over, and both kinds of quotes mean the same.
+    text = str(jinja).replace("\\n", "\n").replace('"', "'").strip()
+    name = PUBLISHED.get(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16])
+    end = TEMPLATES[name or "plain"].end
+    if name is None or ("eos_token" in text and end not in str(config.get("eos_token", end))):
+        raise InputError(
+            f"{folder}: chat template not recognised: its text and eos_token are none of those "
+            f"known; if it writes what one of ours writes, name that with --template ({KNOWN})"
+        )
+    return name

@@ -101,6 +101,13 @@ def test_a_tokenizer_without_the_special_token_is_refused(template, name):
 
 # --- which template a folder needs ---
 
+# A system prompt of the template's own, where the published one has none.
+DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
+)
+DEFAULT += "'Be brief.'}] + messages %}{% endif %}"
+NO_SYSTEM = "{% set system_message = false %}"
+
 
 @pytest.mark.parametrize("name", sorted(JINJA.keys() - {"plain"}))
 def test_a_published_template_is_recognised(name, tmp_path):
@@ -133,15 +140,50 @@ def test_a_published_template_is_recognised(name, tmp_path):
         JINJA["zephyr"].replace("}}\n", "}}"),  # the same on one line: no newline after each turn
         JINJA["llama2"].replace("<<SYS>>", "").replace("<</SYS>>", ""),
         JINJA["llama2"].replace("bos_token + ", ""),
+        # a default system prompt
+        JINJA["llama2"].replace(NO_SYSTEM, "{% set system_message = 'Be brief.' %}"),
+        *(DEFAULT + JINJA[name] for name in ("llama2", "llama3", "chatml", "zephyr")),
+        # text that no mark mentions: before, between, after
+        JINJA["chatml"].replace(" + '\\n' }}{% endfor", " }}{% endfor"),
+        JINJA["chatml"].replace("assistant\\n", "assistant\\nSure, "),
+        *("Hello. " + JINJA[name] for name in OURS),
+        *(JINJA[name] + "{% if messages | length > 2 %}Hello.{% endif %}" for name in OURS),
+        *(JINJA[name].replace("message['content']", "message['content'][:9]") for name in OURS),
+        JINJA["llama3"].replace("| trim", "| trim | upper"),
+        JINJA["llama31"].replace("Today Date", "Date"),
+        JINJA["smollm2"].replace("'system' %}", "'system' and false %}"),
+        JINJA["zephyr"].replace("<|user|>", "<|human|>"),
+        # programs that do not end, or take all memory
+        "{% for i in range(99999) %}" * 9 + "x" + "{% endfor %}" * 9,
+        JINJA["chatml"] + "{% set x = 'x' * 2 ** 40 %}",
+        "{% for",
+        "\ud800",
         "",
         [{"name": "default", "template": JINJA["chatml"]}],
     ],
 )
 def test_an_unknown_template_is_refused_unless_one_is_named(template, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert template not in JINJA.values()
     with pytest.raises(InputError, match="none of those known.*--template .llama2, llama3, "):
         read_chat(tmp_path)
     assert read_chat(tmp_path, "chatml") == "chatml"
+
+
+@pytest.mark.parametrize("name", ["llama2", "zephyr"])
+def test_an_eos_token_that_ours_does_not_write_is_refused(name, tmp_path):
+    """In transformers it takes the place of </s>."""
+    config = {"chat_template": JINJA[name]}
+    for eos in ("</s>", {"__type": "AddedToken", "content": "</s>", "lstrip": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": eos}))
+        assert read_chat(tmp_path) == name
+    for eos in ("", "<|im_end|>", {"content": "<|im_end|>"}, 2):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": eos}))
+        with pytest.raises(InputError, match="eos_token"):
+            read_chat(tmp_path)
+    config["chat_template"] = JINJA["chatml"]  # which does not name it
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": ""}))
+    assert read_chat(tmp_path) == "chatml"
 
 
 def test_without_a_template(tmp_path):
