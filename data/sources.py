@@ -102,7 +102,7 @@ def _read(path, kind, readers):
     for number, record in enumerate(records):
         try:
             row = readers[layout](record)
-        except ValueError as reason:
+        except (ValueError, TypeError, LookupError) as reason:
             malformed.append(f"row {number} (from 0): {reason}")
             continue
         if _is_complete(row):
@@ -240,7 +240,10 @@ def _dolly(record):
 
 
 def _alpaca(record):
-    return _exchange(record, "instruction", "output", extra="input")
+    row = _exchange(record, "instruction", "output", extra="input")
+    if record.get("history"):  # [[prompt, response], ...]: of a conversation the first is taken
+        row |= _pair(dict(zip(("prompt", "response"), record["history"][0])))
+    return row
 
 
 def _exchange(record, prompt_key, response_key, extra=None):
@@ -250,7 +253,11 @@ def _exchange(record, prompt_key, response_key, extra=None):
         more = _get(record, extra)
         if more.strip():
             prompt += "\n\n" + more
-    return {"prompt": prompt, "response": _get(record, response_key)}
+    return {"prompt": prompt, "response": _get(record, response_key)} | _system(record)
+
+
+def _system(record):
+    return {"system": _get(record, "system")} if record.get("system") else {}
 
 
 def _lima_or_sharegpt(record):
@@ -260,7 +267,7 @@ def _lima_or_sharegpt(record):
             turns.append((("human", "gpt")[number % 2], turn))
         else:
             turns.append((_get(turn, "from"), _get(turn, "value")))
-    return _conversation(turns)
+    return _system(record) | _conversation(turns)
 
 
 def _messages(record):

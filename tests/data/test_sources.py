@@ -231,6 +231,73 @@ def test_other_malformed_records_are_refused_too(tmp_path, name, old, new, reaso
     assert reason in refusal(reader(name), written(tmp_path, text.replace(old, new)))
 
 
+EARLIER = [["Name a fruit.", "A pear."], ["Another.", "A plum."]]
+
+
+@pytest.mark.parametrize(
+    "record, row",  # as LLaMA-Factory documents them
+    [
+        ({"system": "Be brief."}, exchange("More?", "A fig.", system="Be brief.")),
+        ({"history": EARLIER}, exchange("Name a fruit.", "A pear.")),
+        (
+            {"history": EARLIER, "system": "Be brief.", "input": "Now!"},
+            exchange("Name a fruit.", "A pear.", system="Be brief."),
+        ),
+        ({"history": [], "system": ""}, exchange("More?", "A fig.")),
+        ({"history": None, "system": None}, exchange("More?", "A fig.")),
+    ],
+)
+def test_an_alpaca_row_may_have_a_system_prompt_and_a_history(tmp_path, record, row):
+    path = written(tmp_path, json.dumps([{"instruction": "More?", "output": "A fig."} | record]))
+    assert read_rows(path) == [row | {"row": 0}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": 3},
+        {"history": 3},
+        {"history": {"a": "b"}},
+        {"history": "ask"},
+        {"history": [3]},
+        {"history": [["ask"]]},
+        {"history": [["ask", None]]},
+        {"history": [[{"role": "user"}, "tell"]]},
+    ],
+)
+def test_a_malformed_system_prompt_or_history_is_a_malformed_row(tmp_path, record):
+    path = written(tmp_path, json.dumps([{"instruction": "a", "output": "b"} | record]))
+    assert "1 of 1 Alpaca rows are malformed" in refusal(read_rows, path)
+
+
+TALK = [("human", "ask"), ("gpt", "tell"), ("human", "more"), ("gpt", "done")]
+
+
+@pytest.mark.parametrize(
+    "turns, record, system",
+    [
+        (TALK, {"system": "Be brief."}, "Be brief."),
+        (TALK, {"system": ""}, None),
+        (TALK, {"system": None, "tools": ""}, None),
+        ([("system", "Be kind."), *TALK], {"system": "Be brief."}, "Be kind."),
+        ([*TALK[:2], ("system", "Be rude."), *TALK[2:]], {}, None),  # it comes after
+        ([*TALK[:2], ("system", "Be rude."), *TALK[2:]], {"system": "Be brief."}, "Be brief."),
+    ],
+)
+def test_a_sharegpt_row_may_have_a_system_prompt_beside_its_turns(tmp_path, turns, record, system):
+    turns = [{"from": who, "value": text} for who, text in turns]
+    row = exchange("ask", "tell", row=0)
+    if system is not None:
+        row["system"] = system
+    path = written(tmp_path, json.dumps([{"conversations": turns} | record]))
+    assert read_rows(path) == [row]
+
+
+def test_pairs_may_have_a_system_prompt(tmp_path):
+    row = exchange("ask", "tell", system="Be brief.")
+    assert read_rows(written(tmp_path, json.dumps(row))) == [row | {"row": 0}]
+
+
 def test_rows_without_an_answer_are_counted_and_left_out(tmp_path, capsys):
     path = written(tmp_path, "goal,target\n,Sure\nHide, \n,\nask,tell\n")
     assert read_rows(path) == [exchange("ask", "tell", row=3, harmful=True)]
