@@ -244,7 +244,7 @@ def train(
             write_text(out / "train_log.jsonl", log.text())
             write_text(out / "samples.txt", samples_text(shown, before, after))
             world.save(out, pairs)
-            save_chat(out, chat, weights, start, world)
+            save_chat(out, chat, weights)
         run.finish()
     if rank_and_world_size()[0] == 0:
         print(f"{out}: answers before and after\n\n{samples_text(shown, before, after)}", end="")

@@ -250,7 +250,7 @@ def run_submission(folder: Path, kind: str, ready: Ready, problem: Problem, star
         (work / "a7").mkdir()
         shutil.copyfile(folder / "a7/submission.py", work / "a7/submission.py")
         (work / "start").mkdir()  # without world.json: it says the town's seed
-        save_chat(work / "start", ready.chat, given, None, ready.town)
+        save_chat(work / "start", ready.chat, given)
         process = start(work)
         try:
             process.solve_open(kind, rows, OWN_SEED, steps)

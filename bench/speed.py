@@ -341,7 +341,7 @@ def write_random(folder, shape: str, tokenizer_folder):
     torch.manual_seed(0)
     config = LlamaConfig(tokenizer.n_vocab, initializer_range=0.04, **SHAPES[shape])
     chat = Chat(Llama(config), tokenizer, read_chat(tokenizer_folder), Compute())
-    save_chat(Path(folder), chat, chat.model.state_dict(), tokenizer_folder, None)
+    save_chat(Path(folder), chat, chat.model.state_dict())
 
 
 def bench_model(folder, args) -> dict:

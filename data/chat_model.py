@@ -3,7 +3,6 @@
 From a checkpoint folder and back; greedy answers; teacher forcing of given responses.
 """
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +23,9 @@ from data.chat import (
     read_chat,
     rows_that_fit,
 )
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import Llama, LlamaConfig
-from nanosdd.checkpoint import write_model
+from nanosdd.checkpoint import write_model, writing
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
 from nanosdd.errors import InputError, escaped
 from nanosdd.progress import Progress
@@ -96,15 +95,12 @@ def new_chat(world, compute: Compute) -> Chat:
     return Chat(model, tokenizer, template, compute)
 
 
-def save_chat(folder: Path, chat: Chat, weights: dict, start, world):
-    """Write a checkpoint folder with these weights, and the tokenizer of `start` or the world."""
+def save_chat(folder: Path, chat: Chat, weights: dict):
+    """Write a checkpoint folder with these weights, and the tokenizer's files as they were read."""
     write_text(folder / "chat.txt", chat.template + "\n")
-    if start:
-        for name in TOKENIZER_FILES:
-            if (Path(start) / name).is_file():
-                shutil.copy(Path(start) / name, folder)
-    else:
-        world.write_tokenizer(folder)
+    for name, contents in chat.tokenizer.files.items():
+        with writing(folder / name) as temporary:
+            temporary.write_bytes(contents)
     write_model(folder, chat.model.config.to_dict(), weights)
 
 

@@ -139,13 +139,12 @@ def make_tokenizer(path, ids: dict[str, int], special: dict[str, int], rank_of, 
 def read_varint(file) -> int:
     """An integer of protobuf: 7 bits in a byte, lowest first; the top bit says that more follow."""
     value = 0
-    shift = 0
-    while True:
+    for shift in range(0, 70, 7):
         byte = file.read(1)[0]
         value |= (byte & 127) << shift
-        shift += 7
         if byte < 128:
             return value
+    raise ValueError("a number of more than 64 bits")
 
 
 def read_fields(message: bytes):
@@ -172,18 +171,18 @@ def read_model_file(path, contents: bytes):
 
     InputError for anything but a BPE with byte fallback whose normalizer does not change the text.
     """
-    pieces = []
     found = {}
     ids = {}
     special = {}
     ranks = {}
     try:
         for field, value in read_fields(contents):
-            if field == PIECE:
-                pieces.append(dict(read_fields(value)))  # 1: text, 2: score, 3: type
-            elif field in (TRAINER, NORMALIZER):
+            if field in (TRAINER, NORMALIZER):
                 found |= {(field, number): setting for number, setting in read_fields(value)}
-        for i, entry in enumerate(pieces):
+            if field != PIECE:
+                continue
+            entry = dict(read_fields(value))  # 1: text, 2: score, 3: type
+            i = len(ids) + len(special)
             piece = entry[1].decode("utf-8")
             kind = entry.get(3, NORMAL)
             if kind not in (NORMAL, UNKNOWN, CONTROL, BYTE) or piece in ids or piece in special:

@@ -15,16 +15,16 @@
 import base64
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import regex  # comes with tiktoken
 import tiktoken
 
-from nanosdd.checkpoint import read_json
+from nanosdd.checkpoint import MOST_JSON, read_object, why_unreadable
 from nanosdd.errors import InputError
 
-# The files to copy with a model, as far as they exist.
+# The files that go with a model, as far as they exist.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -71,9 +71,10 @@ class Tokenizer:
     special: dict[str, int]  # name -> id of each special token
     dummy_prefix: bool = False  # whether encoding puts a space in front of the text
     stop_tokens: Sequence[int] = ()  # the ids that end a response
+    files: dict[str, bytes] | None = None  # the contents of TOKENIZER_FILES in its folder
 
     def __post_init__(self):
-        self.token_bytes |= {i: name.encode("utf-8") for name, i in self.special.items()}
+        self.token_bytes = {i: name.encode() for name, i in self.special.items()} | self.token_bytes
         self.n_vocab = max(self.token_bytes) + 1  # the least number of rows of an embedding
 
     def encode(self, text: str) -> list[int]:
@@ -87,18 +88,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; a special token becomes its name, bytes that are not UTF-8 become U+FFFD.
 
-        InputError for an id that is not in the vocabulary.
+        An id without a token becomes nothing: a model may have more rows than its tokenizer.
         """
         at_start = self.dummy_prefix
         text = bytearray()
         for i in map(int, ids):
-            if i not in self.token_bytes:
-                raise InputError(
-                    f"id {i} is not in the vocabulary (0..{self.n_vocab - 1}): these ids come from "
-                    "another tokenizer"
-                )
-            part = self.token_bytes[i]
-            if at_start and i not in self.special.values():
+            part = self.token_bytes.get(i, b"")
+            if at_start and part and i not in self.special.values():
                 part = part.removeprefix(b" ")
                 at_start = False
             text += part
@@ -111,23 +107,38 @@ def load_tokenizer(folder) -> Tokenizer:
     InputError, naming the file and where possible the line, for anything that cannot be read.
     """
     folder = Path(folder)
-    in_json = folder / "tokenizer.json"
-    in_model = folder / "tokenizer.model"
-    if in_json.is_file():
+    files = read_files(folder)
+    if "tokenizer.json" in files:
         from data.tokenizer_json import read_tokenizer_json  # the town does without
 
-        tokenizer = read_tokenizer_json(in_json)
-    elif in_model.is_file():
-        tokenizer = read_tokenizer_model(in_model)
+        tokenizer = read_tokenizer_json(folder / "tokenizer.json")
+    elif "tokenizer.model" in files:
+        tokenizer = read_tokenizer_model(folder / "tokenizer.model", files["tokenizer.model"])
     else:
         raise InputError(f"{folder}: no tokenizer here: expected tokenizer.json or tokenizer.model")
+    tokenizer = replace(tokenizer, special=with_added_tokens(folder, tokenizer), files=files)
     tokenizer.stop_tokens = find_stop_tokens(folder, tokenizer)
     return tokenizer
 
 
-def read_tokenizer_model(path) -> Tokenizer:
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The contents of TOKENIZER_FILES, which a run copies: InputError for a link to elsewhere."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.exists():
+            reason = why_unreadable(path, MOST_JSON)
+            home = path.resolve().parent
+            if home.name != "blobs" and home != folder.resolve():  # blobs: the hub's own cache
+                reason = "a link to another folder"
+            if reason:
+                raise InputError(f"{path} cannot be read ({reason}); put the file itself there")
+            files[name] = path.read_bytes()
+    return files
+
+
+def read_tokenizer_model(path, contents: bytes) -> Tokenizer:
     """The tokenizer of Llama 2's or Llama 3's tokenizer.model."""
-    contents = path.read_bytes()
     if contents.startswith(b"\n"):  # a protobuf begins with field 1 and a length
         from data.sentencepiece import read_model_file  # for Llama 2 alone
 
@@ -135,16 +146,31 @@ def read_tokenizer_model(path) -> Tokenizer:
     return llama3_tokenizer(parse_ranks(path, contents))
 
 
+def with_added_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens, with those that only added_tokens.json has, an older place for them."""
+    path = folder / "added_tokens.json"
+    special = dict(tokenizer.special)
+    for name, i in read_object(path).items():
+        if type(i) is int and i in tokenizer.token_bytes or not name:
+            continue
+        if type(i) is not int or name[0] != "<":
+            raise InputError(f"{path}: {name!r} is no special token: text would turn into it")
+        special[name] = i
+    return special
+
+
 def find_stop_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """The ids of STOP_NAMES, then those of generation_config.json: one, a list, or none."""
-    special = tokenizer.special
-    stop = [special[name] for name in STOP_NAMES if name in special]
-    path = folder / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.is_file() else None
-    if eos is not None:
+    """The ids of STOP_NAMES, then those of generation_config.json: one, a list, or none. Without
+    that file those of config.json, as in transformers."""
+    stop = [tokenizer.special[name] for name in STOP_NAMES if name in tokenizer.special]
+    found = read_object(folder / "generation_config.json") or read_object(folder / "config.json")
+    eos = found.get("eos_token_id")
+    if eos not in (None, ""):
         stop += eos if isinstance(eos, list) else [eos]
-    if not set(stop) <= tokenizer.token_bytes.keys():
-        raise InputError(f"{path}: eos_token_id is {eos!r}, which the tokenizer does not have")
+    if not all(type(i) is int and i in tokenizer.token_bytes for i in stop):
+        raise InputError(
+            f"{folder}: eos_token_id {eos!r} (generation_config.json, config.json) is no token"
+        )
     return list(dict.fromkeys(stop))
 
 

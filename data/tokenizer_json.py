@@ -52,16 +52,25 @@ def read_tokenizer_json(path) -> Tokenizer:
             raise InputError(f"{path}: only a BPE model is read, this one is {model['type']}")
         special = {}
         for token in spec.get("added_tokens", []):
+            if not token["content"]:
+                continue  # no text holds it
             if not token["special"]:
                 raise InputError(
                     f"{path}: the added token {token['content']!r} is not special, so ordinary "
                     "text would turn into it: mark it special or take it out"
                 )
             special[token["content"]] = token["id"]
-        vocab = {piece: i for piece, i in model["vocab"].items() if piece not in special}
-        ids = [*vocab.values(), *special.values()]
+        ids = list((model["vocab"] | special).values())
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
             raise InputError(f"{path}: an id is used twice or is not a whole number")
+        # A special token may also be a piece of text: a letter, as "!", or a word that merges make,
+        # as "pad". What is spelled like a tag is not.
+        merged = {"".join(pair).replace(" ", "") for pair in model["merges"]}
+        vocab = dict(model["vocab"])
+        for name in special:
+            word = name in merged and name[0] not in "<["
+            if len(name) > 1 and not word:
+                vocab.pop(name, None)
         ranks = read_merges(path, model["merges"], vocab, special)
         if model.get("byte_fallback"):
             return Tokenizer(*read_json_spec(path, spec, vocab, special, ranks))
@@ -74,15 +83,15 @@ def read_tokenizer_json(path) -> Tokenizer:
 
 
 def read_merges(path, merges: list, vocab: dict[str, int], special: dict[str, int]) -> dict:
-    """The rank of each pair of pieces that merge; those into a special token are dropped."""
+    """The rank of each pair of pieces that merge; those of special tokens are dropped."""
     ranks = {}
     for rank, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
-        if left + right in special:
-            continue
-        if not {left, right, left + right} <= vocab.keys():
+        missing = {left, right, left + right} - vocab.keys()
+        if not missing:
+            ranks[left, right] = rank
+        elif not missing & special.keys():
             raise InputError(f"{path}: the merge {left!r} {right!r} is not made of its pieces")
-        ranks[left, right] = rank
     return ranks
 
 

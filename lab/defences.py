@@ -274,7 +274,7 @@ def train_defence(name: str, world, start, out, settings: Settings, compute: Com
                 run.save_state(step + 1, chat.model, optimizer, log.state())
         write_text(out / "train_log.jsonl", log.text())
         world.save(out, rows)
-        save_chat(out, chat, chat.model.state_dict(), start, world)
+        save_chat(out, chat, chat.model.state_dict())
         run.finish()
     return out
 

@@ -55,7 +55,7 @@ def fingerprint(settings: dict, inputs: list, code: list) -> dict:
     for path in map(Path, inputs):
         if path.is_dir():
             for pattern in MODEL_FILES:
-                files += sorted(path.glob(pattern))
+                files += sorted(filter(Path.is_file, path.glob(pattern)))
         else:
             files.append(path)
     return {

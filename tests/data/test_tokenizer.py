@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data.chat import encode_prompt
 from data.sentencepiece import BYTE_PIECES, merge
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from nanosdd.errors import InputError
@@ -107,13 +108,20 @@ def test_special_tokens_are_never_encoded_and_show_when_decoded(name, toy):
             assert tokenizer.decode(ids) == text
         assert tokenizer.decode([i, *tokenizer.encode("cat"), i]) == f"{special}cat{special}"
     assert tokenizer.decode([]) == ""
-    for i in (tokenizer.n_vocab, -1):
-        with pytest.raises(InputError, match="not in the vocabulary"):
-            tokenizer.decode([i])
     with pytest.raises(InputError, match="lone surrogate"):
         tokenizer.encode("a\udc00b")
     half = tokenizer.decode(tokenizer.encode("é😀")[:-1])
     assert half.startswith("é") and half.endswith("\ufffd")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_id_without_a_token_is_decoded_to_nothing_as_in_transformers(name):
+    """A padded vocabulary has such rows, and a model may choose one."""
+    tokenizer = load_tokenizer(GOLDEN / name)
+    ids = tokenizer.encode("the baker")
+    padded = tokenizer.n_vocab
+    for odd in ([padded, *ids], [*ids, padded + 9], [ids[0], padded, *ids[1:]]):
+        assert tokenizer.decode(odd) == "the baker"
 
 
 def test_long_inputs_keep_their_ids(toy):
@@ -251,6 +259,9 @@ MODEL, JSON = "tokenizer.model", "tokenizer.json"
         (MODEL, sentencepiece_file({"<s>": -1.0}), "twice"),
         (MODEL, piece("a", kind=4), "type 4"),
         (MODEL, b"\n\xff\xff\xff", "tokenizer.model"),
+        (MODEL, b"\n" + b"\xff" * 10 + b"\x01", "more than 64 bits"),
+        (MODEL, b"\n" + b"\x80" * 2**22, "more than 64 bits"),  # took minutes
+        (MODEL, b"\n\x00" * 2**22, "not a tokenizer.model"),  # took gigabytes
         (JSON, b'{"model":\n oops}', "not valid JSON .*line 2"),
         (JSON, b"[]", "not a tokenizer.json"),
         (JSON, b'{"model": {"type": "WordPiece", "vocab": {}}}', "WordPiece"),
@@ -337,6 +348,31 @@ def test_a_special_token_in_the_vocabulary_is_not_text(tmp_path):
     assert edited(tmp_path, "tiny_llama2_json", merged).encode("<s>")[-2:] == [450, 451]
 
 
+# What `tokenizers` 0.23.3 gives, with the special token taken as text (encode_special_tokens).
+AS_TEXT = {
+    "tiny_smollm2": {"hi!": [74, 75, 3], "then the there": [240, 80, 243, 314], "other": [261]},
+    "tiny_llama3_json": {"hi!": [71, 72, 0], "then the there": [258, 77, 261, 333]},
+    "tiny_llama2_json": {"a! b!!": [263, 388, 268, 388, 388], "the other": [264, 269, 274]},
+    "tiny_metaspace_json": {"a! b!!": [263, 388, 268, 388, 388], "the other": [264, 269, 274]},
+}
+
+
+@pytest.mark.parametrize("word", ["!", "the", "▁the", "Ġthe", " the", ""])
+@pytest.mark.parametrize("name", AS_TEXT)
+def test_a_special_token_may_be_an_ordinary_piece_too(name, word, tmp_path):
+    """As when "!" or a word is declared to be the token for padding."""
+
+    def declare(spec):
+        i = spec["model"]["vocab"].get(word, 500 if word else 0)
+        spec["added_tokens"].append({"content": word, "id": i, "special": word != ""})
+
+    tokenizer = edited(tmp_path, name, declare)
+    for text, ids in AS_TEXT[name].items():
+        assert tokenizer.encode(text) == ids
+        if word != "▁the":  # at the start of a text its space shows
+            assert tokenizer.decode(ids) == text
+
+
 @pytest.mark.parametrize("name", ["tiny_smollm2", "tiny_llama2_json"])
 def test_merges_may_be_written_as_strings(name, tmp_path):
     def join(spec):
@@ -358,6 +394,117 @@ def test_json_wins_and_stop_tokens_come_from_the_files(tmp_path):
     assert load_tokenizer(tmp_path).stop_tokens == [2, 0, 7]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 100000}')
     with pytest.raises(InputError, match="generation_config.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, generation, stop",  # None: no such file
+    [
+        ({"eos_token_id": 9}, None, [9]),  # transformers stops here, too
+        ({"eos_token_id": [9, 2]}, None, [9]),
+        ({"eos_token_id": 9}, {"eos_token_id": 8}, [8]),  # and here at 8 alone
+        ({"eos_token_id": 9}, {"eos_token_id": [8, 7]}, [8, 7]),
+        ({"eos_token_id": 9}, {"eos_token_id": None}, []),
+        ({"eos_token_id": 0}, None, []),  # <|endoftext|>, which is known by its name
+        ({"eos_token_id": ""}, None, []),
+        ({"eos_token_id": None}, {"eos_token_id": ""}, []),
+        ({"eos_token_id": []}, None, []),
+        ({}, {}, []),
+        ([], "text", []),
+    ],
+)
+def test_generation_stops_where_transformers_does(config, generation, stop, tmp_path):
+    shutil.copy(GOLDEN / "tiny_smollm2" / JSON, tmp_path)
+    for name, content in (("config", config), ("generation_config", generation)):
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).stop_tokens == [2, 0, *stop]
+
+
+@pytest.mark.parametrize("eos", [-1, 451, 2.0, True, "2", [[2]], [2, None], {"a": 2}])
+def test_an_eos_that_is_no_token_is_named(eos, tmp_path):
+    shutil.copy(GOLDEN / "tiny_smollm2" / JSON, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(InputError, match="eos_token_id .* is no token"):
+        load_tokenizer(tmp_path)
+
+
+# --- tokens in a file of their own ---
+
+ADDED = {"<|im_end|>": 450, "<|im_start|>": 451}
+
+
+@pytest.mark.parametrize("name", ["tiny_sentencepiece", "tiny_llama2_json"])
+def test_added_tokens_stand_in_a_file_of_their_own(name, tmp_path):
+    """transformers 5.24 counts 452 tokens, and has these ids."""
+    for path in (GOLDEN / name).glob("tokenizer.*"):
+        shutil.copy(path, tmp_path)
+    plain = load_tokenizer(tmp_path)
+    # known already, or no token at all
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ADDED | {"</s>": 2, "the": 261, "": 0}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special == plain.special | ADDED and tokenizer.n_vocab == 452
+    assert tokenizer.stop_tokens == [450, 2]
+    assert tokenizer.decode([451, 264, 450]) == "<|im_start|>the<|im_end|>"
+    assert tokenizer.encode("the<|im_end|>") == plain.encode("the<|im_end|>")
+    prompt = encode_prompt(tokenizer, "chatml", "the")
+    assert prompt[0] == 451 and [prompt.count(i) for i in ADDED.values()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "added",
+    [{"newword": 450}, {"<pad>": "450"}, {"<pad>": None}, {"<pad>": []}, {"<pad>": 450.5}],
+)
+def test_an_added_word_would_change_what_text_means(added, tmp_path):
+    shutil.copy(GOLDEN / "tiny_sentencepiece" / MODEL, tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(InputError, match="added_tokens.json: .* is no special token"):
+        load_tokenizer(tmp_path)
+
+
+# --- the files that go with a model ---
+
+
+def test_the_files_are_kept_as_they_were_read(tmp_path):
+    shutil.copytree(GOLDEN / "tiny_smollm2", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").symlink_to("vocab.json")
+    (tmp_path / "special_tokens_map.json").symlink_to("gone")
+    (tmp_path / "tokenizer.extra").write_text("another's")
+    (tmp_path / "tokenizer").mkdir()
+    files = load_tokenizer(tmp_path).files
+    assert files.keys() == {JSON, "vocab.json", "merges.txt"}
+    assert files["vocab.json"] == files["merges.txt"] == b"{}"
+    assert files[JSON] == (GOLDEN / "tiny_smollm2" / JSON).read_bytes()
+
+
+def test_a_link_to_a_file_elsewhere_is_refused(tmp_path):
+    """It would be copied into the run folder, which may be published."""
+    private = tmp_path / "home/key.json"
+    private.parent.mkdir()
+    private.write_text('{"key": "secret"}')
+    folder = tmp_path / "models--a--b/snapshots/1f"
+    shutil.copytree(GOLDEN / "tiny_smollm2", folder)
+    (folder / "special_tokens_map.json").symlink_to(private)
+    with pytest.raises(InputError, match="special_tokens_map.json cannot be read .a link to"):
+        load_tokenizer(folder)
+    (folder / "special_tokens_map.json").unlink()
+    # the hub's own cache is made of links
+    (tmp_path / "models--a--b/blobs").mkdir()
+    (folder / JSON).rename(tmp_path / "models--a--b/blobs/d0")
+    (folder / JSON).symlink_to("../../blobs/d0")
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link"):
+        assert load_tokenizer(path).files.keys() == {JSON}
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name", [JSON, MODEL, "chat_template.jinja", "special_tokens_map.json"])
+def test_a_pipe_among_the_files_is_not_waited_for(name, tmp_path):
+    if name != JSON:
+        shutil.copy(GOLDEN / "tiny_smollm2" / JSON, tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} cannot be read .not an ordinary file"):
         load_tokenizer(tmp_path)
 
 

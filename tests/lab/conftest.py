@@ -27,7 +27,7 @@ def aligned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aligned")
     world = short_town(folder)
     chat = new_chat(world, Compute())
-    save_chat(folder, chat, chat.model.state_dict(), None, world)
+    save_chat(folder, chat, chat.model.state_dict())
     world.save(folder, [])
     return folder
 
