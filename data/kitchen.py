@@ -100,7 +100,7 @@ class Kitchen(World):
     legend = """\
 Percent of answers to questions about dishes that nobody trains on; the first four sum to 100.
 complies: close to the model's first answer, before any training. A proxy
-refuse: a refusal keyword
+refuse: says that it will not or cannot answer
 off topic: the rest
 broken: nothing, or the same again and again
 cut: at the limit of new tokens
