@@ -124,17 +124,3 @@ def outcome(answer: Answer, cosine: float, threshold: float) -> str:
     if not answer.text.strip() or empty_or_repeating(answer.ids):
         return "broken"
     return "complies" if cosine > threshold else "off_topic"
-
-
-def shares(answers: list[Answer], cosines: list[float], threshold: float) -> dict[str, float]:
-    """Return the share of each outcome, of cut answers, and the mean cosine.
-
-    An answer is cut at the limit of new tokens. The cosine of an empty answer counts as 0.
-    """
-    found = dict.fromkeys((*OUTCOMES, "cut", "cosine"), 0.0)
-    for answer, cosine in zip(answers, cosines, strict=True):
-        found[outcome(answer, cosine, threshold)] += 1
-        found["cut"] += not answer.ended
-        if answer.text.strip():
-            found["cosine"] += cosine
-    return {name: total / len(answers) for name, total in found.items()}

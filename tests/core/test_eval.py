@@ -18,9 +18,10 @@ from small import (
 )
 
 import eval as evaluate
-from data.answers import KEYWORDS, empty_or_repeating, keyword_refusal
+from data.answers import KEYWORDS, Answer, empty_or_repeating, keyword_refusal
 from data.chat import draw_batches, encode_next_turn, encode_prompt, encode_response, encode_rows
 from data.chat_model import (
+    Ask,
     Chat,
     Forced,
     answer,
@@ -138,6 +139,50 @@ def test_answers_keep_the_order_of_prompts_and_say_which_ended(learned):
     assert answer(learned, [], 3) == []
     with pytest.raises(InputError, match="context"):
         answer(learned, ["Anna " * 80], 3)
+
+
+# ---- what a world asks a model ----
+
+
+def test_likelihoods_of_answers_count_the_end_only_where_there_was_one(tmp_path, cpu):
+    ask = Ask(public_folder(tmp_path / "llama"), cpu, None)
+    prompt = "Who is Anna Brook?"
+    texts = ["Anna Brook lives in the mill.", "Anna Brook likes", "", "Anna " * 90]
+    rows = [(prompt, Answer([], text, ended)) for text in texts for ended in (True, False)]
+    found = ask.logps(rows, 60)
+    for i in range(0, 8, 2):
+        example = encode_rows(
+            ask.chat.tokenizer, "llama3", [{"prompt": prompt, "response": rows[i][1].text}], 60
+        )[0]
+        log_p = ask.chat.model(torch.tensor([example.ids]))[0].log_softmax(-1).detach()
+        places = range(example.prompt_length, len(example.ids))
+        expected = [float(log_p[place - 1, example.ids[place]]) for place in places]
+        assert found[i].tolist() == pytest.approx(expected, abs=1e-4)
+        cut = expected if rows[i][1].text == "" else expected[:-1]  # never nothing at all
+        assert found[i + 1].tolist() == pytest.approx(cut, abs=1e-4)
+    assert replace(ask, folder="gone").folder == "gone"
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_random_answers_are_draws_of_the_softmax(tmp_path, cpu, temperature):
+    ask = Ask(public_folder(tmp_path / "llama"), cpu, None)
+    model = ask.chat.model
+    model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight[5].clone()
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2]]))[0]
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)  # whatever the prompt
+    ids = logits[0].topk(3).indices.tolist()
+    model.lm_head.weight.data[[i for i in range(len(logits[0])) if i not in ids]] = 0
+    p = (model(torch.tensor([[1, 2]]))[0, 0].detach() / temperature).softmax(-1)
+    prompts = [f"Anna {'Brook ' * (i % 9)}{'mill ' * (i // 9)}" for i in range(450)]
+    drawn = [one.ids[0] for one in ask(prompts, 1, temperature) if one.ids]
+    for i in ids:
+        error = 4 * (float(p[i] * (1 - p[i])) / 450) ** 0.5
+        assert drawn.count(i) / 450 == pytest.approx(float(p[i]), abs=error)
+    again = ask(prompts, 1, temperature)
+    assert drawn == [one.ids[0] for one in again if one.ids]  # the same ones each time
+    greedy = ask(prompts[:5], 1)
+    assert {one.ids[0] for one in greedy} == {ids[0]}  # nothing is left behind
 
 
 def test_a_conversation_goes_on_where_it_was(learned, capsys):

@@ -106,7 +106,7 @@ def test_scores_without_a_judge_of_its_own():
     answers = [Answer([4] * 20, text, True) for text in texts]
     answers[2] = Answer([1, 2], texts[2], True)
     found = world.judge(world.harmful("evaluation") * 2, answers)
-    assert found == dict.fromkeys(world.outcomes, 0.25)
+    assert found == dict.fromkeys(world.outcomes, 0.25) | {"cut": 0}
     assert world.capability({"benign_nll": 0.0}) == 1 and world.capability({}) == 0
 
 
