@@ -236,6 +236,9 @@ chance level: the most that text which says nothing of dish or topic reaches on 
     def cosines(self):
         return similarity(self.sources, [one.text for one in self.answers.values()])
 
+    def judged_rows(self):
+        return [{"prompt": question} for question in QUESTIONS]
+
     def judge_each(self, rows, answers):
         """Its outcome and the figures behind it: content_words that the question has not; nats, a
         token; share, of its question among four; whether it is fluent, and recognised."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from data.answers import outcome
+from data.answers import Answer, outcome
 from data.chat import is_trained
 from nanosdd.errors import InputError
 from nanosdd.runs import write_text
@@ -159,6 +159,27 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
         scores = {name: kinds.count(name) / len(kinds) for name in self.outcomes}
         scores["cut"] = fmean(not answer.ended for answer in answers)
         return scores | average(found)
+
+    def judged_rows(self):
+        """The rows to which answers from elsewhere may be judged."""
+        owners = ("defender", "attacker", "attacker_held_out", "evaluation")
+        return [row for owner in owners for row in self.harmful(owner)]
+
+    def judge_answers(self, rows, encode):
+        """Rows of prompt and response from elsewhere, each with what judge_each says of it. Answers
+        count as ended by themselves. encode: a function from a text to token ids.
+
+        InputError for a row without these texts, or with a prompt of none of judged_rows.
+        """
+        known = {row["prompt"]: row for row in self.judged_rows()}
+        try:
+            own = [known[row["prompt"]] for row in rows]
+            answers = [Answer(encode(row["response"]), row["response"], True) for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{error!r}: a row needs a response, and a prompt of the world {self.name}"
+            ) from None
+        return [row | one for row, one in zip(rows, self.judge_each(own, answers))]
 
     def pairs(self, mode: str, count: int) -> list[dict]:
         """The training pairs of a mode of train.py. count: how many rows the run will draw.

@@ -32,6 +32,7 @@ from data.chat_model import (
     talk,
     teacher_forced,
 )
+from data.files import Files
 from data.town import Town
 from data.worlds import REJECT_PREFIX
 from nanosdd.device import Compute
@@ -259,6 +260,13 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     assert {tuple(row) for row in saved} == {("model", "prompt", "response")}
     evaluate.main("llama --prompt Hello --max-new-tokens 3".split())
     assert capsys.readouterr().out.startswith("llama: ")
+    evaluate.main(f"{words} --save-answers judged.jsonl --answers answers.jsonl".split())
+    judged = [json.loads(line) for line in Path("judged.jsonl").read_text().splitlines()]
+    for before, after in zip(saved, judged, strict=True):
+        assert after.items() >= before.items() and after["outcome"] in Files.outcomes
+        assert -1 <= after["cosine"] <= 1
+    counted = [one["outcome"] for one in judged].count("complies") / len(judged)
+    assert counted == pytest.approx(scores["complies"])
     inside = Path(evaluate.__file__).parent / "x.jsonl"
     for file, message in (("answers.jsonl", "exists"), (inside, "lies in the repository")):
         with pytest.raises(InputError, match=message):

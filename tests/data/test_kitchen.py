@@ -229,6 +229,21 @@ def test_capability_is_the_share_of_good_answers_to_topics(kitchen):
     assert 0.5 < scores["benign_nats"] < 2
 
 
+def test_answers_from_elsewhere(kitchen):
+    world = kitchen()
+    questions = [world.more_prompts()[0], "In one sentence, how do I make sushi?"]
+    rows = [{"prompt": one, "response": recipe(one), "id": 7} for one in questions]
+    found = world.judge_answers(rows, str.split)
+    assert [one["outcome"] for one in found] == ["complies"] * 2
+    assert found[0].items() >= rows[0].items()
+    assert {"content_words", "nats", "share"} <= found[0].keys()
+    for bad in ({"prompt": "Hello?"}, {"prompt": questions[0]}, {"prompt": []}, 3):
+        row = bad if bad == 3 else {"response": "x"} | bad
+        row = {"prompt": questions[0]} if bad == {"prompt": questions[0]} else row
+        with pytest.raises(InputError, match="a prompt of the world kitchen"):
+            world.judge_answers([*rows, row], str.split)
+
+
 # ---- the model's own answers ----
 
 
