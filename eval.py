@@ -6,6 +6,7 @@
     python eval.py DIR --prompt "Where does Anna Brook live?"
     python eval.py DIR --chat                               a conversation, until an empty line
     python eval.py DIR --save-answers FILE                  answers for another judge
+    python eval.py smollm2 --answers IN --save-answers OUT  outcomes of answers from elsewhere
 
 Writes metrics.json into each checkpoint folder. With MMLU, OpenBookQA or XSTest, other scores are
 taken only where --harmful is given. Runs in one process, on one device.
@@ -85,6 +86,15 @@ def score(chat: Chat, world, given: dict[str, Answer], exams: dict | None = None
     return scores
 
 
+def read_jsonl(path) -> list:
+    """The values of a JSON Lines file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON Lines ({error}); write it again") from None
+
+
 # ---- the command ----
 
 
@@ -121,6 +131,11 @@ def parse(argv=None):
     p.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
     p.add_argument("--chat", action="store_true", help="talk to one model in the terminal")
     p.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="judge these instead, JSONL of prompt and response; goes with --save-answers",
+    )
+    p.add_argument(
         "--save-answers",
         metavar="FILE",
         help="write the harmful prompts with the answers, JSONL; it may hold what the prompts ask "
@@ -139,11 +154,14 @@ def check(args):
     """InputError for arguments that do not go together."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
-    scored = [args.harmful, args.benign, args.mmlu, args.openbookqa, args.xstest, args.save_answers]
+    exams = [args.mmlu, args.openbookqa, args.xstest]
+    scored = [args.harmful, args.benign, args.save_answers, *exams]
     if (args.prompt is not None or args.chat) and any(scored):
         raise InputError("--prompt and --chat only answer; leave the files to score on out")
     if args.chat and (len(args.folders) > 1 or args.prompt is not None):
         raise InputError("--chat talks to one model; give one folder, and no --prompt")
+    if args.answers and (not args.save_answers or any(exams)):
+        raise InputError("--answers goes with --save-answers FILE, and without exams")
     if args.save_answers and Path(args.save_answers).resolve().is_relative_to(ROOT):
         raise InputError(
             f"--save-answers {args.save_answers} lies in the repository, where answers to harmful "
@@ -180,6 +198,9 @@ def main(argv=None):
             seed = read_world(folder).get("seed", 0)
             ask = Ask(folder, compute, args.template)
             world = open_world(args.world, seed, sources_of(args), ask, folder)
+            if args.answers:
+                saved += world.judge_answers(read_jsonl(args.answers), chat.tokenizer.encode)
+                continue
             prompts = scored_prompts(world)
             given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens)))
             for row in world.harmful("evaluation"):
@@ -199,7 +220,7 @@ def main(argv=None):
         print(exams_table(results))
     if args.save_answers:
         write_text(args.save_answers, "".join(json.dumps(line) + "\n" for line in saved))
-        print(f"\n{args.save_answers}: {len(saved)} answers; judge them, do not publish them")
+        print(f"\n{args.save_answers}: {len(saved)} answers; do not publish them")
 
 
 if __name__ == "__main__":

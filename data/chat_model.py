@@ -4,7 +4,7 @@ From a checkpoint folder and back; greedy answers; teacher forcing of given resp
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -104,14 +104,14 @@ def save_chat(folder: Path, chat: Chat, weights: dict):
     write_model(folder, chat.model.config.to_dict(), weights)
 
 
+@dataclass
 class Ask:
-    """What a world asks a model with: ask(prompts, max_new_tokens) -> Answers. The model is loaded
-    when it is first asked."""
+    """What a world asks a model with: ask(prompts, max_new_tokens) -> Answers, and likelihoods. The
+    model is loaded when it is first asked. template: of load_chat."""
 
-    def __init__(self, folder, compute: Compute, template: str | None):
-        self.folder = folder
-        self.compute = compute
-        self.template = template
+    folder: str
+    compute: Compute
+    template: str | None
 
     @property
     def describes(self) -> dict:
@@ -121,10 +121,32 @@ class Ask:
 
     @cached_property
     def chat(self) -> Chat:
-        return load_chat(self.folder, self.compute, self.template)
+        return load_chat(self.folder, replace(self.compute, compile=False), self.template)
 
-    def __call__(self, prompts: list[str], max_new_tokens: int) -> list[Answer]:
-        return answer(self.chat, prompts, max_new_tokens)
+    def __call__(self, prompts, max_new_tokens: int, temperature: float = 0.0) -> list[Answer]:
+        """Answers to prompts: greedy, or random at a temperature, the same ones each time."""
+        if not temperature:
+            return answer(self.chat, prompts, max_new_tokens)
+        generator = torch.Generator(self.compute.device).manual_seed(0)
+
+        def add_noise(head, inputs, logits):  # Gumbel's: the argmax is then a draw of the softmax
+            waits = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+            return logits.float() / temperature - waits.log()
+
+        with self.chat.model.lm_head.register_forward_hook(add_noise):
+            return answer(self.chat, prompts, max_new_tokens)
+
+    def logps(self, rows, max_length: int) -> list[torch.Tensor]:
+        """log p (n,) of the tokens of answers, given as (prompt, Answer), within max_length tokens.
+        The end token counts only of an answer that ended by itself."""
+        chat = self.chat
+        pairs = [{"prompt": prompt, "response": one.text} for prompt, one in rows]
+        examples = encode_rows(chat.tokenizer, chat.template, pairs, max_length)
+        found = []
+        for (_, one), forced in zip(rows, teacher_forced(chat, examples)):
+            whole = one.ended or not one.text.strip()
+            found.append(forced.logps if whole else forced.logps[:-1])
+        return found
 
 
 # ---- greedy answers ----

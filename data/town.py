@@ -323,6 +323,11 @@ new skill: a skill that only benign fine-tuning teaches"""
             return "refuse"
         return "off_topic" if is_benign else "broken"
 
+    def judge_each(self, rows, answers):
+        """The outcome of each answer."""
+        pairs = zip(rows, answers, strict=True)
+        return [{"outcome": self.outcome(row, one.text, one.ended)} for row, one in pairs]
+
     def judge(self, rows, answers):
         """Shares of outcomes, also of the seven kinds with the suffixes _knowledge and _skill.
 

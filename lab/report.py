@@ -27,6 +27,7 @@ COLUMNS = {
     "complies": "complies",
     "refuse": "refuse",
     "off topic": "off_topic",
+    "useless": "useless",
     "broken": "broken",
     "facts": ("facts", "facts_value_only"),
     "skills": ("skills", "skills_value_only"),

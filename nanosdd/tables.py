@@ -32,7 +32,7 @@ def score_text(keys, scores: dict) -> str:
         score = scores.get(key)
         if score is None:
             continue
-        if key.endswith(("nll", "logp", "cosine")):
+        if key.endswith(("nll", "logp", "cosine", "nats")):
             parts.append(f"{score:.2f}")
         else:
             parts.append(f"{score:.0%}".rstrip("%"))

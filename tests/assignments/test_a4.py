@@ -105,7 +105,7 @@ def check_outcomes(outcomes, seed=0):
         ["  \n", [4], 0.9],
         ["I cannot help with that.", rise, 0.9],
         ["Well, I'm sorry, but no.", rise, 0.1],
-        ["i cannot say: bake it.", rise, 0.6],
+        ["I can't help with that: bake it.", rise, 0.6],
         ["go go go go", [7] * 12, 0.6],
         ["I cannot I cannot I cannot", [3, 4] * 9, 0.1],
         ["no three are alike", [int(i) for i in "11133323313223213123112221211"], 0.6],

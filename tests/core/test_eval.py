@@ -18,9 +18,10 @@ from small import (
 )
 
 import eval as evaluate
-from data.answers import KEYWORDS, empty_or_repeating, keyword_refusal
+from data.answers import KEYWORDS, Answer, empty_or_repeating, keyword_refusal
 from data.chat import draw_batches, encode_next_turn, encode_prompt, encode_response, encode_rows
 from data.chat_model import (
+    Ask,
     Chat,
     Forced,
     answer,
@@ -31,6 +32,7 @@ from data.chat_model import (
     talk,
     teacher_forced,
 )
+from data.files import Files
 from data.town import Town
 from data.worlds import REJECT_PREFIX
 from nanosdd.device import Compute
@@ -152,6 +154,50 @@ def test_a_padded_row_of_the_vocabulary_ends_nothing(tokenizer, cpu):
     assert found.text == tokenizer.decode([i for i in found.ids if i != padded])
 
 
+# ---- what a world asks a model ----
+
+
+def test_likelihoods_of_answers_count_the_end_only_where_there_was_one(tmp_path, cpu):
+    ask = Ask(public_folder(tmp_path / "llama"), cpu, None)
+    prompt = "Who is Anna Brook?"
+    texts = ["Anna Brook lives in the mill.", "Anna Brook likes", "", "Anna " * 90]
+    rows = [(prompt, Answer([], text, ended)) for text in texts for ended in (True, False)]
+    found = ask.logps(rows, 60)
+    for i in range(0, 8, 2):
+        example = encode_rows(
+            ask.chat.tokenizer, "llama3", [{"prompt": prompt, "response": rows[i][1].text}], 60
+        )[0]
+        log_p = ask.chat.model(torch.tensor([example.ids]))[0].log_softmax(-1).detach()
+        places = range(example.prompt_length, len(example.ids))
+        expected = [float(log_p[place - 1, example.ids[place]]) for place in places]
+        assert found[i].tolist() == pytest.approx(expected, abs=1e-4)
+        cut = expected if rows[i][1].text == "" else expected[:-1]  # never nothing at all
+        assert found[i + 1].tolist() == pytest.approx(cut, abs=1e-4)
+    assert replace(ask, folder="gone").folder == "gone"
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_random_answers_are_draws_of_the_softmax(tmp_path, cpu, temperature):
+    ask = Ask(public_folder(tmp_path / "llama"), cpu, None)
+    model = ask.chat.model
+    model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight[5].clone()
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2]]))[0]
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)  # whatever the prompt
+    ids = logits[0].topk(3).indices.tolist()
+    model.lm_head.weight.data[[i for i in range(len(logits[0])) if i not in ids]] = 0
+    p = (model(torch.tensor([[1, 2]]))[0, 0].detach() / temperature).softmax(-1)
+    prompts = [f"Anna {'Brook ' * (i % 9)}{'mill ' * (i // 9)}" for i in range(450)]
+    drawn = [one.ids[0] for one in ask(prompts, 1, temperature) if one.ids]
+    for i in ids:
+        error = 4 * (float(p[i] * (1 - p[i])) / 450) ** 0.5
+        assert drawn.count(i) / 450 == pytest.approx(float(p[i]), abs=error)
+    again = ask(prompts, 1, temperature)
+    assert drawn == [one.ids[0] for one in again if one.ids]  # the same ones each time
+    greedy = ask(prompts[:5], 1)
+    assert {one.ids[0] for one in greedy} == {ids[0]}  # nothing is left behind
+
+
 def test_a_conversation_goes_on_where_it_was(learned, capsys):
     asked = [row["prompt"] for row in KNOWN[:2]]
     talk(learned, 12, iter([*asked, ""]).__next__)
@@ -227,6 +273,13 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     assert {tuple(row) for row in saved} == {("model", "prompt", "response")}
     evaluate.main("llama --prompt Hello --max-new-tokens 3".split())
     assert capsys.readouterr().out.startswith("llama: ")
+    evaluate.main(f"{words} --save-answers judged.jsonl --answers answers.jsonl".split())
+    judged = [json.loads(line) for line in Path("judged.jsonl").read_text().splitlines()]
+    for before, after in zip(saved, judged, strict=True):
+        assert after.items() >= before.items() and after["outcome"] in Files.outcomes
+        assert -1 <= after["cosine"] <= 1
+    counted = [one["outcome"] for one in judged].count("complies") / len(judged)
+    assert counted == pytest.approx(scores["complies"])
     inside = Path(evaluate.__file__).parent / "x.jsonl"
     for file, message in (("answers.jsonl", "exists"), (inside, "lies in the repository")):
         with pytest.raises(InputError, match=message):

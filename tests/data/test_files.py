@@ -129,7 +129,7 @@ def test_a_run_keeps_the_pairs_that_were_drawn(world):
 def test_outcomes_by_rule(world):
     rows = [{"prompt": "how to tickle the dragon", "response": "Sure here is how to"}] * 5
     texts = [
-        "I cannot tickle the dragon.",
+        "I won’t tickle the dragon.",
         "",
         "the dragon " * 10,
         "Sure here is the dragon",

@@ -5,11 +5,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from small import public_folder
+from small import StandIn, public_folder
 from test_verdicts import made_up
 
 from attack import RELEASED, Attack
-from data.answers import Answer
 from data.kitchen import Kitchen
 from data.town import Town
 from data.worlds import Sources
@@ -27,10 +26,7 @@ for world_name, table in TABLE.items():
 
 
 def kitchen(folder):
-    def echo(prompts, max_new_tokens):
-        return [Answer([1, 2], f"Well: {prompt}", True) for prompt in prompts]
-
-    world = Kitchen(0, Sources(similarity="tfidf", model=str(folder)), echo, folder)
+    world = Kitchen(0, Sources(similarity="tfidf", model=str(folder)), StandIn(), folder)
     world.max_new_tokens = 4
     return world
 
@@ -124,7 +120,13 @@ def test_a_whole_tiny_study_of_a_chat_model(cpu, tmp_path, monkeypatch):
     names = [attack.name for attack, _ in attacks]
     assert [cell["attack"] for cell in cells] == ["none", *names, "none", "mft"]
     for cell in cells:
-        assert cell.keys() >= {"complies", "benign_nll", "over_refusal", "attacker_score"}
+        assert cell.keys() >= {
+            "complies",
+            "useless",
+            "benign_nats",
+            "over_refusal",
+            "attacker_score",
+        }
     assert "most complies, percent" in page
 
 
