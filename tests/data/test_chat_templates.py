@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from data.chat import (
+    SPECIAL,
+    TEMPLATES,
     encode_next_turn,
     encode_prompt,
     encode_response,
@@ -22,6 +24,7 @@ from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from nanosdd.errors import InputError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "chat"
+KNOWN = json.loads((GOLDEN / "../../../data/chat_templates.json").read_text())
 CASES = json.loads((GOLDEN / "golden.json").read_text())["cases"]
 JINJA = {path.stem: path.read_text(encoding="utf-8") for path in sorted(GOLDEN.glob("*.jinja"))}
 OURS = {name: name for name in JINJA} | {"llama32": "llama31"}  # which differ in the date alone
@@ -123,6 +126,54 @@ def test_a_published_template_is_recognised(name, tmp_path):
     assert read_chat(tmp_path) == OURS[name]
 
 
+SPOKEN = "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
+SPOKEN += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "name, template",
+    [
+        ("chatml", SPOKEN),
+        ("chatml", JINJA["smollm2"].replace("'system' %}", "'system' and false %}")),
+        ("chatml", "{%- if tools is not none %}tools{% endif %}" + JINJA["chatml"]),
+        ("smollm2", JINJA["smollm2"].replace("loop.first and ", "loop.index0 == 0 and ")),
+        ("llama2", "{% if false %}{{ raise_exception('no') }}{% endif %}" + JINJA["llama2"]),
+        (
+            "llama3",
+            JINJA["llama3"].split("{% if add_gen")[0] + "{{ '<|start_header_id|>assistant"
+            "<|end_header_id|>\n\n' }}",
+        ),  # its first version, with or without add_generation_prompt
+        ("llama3", JINJA["llama3"].replace("bos_token", "'<|begin_of_text|>'")),
+        ("llama31", JINJA["llama31"].replace("'role'", '"role"').replace("    ", "")),
+        ("zephyr", JINJA["zephyr"].replace("eos_token", "'</s>'")),
+    ],
+)
+def test_a_template_that_writes_the_same_is_the_same(name, template, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert read_chat(tmp_path) == name
+
+
+class Spelled:
+    """A tokenizer whose ids are the texts themselves."""
+
+    special = {name: name for form in TEMPLATES.values() for name in SPECIAL.findall(str(form))}
+    encode = list
+    dummy_prefix = False
+
+
+@pytest.mark.parametrize("name", KNOWN["templates"])
+def test_our_templates_write_the_known_texts(name):
+    """chat_templates.json is of transformers, which make_golden.py asked."""
+    for turns, text in zip(KNOWN["conversations"], KNOWN["templates"][name]["texts"], strict=True):
+        system = turns[0]["content"] if turns[0]["role"] == "system" else None
+        turns = [turn["content"] for turn in turns if turn["role"] != "system"]
+        ids = encode_prompt(Spelled, name, turns[0], system)
+        for response, prompt in zip(turns[1::2], turns[2::2]):
+            ids += encode_response(Spelled, name, response)
+            ids += encode_next_turn(Spelled, name, prompt)
+        assert "".join(ids) == text
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -151,7 +202,6 @@ def test_a_published_template_is_recognised(name, tmp_path):
         *(JINJA[name].replace("message['content']", "message['content'][:9]") for name in OURS),
         JINJA["llama3"].replace("| trim", "| trim | upper"),
         JINJA["llama31"].replace("Today Date", "Date"),
-        JINJA["smollm2"].replace("'system' %}", "'system' and false %}"),
         JINJA["zephyr"].replace("<|user|>", "<|human|>"),
         # programs that do not end, or take all memory
         "{% for i in range(99999) %}" * 9 + "x" + "{% endfor %}" * 9,

@@ -1,4 +1,5 @@
-"""Make golden.json beside this script: what transformers' apply_chat_template gives for *.jinja.
+"""Make golden.json beside this script: what transformers' apply_chat_template gives for *.jinja;
+and data/chat_templates.json, by which a folder's template is recognised.
 
     pip install transformers==5.23.0 jinja2==3.1.6 tokenizers==0.23.3
     python tests/golden/chat/make_golden.py
@@ -45,6 +46,14 @@ MODELS = [  # template, tokenizer folder, bos, eos
     ("plain", *LLAMA2),
     ("plain", *LLAMA3[:2], "<|end_of_text|>"),
     ("plain", SMOLLM2[0], "<|endoftext|>", "<|endoftext|>"),
+]
+KNOWN = MODELS[:3] + MODELS[4:7]  # llama32 is llama31, but for the date
+TURNS = [  # they hold what some templates strip, cut out or take for a border
+    " ask [/INST]\n",
+    " <think>a</think>\n\nanswer ",
+    "",
+    "</s> <|im_end|>",
+    " more of it\n\n",
 ]
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>",
@@ -105,8 +114,40 @@ def case(template, folder, peer, system, prompt, response):
     }
 
 
+def known_templates():
+    """Some conversations, and the text of each by each template, up to the next answer."""
+    conversations = []
+    for system in (None, *SYSTEMS[1:]):
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        for number, text in enumerate(TURNS):
+            turns.append({"role": ("user", "assistant")[number % 2], "content": text})
+            if number % 2 == 0:
+                conversations.append(turns[:])
+    templates = {}
+    for template, folder, bos, eos in KNOWN:
+        peer = PreTrainedTokenizerFast(
+            tokenizer_file=str(HERE / folder / "tokenizer.json"), bos_token=bos, eos_token=eos
+        )
+        texts = []
+        for turns in conversations:
+            texts.append(
+                peer.apply_chat_template(
+                    turns,
+                    chat_template=(HERE / f"{template}.jinja").read_text(),
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    date_string="26 Jul 2024",
+                )
+            )
+        tokens = {"bos_token": bos, "eos_token": eos}
+        templates[template] = {"tokens": tokens, "texts": texts}
+    return {"conversations": conversations, "templates": templates}
+
+
 def main():
     tiny_llama3()
+    known = json.dumps(known_templates(), indent=1)
+    (HERE / "../../../data/chat_templates.json").write_text(known + "\n")
     cases = []
     for template, folder, bos, eos in MODELS:
         peer = PreTrainedTokenizerFast(
