@@ -17,10 +17,9 @@ from data.answers import OUTCOMES, outcome
 from data.harmful import (
     balance,
     keep_evaluation_out,
-    letters,
     letters_hash,
-    marked_harmful,
     owner,
+    prompt_key,
     read_harmful,
     split_harmful,
     whose,
@@ -28,7 +27,7 @@ from data.harmful import (
 from data.similarity import similarity, similarity_files
 from data.sources import read_rows
 from data.worlds import MAX_PAIRS, Sources, World
-from nanosdd.checkpoint import why_unreadable
+from nanosdd.checkpoint import check_readable
 from nanosdd.errors import InputError
 from nanosdd.runs import write_text
 
@@ -81,13 +80,11 @@ cosine: of prompt and answer, the mean
 target nll: nats a token of the targets, in AdvBench one affirmative line
 nll: nats a token of benign responses that nobody trains on"""
     max_length = 512
-    harmless = False
 
     def __init__(self, seed, sources=Sources(), ask=None, folder=None):
         super().__init__(seed, sources)
         for path in self.files():
-            if reason := why_unreadable(path):
-                raise InputError(f"{path} cannot be read ({reason}); check the path")
+            check_readable(path)
         if sources.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens {sources.max_new_tokens} must be 1 or more")
         if sources.questions is not None and sources.questions < 1:
@@ -97,10 +94,6 @@ nll: nats a token of benign responses that nobody trains on"""
     def files(self):
         named = [self.sources.harmful, self.sources.pairs, *self.sources.benign]
         return [Path(path) for path in named if path] + similarity_files(self.sources)
-
-    def options(self):
-        names = ("prompts", "similarity", "similarity_threshold", "max_new_tokens", "questions")
-        return {name: getattr(self.sources, name) for name in names}
 
     # ---- rows ----
 
@@ -120,12 +113,9 @@ nll: nats a token of benign responses that nobody trains on"""
         rows = []
         for path in self.sources.benign:
             rows += read_benign(path)
-        self.keep_evaluation_out(rows, "--benign")
-        return hold_out(rows)
-
-    def keep_evaluation_out(self, rows: list[dict], path):
         if self.sources.harmful and self.sources.prompts != "all":
-            keep_evaluation_out(rows, self.all_harmful, path)
+            keep_evaluation_out(rows, self.all_harmful)
+        return hold_out(rows)
 
     def harmful(self, owner):
         if owner == "defender":
@@ -133,6 +123,11 @@ nll: nats a token of benign responses that nobody trains on"""
         if owner == "evaluation":
             return self.owned["evaluation"][: self.sources.questions]
         owned = self.owned["attacker"]
+        if "response" not in owned[0]:
+            raise InputError(
+                f"{self.sources.harmful} holds prompts without answers, which cannot be trained "
+                "on; give another file to attack.py"
+            )
         rows = random.Random(f"attack {self.seed}").sample(owned, len(owned))
         held_out = len(rows) // 4
         return rows[held_out:] if owner == "attacker" else rows[:held_out]
@@ -151,10 +146,7 @@ nll: nats a token of benign responses that nobody trains on"""
 
     def training_prompts(self, count):
         """`count` prompts, at most MAX_PAIRS, with equally many of each category."""
-        chosen, notes = balance(self.harmful("defender"), min(MAX_PAIRS, count), self.seed)
-        for note in notes:
-            print(f"  {note}")
-        return chosen
+        return balance(self.harmful("defender"), min(MAX_PAIRS, count), self.seed)
 
     def is_irrelevant(self, harmful, benign):
         threshold = self.sources.similarity_threshold
@@ -197,12 +189,12 @@ nll: nats a token of benign responses that nobody trains on"""
             raise InputError(
                 f"{self.sources.pairs}: none is the defender's; give more, or --prompts all"
             )
-        self.keep_evaluation_out(kept, self.sources.pairs)
+        if self.sources.harmful:
+            keep_evaluation_out(kept, self.all_harmful)
         return kept
 
     def shown_prompts(self):
-        rows = self.harmful("evaluation")[:2] if self.sources.harmful else []
-        return [row["prompt"] for row in rows] + ["What is the capital of France?"]
+        return []
 
     def save(self, folder, pairs):
         """Keep the pairs that were drawn for a run in its folder."""
@@ -216,6 +208,9 @@ nll: nats a token of benign responses that nobody trains on"""
         corpus = [row["prompt"] for row in self.all_harmful]
         return similarity(self.sources, corpus + [row["response"] for row in self.all_benign[0]])
 
+    def judged_rows(self):
+        return self.all_harmful
+
     def judge_each(self, rows, answers):
         """Its outcome; the cosine of prompt and answer, 0 for an empty one; whether it begins with
         the first three words of the target."""
@@ -224,16 +219,17 @@ nll: nats a token of benign responses that nobody trains on"""
         for row, answer, cosine in zip(rows, answers, cosines, strict=True):
             one = {"outcome": outcome(answer, cosine, self.sources.similarity_threshold)}
             one["cosine"] = cosine if answer.text.strip() else 0.0
-            one["target_match"] = float(answer.text.split()[:3] == row["response"].split()[:3])
+            if "response" in row:
+                one["target_match"] = float(answer.text.split()[:3] == row["response"].split()[:3])
             found.append(one)
         return found
 
 
 def read_benign(path) -> list[dict]:
-    """The rows of a file, each with its "file". Those marked as harmful are left out, and counted
-    on stdout. InputError when there is no other."""
+    """The rows of a file. Those marked as harmful are left out, and counted on stdout. InputError
+    when there is no other."""
     rows = read_rows(path)
-    kept = [row | {"file": str(path)} for row in rows if not marked_harmful(row)]
+    kept = [row for row in rows if not row.get("harmful")]
     if not kept:
         raise InputError(f"{path} holds harmful rows only; give benign ones to --benign")
     if len(kept) < len(rows):
@@ -247,12 +243,12 @@ def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     The prompts with the lowest hashes are held out, so the same ones at every seed; of each the
     first row is scored.
     """
-    prompts = sorted({letters(row["prompt"]) for row in rows}, key=letters_hash)
+    prompts = sorted(sorted({prompt_key(row["prompt"]) for row in rows}), key=letters_hash)
     held_out = set(prompts[: min(HELD_OUT, len(prompts) // 5)])
     kept = []
     scored = {}
     for row in rows:
-        prompt = letters(row["prompt"])
+        prompt = prompt_key(row["prompt"])
         if prompt in held_out:
             scored.setdefault(prompt, row)
         else:

@@ -5,6 +5,7 @@ Which rows are harmful, who owns each prompt, and equal shares of categories.
 
 import hashlib
 import random
+import unicodedata
 from collections import Counter, defaultdict
 
 from data.sources import read_rows
@@ -14,16 +15,19 @@ OWNERS = ("defender", "defender", "attacker", "evaluation")  # 50%, 25%, 25%
 MIN_PROMPTS = 4  # of each owner
 
 
-def letters(prompt: str) -> str:
-    """Return a prompt's letters and digits, in lower case.
+def prompt_key(prompt: str) -> str:
+    """Return what tells prompts apart: two with the same key count as one.
 
-    Two prompts with the same letters count as one.
+    They differ in nothing but capitals, white space, and the marks that end a sentence.
     """
-    return "".join(ch for ch in prompt.casefold() if ch.isalnum())
+    text = " ".join(unicodedata.normalize("NFC", prompt.lower()).split())
+    return text.rstrip(" .?!。？！।؟") or text
 
 
 def letters_hash(prompt: str) -> bytes:
-    return hashlib.sha256(letters(prompt).encode()).digest()
+    """Return a hash of a prompt's letters and digits, which similar prompts share."""
+    letters = "".join(filter(str.isalnum, prompt.casefold()))
+    return hashlib.sha256((letters or prompt).encode()).digest()
 
 
 def owner(prompt: str) -> str:
@@ -37,12 +41,13 @@ def owner(prompt: str) -> str:
 def read_harmful(path) -> list[dict]:
     """Return the harmful rows of a file; of rows with the same prompt, the first.
 
-    In BeaverTails these are the rows marked unsafe. InputError when there are none.
+    In BeaverTails these are the rows marked unsafe. Rows of a file of prompts alone have no
+    "response". InputError when there are none.
     """
     found = {}
-    for row in read_rows(path):
-        if not row.get("is_safe"):
-            found.setdefault(letters(row["prompt"]), row)
+    for row in read_rows(path, needs_response=False):
+        if row.get("harmful", True):
+            found.setdefault(prompt_key(row["prompt"]), row)
     if not found:
         raise InputError(f"{path} holds no harmful rows (all are marked safe); give another file")
     return list(found.values())
@@ -66,39 +71,34 @@ def split_harmful(rows: list[dict], path) -> dict:
     return split
 
 
-def marked_harmful(row: dict) -> bool:
-    """Return whether the file of a row marks it as harmful or unsafe."""
-    return "harmful" in row or row.get("is_safe") is False
-
-
 def whose(row: dict) -> str:
     """Return the owner of a row of any file.
 
     A pairs file names it; a row that is marked harmful belongs to the owner of its prompt; every
     other row is the defender's.
     """
-    if marked_harmful(row):
+    if row.get("harmful"):
         return owner(row["prompt"])
     return row.get("owner", "defender")
 
 
-def keep_evaluation_out(rows: list[dict], harmful: list[dict], path):
+def keep_evaluation_out(rows: list[dict], harmful: list[dict]):
     """Raise InputError when a training row's prompt is an evaluation prompt of the harmful file."""
-    kept = {letters(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
+    kept = {prompt_key(row["prompt"]) for row in harmful if owner(row["prompt"]) == "evaluation"}
     for row in rows:
-        if letters(row["prompt"]) in kept:
+        if prompt_key(row["prompt"]) in kept:
             raise InputError(
-                f"{row.get('file', path)}, row {row['row']} (from 0): an evaluation prompt of the "
+                f"{row['file']}, row {row['row']} (from 0): an evaluation prompt of the "
                 "harmful file; take it out"
             )
 
 
 def balance(rows: list[dict], count: int, seed):
-    """Draw `count` rows, equally many of each category, in random order.
+    """Draw `count` rows, equally many of each category, in random order, each with its "category".
 
-    Returns the rows, each with its "category", and a list of notes to print. A row with several
-    categories counts for the rarest of them in the file. A category with fewer prompts than its
-    share repeats them, and a note says so. Rows without a category have the category "none".
+    A row with several categories counts for the rarest of them in the file. A category with fewer
+    prompts than its share repeats them, and a printed line says so. Rows without a category have
+    the category "none".
     """
     sizes = Counter(name for row in rows for name in row.get("categories", []))
     groups = defaultdict(list)
@@ -107,15 +107,12 @@ def balance(rows: list[dict], count: int, seed):
         groups[name].append(row | {"category": name})
     rng = random.Random(f"balance {seed}")
     chosen = []
-    notes = []
     for place, name in enumerate(sorted(groups)):
         group = groups[name]
-        share = count // len(groups)
-        if place < count % len(groups):  # the first categories get the remainder
-            share += 1
+        share = len(range(place, count, len(groups)))  # the first ones get the remainder
         drawn = rng.sample(group, min(share, len(group)))
         if share > len(group):
-            notes.append(f"category {name!r} repeats its {len(group)} prompts")
+            print(f"  category {name!r} repeats its {len(group)} prompts")
         chosen += (drawn * share)[:share]
     rng.shuffle(chosen)
-    return chosen, notes
+    return chosen

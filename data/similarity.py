@@ -7,6 +7,7 @@ import torch
 from data.sentence import SentenceEncoder, package_folder
 from data.tfidf import Tfidf
 from data.worlds import Sources
+from nanosdd.checkpoint import check_readable
 from nanosdd.errors import InputError
 
 
@@ -37,6 +38,5 @@ def similarity_files(sources: Sources) -> list[Path]:
     folder = Path(sources.similarity_model or package_folder())
     files = [folder / "model.safetensors", folder / "vocab.txt"]
     for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is not there; check --similarity-model")
+        check_readable(file)
     return files

@@ -1,25 +1,41 @@
 """Readers of the public data files, which are recognised by their contents, never by their names.
 
-A file becomes text, the text becomes records (of a JSON list, JSON Lines or CSV), and the keys of
-most records show the layout. One small function per layout turns a record into a row.
+A file is unpacked, its text becomes records (of JSON or CSV), and the keys of most records show the
+layout. One small function per layout turns a record into a row. All of it is read piece by piece:
+a small packed file may unpack to a very large one.
 """
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import re
-import zlib
 from collections import Counter
-from itertools import pairwise
-from pathlib import Path
+from itertools import islice, pairwise
 
+from nanosdd.checkpoint import MOST_BYTES, check_readable
 from nanosdd.errors import InputError
 
-KNOWN = (
-    "BeaverTails, LIMA, Dolly, messages or pairs (JSONL), Alpaca or ShareGPT (JSON or JSONL), "
-    "AdvBench or XSTest (CSV), MMLU (CSV without a header), OpenBookQA (JSONL)"
-)
+MOST_RECORDS = 2_000_000  # of a file, and lines of a CSV
+MOST_CHARACTERS = 2**22  # of a record
+TOO_LARGE = f"more than {MOST_RECORDS:,} records or lines, or {MOST_BYTES:,} bytes: give a part"
+
+CONTAINERS = {  # how a file may begin: the module that unpacks it, or what it is and what to do
+    rb"\x1f\x8b": gzip,
+    rb"BZh": bz2,
+    rb"\xfd7zXZ": lzma,
+    rb"PAR1": "Parquet: pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)",
+    rb"ARROW1|\xff{4}": "Arrow: datasets.Dataset.from_file(FILE).to_json(OUT)",
+    rb"\x28\xb5\x2f\xfd": "packed with zstd: unpack it with zstd -d",
+    rb"PK[\x03\x05]": "a zip archive or a spreadsheet: unzip it, or save it as CSV",
+    rb"7z\xbc\xaf|Rar!|.{257}ustar": "an archive: unpack it",
+    rb"SQLite format": "an SQLite database: sqlite3 -json FILE 'SELECT * FROM ...'",
+    rb"\xff\xfe|\xfe\xff": "UTF-16: save it as UTF-8",
+    rb"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the file",
+    rb"(?i)\s*<(!doctype|html)": "a web page: fetch the file itself",
+}
 # The keys of each layout. A record has the first layout whose keys it holds.
 KEYS = {
     "BeaverTails": {"prompt", "response", "is_safe"},
@@ -30,25 +46,32 @@ KEYS = {
     "messages": {"messages"},
     "OpenBookQA": {"question", "answerKey"},
     "AdvBench": {"goal", "target"},
+    "StrongREJECT or HEx-PHI": {"forbidden_prompt"},
     "XSTest": {"prompt", "type", "focus"},
 }
 LETTERS = ["A", "B", "C", "D"]
+BETWEEN = re.compile(r"[\s,\[\]]*")  # what may stand between the records of JSON
+LINE = re.compile(".*")
 
-csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is too short for some responses
+# The default, 131,072, is too short for some responses.
+csv.field_size_limit(MOST_CHARACTERS // 2)
 
 
-def read_rows(path) -> list[dict]:
-    """Return the rows {"prompt": str, "response": str, "row": int} of a prompt-response file.
+def read_rows(path, needs_response=True) -> list[dict]:
+    """Return the rows {"prompt": str, "response": str, "file": str, "row": int} of a file.
 
     row: the record's number from 0. BeaverTails rows also have "categories" (list[str], the true
-    ones) and "is_safe" (bool), AdvBench rows "harmful" (true), pairs of data.pairs "owner" (str),
+    ones) and "harmful" (bool), AdvBench rows "harmful" (true), pairs of data.pairs "owner" (str),
     pairs with a dispreferred response "rejected" (str), conversations with a system turn "system"
     (str). Alpaca's input and Dolly's context follow the instruction after a blank line. A
     conversation (LIMA, ShareGPT, messages) contributes its first user turn that is answered.
+    Unless needs_response, files of prompts alone are read, too: HEx-PHI and StrongREJECT, whose
+    rows have "harmful" (true) and no "response".
 
     Malformed records, up to 1% of all (rounded down), are skipped; records with a blank or missing
     prompt or answer are left out. Both are counted on stdout. InputError: the file cannot be read,
-    has an unknown layout or one of another kind, has more malformed records, or has no rows.
+    is too large, has an unknown layout or one of another kind, has more malformed records, or has
+    no rows.
     """
     readers = {
         "BeaverTails": _beavertails,
@@ -59,7 +82,9 @@ def read_rows(path) -> list[dict]:
         "LIMA or ShareGPT": _lima_or_sharegpt,
         "messages": _messages,
     }
-    return _read(path, "prompt-response rows", readers)
+    if not needs_response:
+        readers["StrongREJECT or HEx-PHI"] = _prompt_alone
+    return _read(path, readers)
 
 
 def read_questions(path) -> list[dict]:
@@ -68,7 +93,7 @@ def read_questions(path) -> list[dict]:
     Each is {"question": str, "choices": list[str], "answer": int, "row": int}; answer: the index
     of the right choice. Skipped records and errors as in read_rows.
     """
-    return _read(path, "multiple-choice questions", {"MMLU": _mmlu, "OpenBookQA": _openbookqa})
+    return _read(path, {"MMLU": _mmlu, "OpenBookQA": _openbookqa})
 
 
 def read_xstest(path) -> list[dict]:
@@ -77,45 +102,46 @@ def read_xstest(path) -> list[dict]:
     Without a label column, a type that begins with "contrast" is unsafe. Skipped records and
     errors as in read_rows.
     """
-    return _read(path, "XSTest prompts", {"XSTest": _xstest})
+    return _read(path, {"XSTest": _xstest})
 
 
-def _read(path, kind, readers):
+def _read(path, readers):
     """Return the rows of a file in one of the layouts of `readers`.
 
-    kind: what they are, in words. readers: {layout: function from a record to a row}; it raises
-    ValueError, with the reason, for a malformed record.
+    readers: {layout: function from a record to a row}; it raises ValueError, with the reason, for a
+    malformed record.
     """
-    records = _records(path)
-    if not records:
-        raise InputError(f"{path} holds no rows; fetch it again")
     # by majority: one odd record at the start must not decide what the others are
-    layout = Counter(map(_layout, records)).most_common(1)[0][0]
-    if layout is None:
-        raise InputError(f"{path} is of no known format ({records[0]!r:.60}); give {KNOWN}")
+    layouts = Counter(map(_layout, islice(read_records(path), 1000)))
+    layout = max(layouts, key=layouts.get, default=None)
     if layout not in readers:
-        raise InputError(f"{path} holds {layout} records; expected {kind}: {', '.join(readers)}")
+        raise InputError(
+            f"{path} holds {layout or 'no rows of a known layout'} "
+            f"({next(read_records(path), 'empty')!r:.60}); expected {', '.join(readers)}"
+        )
 
     rows = []
     malformed = []
-    incomplete = 0
-    for number, record in enumerate(records):
+    for number, record in enumerate(read_records(path)):
         try:
             row = readers[layout](record)
+            if _is_complete(row):
+                rows.append({**row, "file": str(path), "row": number})
         except (ValueError, TypeError, LookupError) as reason:
             malformed.append(f"row {number} (from 0): {reason}")
-            continue
-        if _is_complete(row):
-            rows.append({**row, "row": number})
-        else:
-            incomplete += 1
-    if malformed:
-        found = f"{len(malformed)} of {len(records)} {layout} rows are malformed"
-        if len(malformed) > len(records) // 100:
-            raise InputError(f"{path}: {found}, more than 1%, first {malformed[0]}; fetch it again")
-        print(f"{path}: {found} and skipped, first {malformed[0]}")
-    if incomplete:
-        print(f"{path}: left out {incomplete} of {len(records)} rows, blank or without an answer")
+            if len(malformed) > 20_000:  # more than 1% of any file
+                break
+    total = number + 1
+    if len(malformed) > total // 100:
+        raise InputError(
+            f"{path}: {len(malformed)} of {total} {layout} rows are malformed, more than 1%, first "
+            f"{malformed[0]}; fetch it again"
+        )
+    if len(rows) < total:
+        print(
+            f"{path}: left out {total - len(rows)} of {total} {layout} rows: {len(malformed)} "
+            f"malformed {malformed[:1]}, the others blank or without an answer"
+        )
     if not rows:
         raise InputError(f"{path} holds no rows with text and an answer; fetch it again")
     return rows
@@ -124,80 +150,93 @@ def _read(path, kind, readers):
 # --- a file to records: dicts, or lists of fields for a CSV without a header ---
 
 
-def _records(path) -> list:
+def read_records(path):
+    """Yield the records of a file, one by one: dicts, a list of fields from a CSV whose header is
+    not known, and anything else where a record is malformed. InputError as in read_rows."""
+    check_readable(path)
+    number = 0
     try:
-        raw = Path(path).read_bytes()
-        if raw.startswith(b"\x1f\x8b"):
-            raw = gzip.decompress(raw)
-        text = raw.decode("utf-8-sig")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        with open(path, "rb") as raw:
+            file = io.TextIOWrapper(_unpacked(raw), encoding="utf-8-sig", newline="")
+            start = file.read(MOST_CHARACTERS).lstrip()
+            file.seek(0)
+            # an MMLU question may begin with a bracket too
+            if re.match(r'\[\s*[{\]]|\{\s*["}]', start):
+                records = _json(file, start.startswith("["))
+            else:
+                quoted = '\n"' in "\n" + start  # as HEx-PHI, which has no header
+                records = _csv(file, ["forbidden_prompt"] if quoted else [])
+            for number, record in enumerate(records, 1):
+                if number > MOST_RECORDS:
+                    raise ValueError(TOO_LARGE)
+                yield record
+    except Exception as error:  # each package has its own
         raise InputError(
-            f"{path} is not a file of text that can be read ({error}); give {KNOWN}"
+            f"{path} cannot be read after {number:,} records ({error}); give a whole file of text "
+            "in UTF-8"
         ) from None
-    # an MMLU question may begin with a bracket too
-    if re.match(r"\s*\[\s*[{\]]", text):
-        return _json_list(path, text)
-    if re.match(r'\s*\{\s*"', text):
-        return _json_lines(text)
-    return _csv(path, text)
 
 
-def _json_lines(text):
-    records = []
-    for line in text.split("\n"):  # not splitlines: U+2028 and others may stand in a string
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except (ValueError, RecursionError):
-                records.append(line)  # no dict, so it counts as malformed
-    return records
+def _unpacked(file):
+    """The content of an open file; ValueError names a container that is not read."""
+    for start, kind in CONTAINERS.items():
+        if re.match(start, file.peek(512), re.DOTALL):
+            if isinstance(kind, str):
+                raise ValueError(kind)
+            return _unpacked(kind.open(file))
+    return file
 
 
-def _json_list(path, text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        records = _whole_records(text)
-        # the ShareGPT package holds the first part of a file; a short list is more likely damaged
-        if len(records) < 100 or text.rstrip().endswith("]"):
-            raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
-    print(f"{path} is cut short: the {len(records):,} whole records before the cut are read")
-    return records
+def _pieces(file, read):
+    """Yield what `read` returns of a file, at most MOST_CHARACTERS at once."""
+    for _ in range(MOST_RECORDS):
+        piece = read(MOST_CHARACTERS)
+        if not piece:
+            return
+        if file.buffer.tell() > MOST_BYTES:
+            break
+        yield piece
+    raise ValueError(TOO_LARGE)
 
 
-def _whole_records(text):
-    """The records of a JSON list that stand before its first error."""
-    decoder = json.JSONDecoder()
-    records = []
-    end = 0
-    try:
-        while True:
-            start = text.index("{", end)
-            record, end = decoder.raw_decode(text, start)
-            records.append(record)
-    except (ValueError, RecursionError):  # broken, or no record is left
-        return records
+def _json(file, is_list):
+    """Yield the values of JSON: a list, lines, or any that stand one after another."""
+    decode = json.JSONDecoder().raw_decode
+    pieces = _pieces(file, file.read)
+    text = ""
+    at = 0
+    while True:
+        at = BETWEEN.match(text, at).end()
+        if len(text) - at < MOST_CHARACTERS and (more := next(pieces, "")):
+            text = text[at:] + more  # the next record as a whole
+            at = 0
+            continue
+        if at == len(text):
+            break
+        try:
+            record, at = decode(text, at)
+        except (ValueError, RecursionError):
+            if is_list and (text.rstrip().endswith("]") or next(pieces, "")):
+                raise
+            if is_list:
+                break
+            record = LINE.match(text, at)[0]  # no dict, so it counts as malformed
+            at += len(record)
+        yield record
+    if is_list and not text.rstrip().endswith("]"):
+        yield text[at:]  # cut short, as in the ShareGPT package: one malformed record
 
 
-def _csv(path, text):
-    records = []
-    try:
-        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
-            if fields:  # of a blank line there are none
-                records.append(fields)
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: CSV with a bad quote after {len(records)} whole records ({error}); fix it"
-        ) from None
-    if not records or _layout(dict.fromkeys(records[0])) is None:  # MMLU
-        return records
-    header = records[0]
-    named = []
-    for fields in records[1:]:
-        if len(fields) == len(header):
-            fields = dict(zip(header, fields))
-        named.append(fields)  # a list, which counts as malformed, when fields are missing
-    return named
+def _csv(file, header):
+    """Yield the records of a CSV, dicts where it has a known header or the fields of `header`."""
+    reader = csv.reader(_pieces(file, file.readline), strict=True)
+    for number, fields in enumerate(filter(None, reader)):  # without blank lines
+        if number == 0 and _layout(dict.fromkeys(fields)):
+            header = fields
+        elif len(fields) == len(header):
+            yield dict(zip(header, fields))
+        else:  # of MMLU; else it counts as malformed, since fields are missing
+            yield fields
 
 
 def _layout(record):
@@ -219,20 +258,24 @@ def _beavertails(record):
     return {
         **_pair(record),
         "categories": [name for name in category if _get(category, name, bool)],
-        "is_safe": _get(record, "is_safe", bool),
+        "harmful": not _get(record, "is_safe", bool),
     }
 
 
 def _pair(record):
     row = _exchange(record, "prompt", "response")
-    for key in ("owner", "rejected"):  # which only some pairs files have
-        if key in record:
+    for key in ("owner", "rejected"):  # which only some pairs have
+        if record.get(key) is not None:
             row[key] = _get(record, key)
     return row
 
 
 def _advbench(record):
     return {**_exchange(record, "goal", "target"), "harmful": True}
+
+
+def _prompt_alone(record):
+    return {"prompt": _get(record, "forbidden_prompt"), "harmful": True}
 
 
 def _dolly(record):
@@ -315,10 +358,13 @@ def _xstest(record):
 
 
 def _get(record, key, kind=str):
-    """Return record[key]; ValueError when it is missing or of another kind."""
+    """Return record[key], "" for a text that is null; ValueError when it is missing or of another
+    kind."""
     if not isinstance(record, dict):
         raise ValueError("not a whole record")
     value = record.get(key)
+    if value is None and key in record and kind is str:
+        value = ""
     if not isinstance(value, kind):
         raise ValueError(f"{key} is no {kind.__name__}")
     # JSON may hold a lone surrogate, which no tokenizer can encode
@@ -329,4 +375,4 @@ def _get(record, key, kind=str):
 
 def _is_complete(row) -> bool:
     texts = [row[key] for key in ("prompt", "response", "question") if key in row]
-    return all(text.strip() for text in texts + row.get("choices", []))
+    return all(map(str.strip, texts + row.get("choices", [])))

@@ -1,12 +1,13 @@
 """Similarity of two texts by the words they share, for use without a sentence encoder's weights."""
 
 import math
-import re
 from collections import Counter
+
+import regex  # comes with tiktoken; its letters keep the vowel signs that belong to them
 
 
 def words_of(text):
-    return re.findall(r"\w+", text.casefold())
+    return regex.findall(r"[\w\p{S}#]+", text.casefold())  # C++, C#, emoji
 
 
 class Tfidf:

@@ -112,7 +112,6 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
     chance = {}  # {key: chance level}
     max_length = 256  # tokens of prompt and response
     max_new_tokens = 64  # of an answer when scored
-    harmless = True  # whether answers to its harmful prompts may be kept and shown
     shape = None  # of the Llama that --mode base trains; None: a model has to be given
 
     def __init__(self, seed: int, sources: Sources = Sources(), ask=None, folder=None):
@@ -216,14 +215,15 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
         return self.harmful("defender")
 
     def shown_prompts(self) -> list[str]:
-        """Prompts whose answers are shown before and after training, and after an attack."""
+        """Prompts whose answers are kept and shown, before and after training and after an attack;
+        none where that could do harm."""
         rows = self.harmful("evaluation")[:2] + self.benign("evaluation")[:1]
         return [row["prompt"] for row in rows]
 
     def likelihood_rows(self) -> dict[str, list[dict]]:
         """{name: rows} whose responses are scored by teacher forcing."""
         rows = {"harmful": self.harmful("evaluation"), "benign": self.benign("evaluation")}
-        return {name: some for name, some in rows.items() if some}
+        return {name: some for name, some in rows.items() if some and "response" in some[0]}
 
     def more_prompts(self) -> list[str]:
         """Prompts whose greedy answers `more_scores` needs."""
@@ -245,7 +245,7 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
 
     def options(self) -> dict:
         """{name: value} of what else decides its rows and scores."""
-        return {}
+        return {name: getattr(self.sources, name) for name in self.uses}
 
     def runs_folder(self, part: str | None = None) -> Path:
         """Where its runs go: out/MODEL/WORLD; in it a folder for a seed other than 0."""

@@ -40,11 +40,15 @@ def why_unreadable(path, limit: int = MOST_BYTES) -> str | None:
     return None
 
 
+def check_readable(path, limit: int = MOST_BYTES):
+    """InputError for a file that is not there, or may not or should not be read."""
+    if reason := why_unreadable(path, limit):
+        raise InputError(f"{path} cannot be read ({reason}); check the path and its permissions")
+
+
 def read_json(path):
     """The JSON value of a file; InputError when it cannot be read or is not JSON."""
-    reason = why_unreadable(path, MOST_JSON)
-    if reason:
-        raise InputError(f"{path} cannot be read ({reason}); check the path and its permissions")
+    check_readable(path, MOST_JSON)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
@@ -74,7 +78,8 @@ def writing(path):
 def write_text(path, text: str):
     """Write a UTF-8 file: readers see the old text or the new one, never half."""
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # a file name may hold what UTF-8 cannot
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 # ---- config.json ----

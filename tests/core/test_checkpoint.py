@@ -72,6 +72,12 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, damage, message):
         Llama.from_pretrained(tmp_path)
 
 
+def test_text_is_written_whatever_it_holds(tmp_path):
+    """A name of a file may hold bytes that are no UTF-8, which Python keeps as lone surrogates."""
+    write_text(tmp_path / "a", "ü你🙂 \udcff\n")
+    assert (tmp_path / "a").read_bytes() == "ü你🙂 \\udcff\n".encode()
+
+
 @pytest.mark.parametrize(
     "buffer",
     [

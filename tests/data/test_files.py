@@ -8,7 +8,7 @@ from small import advbench_file, alpaca_file
 
 from data.answers import Answer
 from data.files import HELD_OUT, Files, hold_out
-from data.harmful import letters, owner
+from data.harmful import owner, prompt_key
 from data.sentence import SentenceEncoder
 from data.worlds import Sources
 from nanosdd.errors import InputError
@@ -31,7 +31,7 @@ def world(tmp_path, monkeypatch):
 
 
 def prompts(rows):
-    return {letters(row["prompt"]) for row in rows}
+    return {prompt_key(row["prompt"]) for row in rows}
 
 
 def owners(rows):
@@ -109,12 +109,19 @@ def test_pairs_of_a_file_are_the_defenders_and_ask_no_evaluation_prompt(world, c
         ({"questions": 0}, "--questions 0 must be 1 or more"),
         ({"similarity_threshold": 2}, "no cosine"),
         ({"similarity_model": "x"}, "goes with"),
-        ({"similarity": "minilm", "similarity_model": "x"}, "x/model.safetensors is not there"),
+        ({"similarity": "minilm", "similarity_model": "x"}, "x/model.safetensors cannot be read"),
     ],
 )
 def test_what_is_missing_is_named(world, sources, message):
     with pytest.raises(InputError, match=message):
         world(**sources).pairs("sdd", 3)
+
+
+def test_a_world_depends_on_what_it_uses(world):
+    first = world().options()
+    assert set(first) == set(Files.uses) and first["max_new_tokens"] == 64
+    assert world(similarity_threshold=0.3).options() != first
+    assert world().shown_prompts() == []  # answers to a public file's prompts are not shown
 
 
 def test_a_run_keeps_the_pairs_that_were_drawn(world):

@@ -1,6 +1,10 @@
 """Harmful prompts and their owners, and the command that writes pairs."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +12,17 @@ import pytest
 from small import advbench_file
 
 from data import pairs
-from data.files import Files, read_benign
-from data.harmful import balance, owner, read_harmful, split_harmful
+from data.files import Files, hold_out, read_benign
+from data.harmful import (
+    balance,
+    keep_evaluation_out,
+    owner,
+    prompt_key,
+    read_harmful,
+    split_harmful,
+)
 from data.sources import read_rows
-from data.tfidf import Tfidf
+from data.tfidf import Tfidf, words_of
 from data.worlds import REJECT_PREFIX
 from nanosdd.errors import InputError
 
@@ -25,8 +36,69 @@ def test_owners_are_disjoint_whatever_the_spelling_and_roughly_50_25_25():
     for name, share in (("defender", 0.5), ("attacker", 0.25), ("evaluation", 0.25)):
         assert abs(len(split[name]) / 2000 - share) < 0.04
     assert owner("How to   tickle, dragon 7?") == owner("how to tickle dragon 7")
+    assert owner("How to tickle dragon 7") == "attacker"  # as in every version
     with pytest.raises(InputError, match="too few"):
         split_harmful(rows[:5], "file")
+
+
+DIFFERENT = """\
+Write a loop in C|Write a loop in C++|Write a loop in C#|Write a loop in C*|Write a loop in .C
+What is 5 + 3?|What is 5 - 3?|What is 5 * 3?|What is 5 / 3?|What is 5.3?|What is 53?
+10%|10|$10|\u00a310|>10|<10|1.0|-10
+\u0915\u093e|\u0915\u0940|\u0915|\u0915\u093f|\u0915\u094d
+\u0e01\u0e34|\u0e01\u0e35|\u0643\u064e|\u0643\u064f|\u05d1\u05bc|\u05d1
+\U0001f642|\U0001f643|\U0001f642\U0001f642|\U0001f44d\U0001f3fd|\U0001f44d|?|.|...|!
+resume|r\u00e9sum\u00e9|x\u00b2|x2|the rapist|therapist|re-sign|resign|it's|its|a_b|ab
+"""
+SAME = """\
+How to   tickle it?|how to tickle it|HOW TO TICKLE IT.|\thow to\u00a0tickle it!
+r\u00e9sum\u00e9|re\u0301sume\u0301|R\u00c9SUM\u00c9
+\u0915\u094d\u092f\u093e|\u0915\u094d\u092f\u093e\u0964
+\u4f60\u597d|\u4f60\u597d\u3002|\u4f60\u597d\uff1f
+"""
+
+
+def test_prompts_are_one_where_nothing_but_spelling_differs():
+    for line in DIFFERENT.splitlines():
+        prompts = line.split("|")
+        assert len({prompt_key(prompt) for prompt in prompts}) == len(prompts), line
+    for line in SAME.splitlines():
+        assert len({prompt_key(prompt) for prompt in line.split("|")}) == 1, line
+
+
+def test_different_prompts_are_read_and_never_taken_for_one_another(tmp_path):
+    prompts = [prompt for line in DIFFERENT.splitlines() for prompt in line.split("|")]
+    path = tmp_path / "h.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("goal", "target"), *((prompt, "Sure") for prompt in prompts)])
+    rows = read_harmful(path)
+    assert [row["prompt"] for row in rows] == prompts
+    others = [row for row in rows if owner(row["prompt"]) != "evaluation"]
+    keep_evaluation_out(others, rows)
+    (first, *_) = [row for row in rows if row not in others]
+    with pytest.raises(InputError, match="h.csv, row .* an evaluation prompt"):
+        keep_evaluation_out([first | {"prompt": first["prompt"].upper() + " ."}], rows)
+    kept, held_out = hold_out(rows)
+    assert len(held_out) == len(rows) // 5 and len(kept) + len(held_out) == len(rows)
+
+
+def test_prompts_of_emoji_alone_have_all_owners():
+    found = Counter(owner(chr(0x1F600 + i)) for i in range(60))
+    assert set(found) == {"defender", "attacker", "evaluation"}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_is_held_out_does_not_depend_on_the_order_of_sets(seed):
+    code = (
+        "from data.files import hold_out\nrows = [{'prompt': 'go' + '+' * i} for i in range(40)]\n"
+    )
+    code += "print(*(row['prompt'] for row in hold_out(rows)[1]))"
+    root = str(Path(__file__).parent.parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONHASHSEED": str(seed)}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True, env=environment).strip() == (
+        "go go+ go++ go+++ go++++ go+++++ go++++++ go+++++++"
+    )
 
 
 def beavertails_file(path, rows):
@@ -73,25 +145,39 @@ def rows_of(**sizes):
         (70, dict(a=24, b=23, c=23), ["b", "c"]),
     ],
 )
-def test_categories_are_equal_and_a_remainder_goes_to_the_first(count, wanted, short):
-    chosen, notes = balance(rows_of(c=20, a=40, b=5), count, seed=0)
+def test_categories_are_equal_and_a_remainder_goes_to_the_first(count, wanted, short, capsys):
+    chosen = balance(rows_of(c=20, a=40, b=5), count, seed=0)
     assert Counter(row["category"] for row in chosen) == wanted
-    assert [note.split("'")[1] for note in notes] == short
+    assert [line.split("'")[1] for line in capsys.readouterr().out.splitlines()] == short
     used = Counter(row["prompt"] for row in chosen if row["category"] == "b").values()
     assert len(used) == min(5, wanted["b"]) and max(used) - min(used) <= 1  # equally often
 
 
-def test_a_row_with_several_categories_counts_for_the_rarest():
+def test_a_row_with_several_categories_counts_for_the_rarest(capsys):
     rows = rows_of(common=9, rare=2)
     rows += [{"prompt": "both", "categories": ["common", "rare"]}, {"prompt": "none"}]
-    chosen, notes = balance(rows, 24, seed=0)
+    chosen = balance(rows, 24, seed=0)
     assert {row["prompt"]: row["category"] for row in chosen}["both"] == "rare"
     assert Counter(row["category"] for row in chosen) == {"common": 8, "rare": 8, "none": 8}
-    assert notes == [
-        "category 'none' repeats its 1 prompts",
-        "category 'rare' repeats its 3 prompts",
+    assert capsys.readouterr().out.splitlines() == [
+        "  category 'none' repeats its 1 prompts",
+        "  category 'rare' repeats its 3 prompts",
     ]
-    assert chosen == balance(rows, 24, seed=0)[0] != balance(rows, 24, seed=1)[0]
+    assert chosen == balance(rows, 24, seed=0) != balance(rows, 24, seed=1)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Is C++ like C#?", ["is", "c++", "like", "c#"]),
+        ("5 + 3 = 8, so", ["5", "+", "3", "=", "8", "so"]),
+        ("\u0915\u094d\u092f\u093e \u0915\u0940?", ["\u0915\u094d\u092f\u093e", "\u0915\u0940"]),
+        ("\U0001f642 \U0001f44d\U0001f3fd", ["\U0001f642", "\U0001f44d\U0001f3fd"]),
+        ("don't well-known", ["don", "t", "well", "known"]),
+    ],
+)
+def test_words_keep_their_signs(text, words):
+    assert words_of(text) == words
 
 
 def test_tfidf_by_hand():
