@@ -46,7 +46,7 @@ from data.chat_model import (
     untrained_folder,
 )
 from data.exams import read_exams
-from data.worlds import add_world_arguments, named_in, open_world, sources_of
+from data.worlds import MAX_PAIRS, add_world_arguments, named_in, open_world, sources_of
 from eval import add_exam_arguments, score, scored_prompts
 from model import Llama
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
@@ -82,9 +82,10 @@ class Grid:
     def __post_init__(self):
         counts = min(self.epochs, self.steps) >= 0 < self.epochs + self.steps
         rates = all(0 < lr < math.inf for lr in self.lr)
-        if not (min(self.shots) >= 1 <= self.batch_size and counts and rates):
+        if not (min(self.shots) >= 1 <= self.batch_size <= MAX_PAIRS and counts and rates):
             raise InputError(
-                "--shots, --batch-size, --lr, and --epochs or --steps, must be above 0"
+                "--shots, --batch-size, --lr, and --epochs or --steps, must be above 0, "
+                f"--batch-size at most {MAX_PAIRS}"
             )
 
     def budgets(self, shots: int) -> set[int]:
@@ -112,7 +113,7 @@ class Attack:
     @property
     def key(self) -> str:
         budgets = " ".join(map(str, self.budgets))
-        return f"{self.name} {self.shots} {self.lr:g} {self.batch_size} {budgets}"
+        return f"{self.name} {self.shots} {self.lr} {self.batch_size} {budgets}"
 
 
 RELEASED = Attack("none", 0, 0.0, (0,))
@@ -212,7 +213,7 @@ def evaluate(
 ) -> dict:
     """The scores of an attacked model. held_out: the attacker's own rows; y_o: of yo_rows;
     begun: {prompt: Answer} that take the place of the model's own answers."""
-    shown = world.shown_prompts() if world.harmless else []
+    shown = world.shown_prompts()
     own = [row["prompt"] for row in held_out]
     # All prompts are answered in one go: large batches are cheaper.
     prompts = own + shown + scored_prompts(world)
@@ -370,7 +371,7 @@ def main(argv=None):
         raise InputError("--model names what arms start from, --released the arms: give one")
     base = untrained_folder(args.model) if args.model else None
     folders = [model_folder(name) for name in args.released] or [base]
-    if len({folder and Path(folder).name for folder in folders}) < len(folders):
+    if len({folder and Path(folder).resolve().name for folder in folders}) < len(folders):
         raise InputError("two --released folders have one name, which arms get; rename one")
     exams = read_exams(args.mmlu, args.mmlu_shots, args.openbookqa)
     worlds = []  # all are opened and checked before anything runs
@@ -394,7 +395,11 @@ def main(argv=None):
     curves = []
     for folder, world in worlds:
         store = out / f"seed{world.seed}" if args.released else world.root / "attack"
-        arms = {Path(folder).name: folder} if args.released else train_arms(world, base, compute)
+        arms = (
+            {Path(folder).resolve().name: folder}
+            if args.released
+            else train_arms(world, base, compute)
+        )
         for arm, released in arms.items():
             results = Results(store / f"{arm}.jsonl", record_of(released, world, compute, exams))
             if args.fresh:

@@ -31,11 +31,12 @@ from data.chat_model import (
     teacher_forced,
 )
 from data.exams import exams_table, read_exams, run_exams
+from data.sources import read_records
 from data.tokenizer import Tokenizer
 from data.worlds import add_world_arguments, open_world, read_world, sources_of
 from nanosdd.checkpoint import read_json
 from nanosdd.device import add_compute_arguments, for_model, one_process_only, resolve_compute
-from nanosdd.errors import InputError, escaped, run_script
+from nanosdd.errors import InputError, run_script
 from nanosdd.runs import ROOT, write_text
 from nanosdd.tables import text_table
 
@@ -84,15 +85,6 @@ def score(chat: Chat, world, given: dict[str, Answer], exams: dict | None = None
     for name, found in run_exams(chat, exams or {}, world.max_new_tokens).items():
         scores[name] = found.get("accuracy_per_character", found.get("accuracy"))
     return scores
-
-
-def read_jsonl(path) -> list:
-    """The values of a JSON Lines file."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON Lines ({error}); write it again") from None
 
 
 # ---- the command ----
@@ -190,7 +182,7 @@ def main(argv=None):
             talk(chat, max_new_tokens)
             return
         if args.prompt is not None:
-            print(f"{folder}: {escaped(answer(chat, [args.prompt], max_new_tokens)[0].text)}")
+            print(f"{folder}: {answer(chat, [args.prompt], max_new_tokens)[0].text}")
             continue
         path = Path(folder) / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
@@ -199,10 +191,10 @@ def main(argv=None):
             ask = Ask(folder, compute, args.template)
             world = open_world(args.world, seed, sources_of(args), ask, folder)
             if args.answers:
-                saved += world.judge_answers(read_jsonl(args.answers), chat.tokenizer.encode)
+                saved += world.judge_answers([*read_records(args.answers)], chat.tokenizer.encode)
                 continue
             prompts = scored_prompts(world)
-            given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens)))
+            given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens, args.harmful)))
             for row in world.harmful("evaluation"):
                 line = {"model": str(folder), "prompt": row["prompt"]}
                 saved.append(line | {"response": given[row["prompt"]].text})

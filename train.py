@@ -33,18 +33,19 @@ from pathlib import Path
 
 import torch
 
-from data.chat import Example, collate, draw_batches, encode_rows
+from data.chat import Example, collate, draw_batches
 from data.chat_model import (
     Ask,
     Chat,
     answer,
+    encode_for,
     load_chat,
     model_folder,
     new_chat,
     save_chat,
     untrained_folder,
 )
-from data.worlds import add_world_arguments, named_in, open_world, sources_of
+from data.worlds import MAX_PAIRS, add_world_arguments, named_in, open_world, sources_of
 from model import Llama
 from nanosdd import device
 from nanosdd.checkpoint import kept_update
@@ -76,7 +77,7 @@ class Settings:
     def __post_init__(self):
         valid = {
             "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
+            "batch_size": 1 <= self.batch_size <= MAX_PAIRS,
             "lr": 0 < self.lr < math.inf,
             "benign_replay": 0 <= self.benign_replay < 1,
             "max_length": self.max_length >= 2,
@@ -219,7 +220,7 @@ def train(
     pairs, examples, rehearsed = prepare(chat, world, mode, settings)
     rng = random.Random(f"batches {world.seed}")
     batches = draw_batches(examples, rehearsed, settings.benign_replay, settings.batch_size, rng)
-    shown = world.shown_prompts() if world.harmless else []
+    shown = world.shown_prompts()
     before = answer(chat, shown, world.max_new_tokens) if start else None
     # This also puts the model into training mode, and spreads it over several processes.
     optimizer = make_optimizer(chat.model, compute, settings.betas, settings.weight_decay)
@@ -296,14 +297,13 @@ def prepare(chat: Chat, world, mode: str, settings: Settings):
     replay = world.rehearsal() if settings.benign_replay else []
     if settings.benign_replay and not replay:
         raise InputError(f"--benign-replay {settings.benign_replay} needs --benign FILE")
-    limit = min(settings.max_length, chat.model.config.max_position_embeddings)
-    examples = encode_rows(chat.tokenizer, chat.template, pairs, limit)
-    rehearsed = encode_rows(chat.tokenizer, chat.template, replay, limit)
+    examples = encode_for(chat, pairs, settings.max_length)
+    rehearsed = encode_for(chat, replay, settings.max_length)
     parameters = sum(p.numel() for p in chat.model.parameters())
     print(
         f"  {parameters:,} parameters on {chat.compute.device} in {chat.compute.dtype}, template "
         f"{chat.template}; {settings.steps} steps of {settings.batch_size} rows from "
-        f"{len(pairs):,} pairs, {settings.benign_replay:.0%} rehearsed from {len(replay):,}; "
+        f"{len(examples):,} pairs, {settings.benign_replay:.0%} rehearsed from {len(rehearsed):,}; "
         f"lr {settings.lr:g}"
     )
     return pairs, examples, rehearsed

@@ -222,18 +222,6 @@ def encode_rows(tokenizer, template: str, rows: list[dict], max_length: int) -> 
     return examples
 
 
-def rows_that_fit(tokenizer, template: str, rows: list[dict], max_length: int) -> list[dict]:
-    """Return the rows whose prompt leaves room for a response within max_length tokens.
-
-    In ShareGPT some prompts do not.
-    """
-    return [
-        row
-        for row in rows
-        if len(encode_prompt(tokenizer, template, row["prompt"], row.get("system"))) < max_length
-    ]
-
-
 @dataclass
 class Batch:
     """Packed rows: one after the other, without padding. A row is an example without its last

@@ -21,13 +21,12 @@ from data.chat import (
     encode_rows,
     is_trained,
     read_chat,
-    rows_that_fit,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Llama, LlamaConfig
 from nanosdd.checkpoint import write_model, writing
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
-from nanosdd.errors import InputError, escaped
+from nanosdd.errors import InputError
 from nanosdd.progress import Progress
 from nanosdd.runs import check_finished, code_hash, write_text
 from sdd_loss import token_logprobs
@@ -152,10 +151,19 @@ class Ask:
 # ---- greedy answers ----
 
 
-def answer(chat: Chat, prompts: list[str], max_new_tokens: int) -> list[Answer]:
-    """Greedy answers to prompts, in their order; equal prompts are answered once."""
+def answer(chat: Chat, prompts: list[str], max_new_tokens: int, file=None) -> list[Answer]:
+    """Greedy answers to prompts, in their order; equal prompts are answered once.
+
+    InputError for a prompt that leaves no room; file: where it stands, to be named.
+    """
     different = list(dict.fromkeys(prompts))
     ids = [encode_prompt(chat.tokenizer, chat.template, prompt) for prompt in different]
+    for prompt, tokens in zip(different, ids):
+        if len(tokens) >= chat.model.config.max_position_embeddings:
+            raise InputError(
+                f"{file or 'a prompt'}: {prompt[:60]!r} has {len(tokens)} tokens, which leave no "
+                "room for an answer in this model's context; shorten it, or take it out"
+            )
     found = dict(zip(different, continue_all(chat, ids, max_new_tokens)))
     return [found[prompt] for prompt in prompts]
 
@@ -198,7 +206,7 @@ def talk(chat: Chat, max_new_tokens: int, read=read_line):
         encode = encode_next_turn if ids else encode_prompt
         ids += encode(chat.tokenizer, chat.template, prompt)
         reply = continue_all(chat, [ids], max_new_tokens)[0]
-        print(escaped(reply.text))
+        print(reply.text)
         ids += [*reply.ids, end]
 
 
@@ -247,10 +255,21 @@ def teacher_forced(chat: Chat, examples: list[Example]) -> list[Forced]:
 
 
 def encode_for(chat: Chat, rows: list[dict], max_length: int) -> list[Example]:
-    """The rows as examples of at most max_length tokens, without those whose prompt is longer."""
+    """The rows as examples of at most max_length tokens. Those whose prompt is as long, as some of
+    ShareGPT are, are left out and counted on stdout. InputError when all are."""
     limit = min(max_length, chat.model.config.max_position_embeddings)
-    rows = rows_that_fit(chat.tokenizer, chat.template, rows, limit)
-    return encode_rows(chat.tokenizer, chat.template, rows, limit)
+    examples = []
+    left_out = []
+    for row in rows:
+        try:
+            examples += encode_rows(chat.tokenizer, chat.template, [row], limit)
+        except InputError as error:
+            left_out.append(error)
+    if left_out and not examples:
+        raise left_out[0]
+    if left_out:
+        print(f"  left out {len(left_out)} of {len(rows)} rows, the first: {left_out[0]}")
+    return examples
 
 
 def mean_logp(forced: list[Forced]) -> float:

@@ -234,7 +234,7 @@ def run_exams(chat: Chat, exams: dict, max_new_tokens: int) -> dict[str, dict]:
         if isinstance(exam, Exam):
             results[name] = choice_scores(exam, choice_logps(chat, exam))
         else:
-            found = answer(chat, [row["prompt"] for row in exam], max_new_tokens)
+            found = answer(chat, [row["prompt"] for row in exam], max_new_tokens, exam[0]["file"])
             results[name] = xstest_scores(name, [one.text for one in found])
     return results
 

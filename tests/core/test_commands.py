@@ -3,14 +3,16 @@ public files where they are at hand."""
 
 import importlib
 import json
+import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from make_llama import make
-from small import advbench_file, alpaca_file, public_folder
+from small import advbench_file, alpaca_file, openbookqa_file, public_folder
 
 import attack
 import eval as evaluate
@@ -82,6 +84,105 @@ def test_the_commands_use_the_template_of_the_checkpoint(files, capsys):
             module.main([*words.split(), "--template", "llama3"])
         module.main(words.split())
     assert read_chat("y") == "plain" and "template plain" in capsys.readouterr().out
+
+
+def long_conversations():
+    """Make the benign file one of ShareGPT, with three prompts that are too long for the model."""
+    found = []
+    for row in json.loads(Path("b.json").read_text()):
+        prompt = {"from": "human", "value": row["instruction"]}
+        found.append({"conversations": [prompt, {"from": "gpt", "value": "ü"}]})
+    prompt = {"from": "human", "value": "Grüße 🙂 " * 99}
+    found[1:1] = [{"conversations": [prompt, {"from": "gpt", "value": "x"}]}] * 3
+    Path("b.json").write_text(json.dumps(found))
+
+
+def test_a_prompt_that_is_too_long_is_left_out_of_training(files, capsys):
+    long_conversations()
+    train.main(f"--mode benign {TRAIN} --steps 2 --out x".split())
+    printed = capsys.readouterr().out
+    assert "left out 3 of 27 rows, the first: a prompt of " in printed
+    assert "'Grüße" in printed
+    assert "2 steps of 2 rows from 24 pairs" in printed
+    with pytest.raises(InputError, match="raise --max-length"):
+        train.main(f"--mode benign {TRAIN} --max-length 9 --out y".split())
+
+
+def test_an_evaluation_prompt_that_is_too_long_is_named_with_its_file(files):
+    text = Path("h.csv").read_text().replace("Tell me", "Tell me " + "again " * 120)
+    Path("h.csv").write_text(text)
+    with pytest.raises(InputError, match=r"h.csv: 'Tell me again .* has \d+ tokens, which"):
+        evaluate.main(f"llama {FILES}".split())
+    Path("x.csv").write_text("prompt,type,focus\n" + "Kill time? " * 99 + ",homonyms,kill\n")
+    with pytest.raises(InputError, match=r"x.csv: 'Kill time\? .* has \d+ tokens"):
+        evaluate.main(["llama", "--xstest", "x.csv"])
+
+
+def test_prompts_without_answers_are_defended_against_and_scored(files, capsys):
+    lines = [f'"Tell me, please, how to tickle the dragon number {i}"\n' for i in range(48)]
+    Path("h.csv").write_text("".join(lines))
+    train.main(f"--mode sdd {TRAIN} --out x".split())
+    evaluate.main(f"x {FILES} --max-new-tokens 3 --save-answers a.jsonl".split())
+    scores = json.loads(Path("x/metrics.json").read_text())
+    shares = [scores[name] for name in ("complies", "refuse", "off_topic", "broken")]
+    assert sum(shares) == pytest.approx(1) and scores["benign_nll"] > 0
+    assert "target_match" not in scores and "harmful_nll" not in scores  # there are no targets
+    saved = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert saved and {f'"{row["prompt"]}"\n' for row in saved} < set(lines)
+    assert "misread SDD" in capsys.readouterr().out
+    # as another program may have written them
+    Path("in.xz").write_bytes(lzma.compress(json.dumps(saved, indent=1).encode()))
+    evaluate.main(f"x {FILES} --answers in.xz --save-answers out.jsonl".split())
+    judged = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row | {"response": one["response"]} for row, one in zip(saved, judged)] == saved
+    assert {one["outcome"] for one in judged} <= {"complies", "refuse", "off_topic", "broken"}
+
+
+def test_checkpoints_named_by_a_dot_or_alike_keep_rows_of_their_own(files, monkeypatch, capsys):
+    for name in ("one/sdd", "two/sdd"):
+        shutil.copytree("llama", name)
+    exam = ["--openbookqa", str(openbookqa_file(files / "o.jsonl"))]
+    evaluate.main(["one/sdd", "two/sdd", *exam])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "OpenBookQA" in line] == [
+        *["one/sdd"] * 2,
+        *["two/sdd"] * 2,
+    ]
+    monkeypatch.chdir("one/sdd")
+    evaluate.main([".", *exam])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(". ")]
+    words = f"{FILES} --max-new-tokens 2 --shots 4 --steps 1 --epochs 0 --out ../../attack"
+    words = words.replace("h.csv", "../../h.csv").replace("b.json", "../../b.json")
+    attack.main(["--released", ".", *words.split()])
+    assert "\nsdd  none " in capsys.readouterr().out
+    assert [path.name for path in (files / "attack/seed0").iterdir()] == ["sdd.jsonl"]
+    with pytest.raises(InputError, match="two --released folders have one name"):
+        attack.main(["--released", ".", "../../two/sdd", *words.split()])
+
+
+@pytest.mark.slow
+@pytest.mark.posix
+def test_an_ascii_locale_loses_nothing(files):
+    """Prompts, answers and folders with other letters, in a terminal that knows none of them."""
+    long_conversations()
+    text = Path("h.csv").read_text().replace("dragon", "Drachen ü你🙂")
+    Path("h.csv").write_text(text, encoding="utf-8")
+    out = "out ü你"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0"}
+    environment |= {"PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    short = f"{FILES} --max-new-tokens 2"
+    for words in (
+        ["train.py", "--mode", "benign", *TRAIN.split(), "--out", out],
+        ["eval.py", out, *short.split(), "--save-answers", "a.jsonl"],
+        ["eval.py", out, "--prompt", "What?", "--max-new-tokens", "2"],
+        ["attack.py", "--released", out, *short.split(), *"--shots 4 --steps 1 --epochs 0".split()],
+    ):
+        command = [sys.executable, ROOT / words[0], *words[1:]]
+        result = subprocess.run(command, capture_output=True, env=environment)
+        assert result.returncode == 0, result.stderr
+    saved = Path("a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "ü你🙂" in json.loads(saved[0])["prompt"]
+    assert (Path(out) / "run.json").exists() and (Path("out/attack/table.txt")).exists()
 
 
 def test_a_model_of_the_town_goes_through_the_commands(tiny_arms, tmp_path, monkeypatch, capsys):
