@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.files import Files, write_pairs
 from data.worlds import add_source_arguments, sources_of
-from nanosdd.errors import InputError, escaped, run_script
+from nanosdd.errors import InputError, run_script
 
 MODES = ("align", "sdd", "sdd_reject", "shuffled")
 
@@ -50,7 +50,7 @@ def main(argv=None):
     write_pairs(args.out, rows)
     print(f"{args.out}: {len(rows):,} pairs of mode {args.mode}; of each category:")
     for category, count in sorted(Counter(row["category"] for row in rows).items()):
-        print(f"{count:>8,}  {escaped(category)}")
+        print(f"{count:>8,}  {category}")
     if args.mode != "align":
         print(f"highest cosine {max(row['cosine'] for row in rows):.4f}")
 

@@ -1,5 +1,7 @@
 """Errors for bad input: a script prints one line and exits with 2. Any other error is a bug."""
 
+import io
+import os
 import sys
 import traceback
 
@@ -16,24 +18,40 @@ class Interrupted(Exception):
     """A command was asked to stop, and has kept its work. The message says how to go on."""
 
 
+class Stream(io.TextIOWrapper):
+    """Standard output or error, which no run ends by: what the encoding lacks is escaped, and
+    nothing is written any more once nobody reads (| head -1) or the disk is full.
+
+    On standard output control characters are escaped, whoever wrote the text.
+    """
+
+    def write(self, text):
+        try:
+            super().write(escaped(text) if self is sys.stdout else text)
+            self.flush()  # or a log would be empty while work goes on
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
 def run_script(main):
     """Call main(); an error of the input or the machine is one line on stderr and exit code 2.
 
     An interruption is one line and exit code 130. --debug on the command line adds tracebacks.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # or a redirected log would be empty while work goes on
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by 2>&-
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))
+        elif hasattr(stream, "buffer"):  # a notebook's has none
+            setattr(sys, name, Stream(stream.buffer, stream.encoding, "backslashreplace"))
     debug = "--debug" in sys.argv
-    sys.argv = [word for word in sys.argv if word != "--debug"]
+    if debug:
+        sys.argv.remove("--debug")
     try:
         main()
         return
-    except Interrupted as error:
-        message = str(error)
-        code = 130
-    except KeyboardInterrupt:
-        message = "interrupted; finished parts are kept, the same command goes on from them"
+    except (Interrupted, KeyboardInterrupt) as error:
+        message = str(error) or "interrupted; the same command goes on from what is finished"
         code = 130
     except (InputError, OSError, UnicodeError, RecursionError, OverflowError, MemoryError) as error:
         message = f"error: {in_words(error)}"

@@ -110,7 +110,8 @@ def made_by() -> dict:
     commit = "unknown"
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         words = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-        commit = subprocess.check_output(words, text=True, stderr=subprocess.DEVNULL).strip()
+        said = subprocess.check_output(words, stderr=subprocess.DEVNULL)
+        commit = said.decode("utf-8", "replace").strip()
     return {"commit": commit, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
 
 

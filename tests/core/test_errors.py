@@ -65,6 +65,66 @@ def test_one_place_turns_errors_into_a_line(tmp_path, fault, code, said):
         assert "Traceback" in python(FAULTS, fault, "--debug", cwd=tmp_path).stderr
 
 
+WORK = """
+import sys
+from pathlib import Path
+from nanosdd.errors import run_script
+from nanosdd.progress import Progress
+def main():
+    for i in Progress(range(2000), desc="Gr\\u00fc\\u00dfe", seconds=0):
+        print("Gr\\u00fc\\u00dfe, \\u4f60\\u597d", i, flush=i % 2 == 0)
+    print("no newline", end="")
+    Path("done").write_text("x")
+run_script(main)
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("shell", ["{} | head -1", "{} 2>&1 | head -1", "{} >&-", "{} 2>&-"])
+def test_a_command_outlives_those_who_read_it(tmp_path, shell, unbuffered):
+    (tmp_path / "work.py").write_text(WORK)
+    command = "set -o pipefail; " + shell.format(f"'{sys.executable}' work.py")
+    environment = ENVIRONMENT | C_LOCALE | {"PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0 and (tmp_path / "done").exists()
+    assert "Traceback" not in result.stderr and "Broken" not in result.stderr
+    if "head" in shell:
+        assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.posix
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_log_does_not_end_the_work(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "work.py"]
+        environment = ENVIRONMENT | {"PYTHONUNBUFFERED": ""}
+        run = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, env=environment)
+    assert run.returncode == 0 and (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    "encoding, printed",
+    [
+        ("latin-1", "Gr\xfc\xdfe, \\u4f60\\u597d 7"),
+        ("ascii", "Gr\\xfc\\xdfe, \\u4f60\\u597d 7"),
+        ("utf-8", "Gr\xfc\xdfe, \u4f60\u597d 7"),
+    ],
+)
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path, encoding, printed):
+    (tmp_path / "work.py").write_text(WORK)
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "work.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert result.stdout.decode(encoding).splitlines()[7] == printed
+    assert result.returncode == 0 and b"1 of 2000" in result.stderr
+
+
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys):
     assert list(Progress(range(2), desc="answers", seconds=0)) == [0, 1]
     assert capsys.readouterr().err == "  answers: 1 of 2\n  answers: 2 of 2\n"
@@ -73,7 +133,9 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().err == "  texts: 7 of 40\n"
 
 
-def test_control_characters_are_shown():
+def test_control_characters_are_shown(tmp_path):
+    say = "print('a\\x1b[2Jb\\rc', 'd')"
+    assert python(FAULTS, say, cwd=tmp_path).stdout == "a\\x1b[2Jb\\rc d\n"
     assert escaped("a\x1b[2Jb\r\n\tc é 東") == "a\\x1b[2Jb\\r\n\tc é 東"
 
 
@@ -242,6 +304,7 @@ def place(tmp_path_factory):
     advbench_file(place / "few.csv", rows=3)
     alpaca_file(place / "b.json")
     (place / "trained/chat.txt").write_text("llama3")
+    (place / "prompts.csv").write_text("".join(f'"Tickle it, {i}"\n' for i in range(60)))
     (place / "broken/config.json").write_text("{")
     (place / "notes/a.txt").write_text("x")
     (place / "empty").write_text("")
