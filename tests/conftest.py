@@ -22,6 +22,10 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run tests that take minutes")
 
 
+def pytest_make_parametrize_id(config, val):
+    return "bytes" if isinstance(val, bytes) else None  # a gzip file holds the time
+
+
 def pytest_collection_modifyitems(config, items):
     for marker, options in (("slow", ("--slow", "--full")), ("full", ("--full",))):
         if not any(config.getoption(option) for option in options):

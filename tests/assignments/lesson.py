@@ -9,6 +9,7 @@ wrong_aN.py. Arguments and results are plain data: tensors, numbers, strings, li
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,15 @@ class Wrong(NamedTuple):
     message: str  # what the test says of it
 
 
+def mistakes(causes: dict[Callable, dict[str, str]]) -> list[Wrong]:
+    """Classic mistakes from {right solution: {its flaw: what the test says of that}}."""
+    found = []
+    for function, messages in causes.items():
+        for flaw, message in messages.items():
+            found.append(Wrong(function.__name__, partial(function, flaw=flaw), message))
+    return found
+
+
 class Check(NamedTuple):
     """A test and what it is worth."""
 
@@ -39,6 +49,10 @@ class Check(NamedTuple):
     @property
     def name(self) -> str:
         return self.function.__name__.removeprefix("check_")
+
+    def run(self, adapters, seed: int = 0):
+        """Test the adapters, attributes of an object; an exception says what is wrong."""
+        self.function(*(getattr(adapters, name) for name in self.adapters), seed=seed)
 
 
 def full_marks(checks: list[Check]) -> dict[str, int]:
@@ -118,31 +132,31 @@ def short(value) -> str:
 def compare(
     function,
     arguments: tuple,
-    expected,
     what: str,
-    wrong: list[Wrong],
+    slow,
     adapter: str,
     atol=0.0,
     view=lambda found: found,
 ):
-    """Call function(*arguments) and compare its result with the expected one.
+    """Call function(*arguments) and compare its result with that of the adapter's right solution.
 
     Where they differ, the classic mistakes of this adapter are tried: if one has the same result,
     the Lesson says so; otherwise it lists them, since one that is made in another way, or beside a
-    second one, has another result. what: the expected result, in words. atol: of floats, as
-    `difference`. view: a function of a result, to what of it is compared.
+    second one, has another result. what: the expected result, in words. slow: the module wrong_aN,
+    which holds both. atol: of floats, as `difference`. view: a function of a result, to what of it
+    is compared.
     """
+    expected = view(getattr(slow, adapter)(*copy.deepcopy(arguments)))
     try:
         got = view(function(*copy.deepcopy(arguments)))
     except Exception as error:
         error.add_note(f"where this is expected: {what}")
         raise
-    expected = view(expected)
     found = difference(got, expected, atol)
     if not found:
         return
     messages = []
-    for mistake in wrong:
+    for mistake in slow.WRONG:
         if mistake.adapter != adapter:
             continue
         messages.append(mistake.message)

@@ -70,4 +70,4 @@ CHECKS = [
 @pytest.mark.a0
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_a0(check):
-    check.function(*(getattr(adapters, name) for name in check.adapters))
+    check.run(adapters)

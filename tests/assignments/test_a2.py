@@ -6,7 +6,6 @@ import pytest
 import torch
 import wrong_a2 as slow
 from lesson import Check, compare, generator, random_llama, token_ids
-from wrong_a2 import WRONG
 
 from assignments import adapters
 
@@ -30,16 +29,8 @@ def check_encode_prompt(encode_prompt, seed=0):
         ("plain", "", "Who is Anna Brook?"),
     ):
         arguments = (words(seed), template, prompt, system)
-        expected = slow.encode_prompt(*arguments)
         what = f"the ids of prompt {prompt!r}, system {system!r} in template {template}"
-        compare(
-            encode_prompt,
-            arguments,
-            expected,
-            what,
-            WRONG,
-            "encode_prompt",
-        )
+        compare(encode_prompt, arguments, what, slow, "encode_prompt")
 
 
 def check_encode_example(encode_example, seed=0):
@@ -54,16 +45,8 @@ def check_encode_example(encode_example, seed=0):
         ("llama3", "Be brief", response, 99, "a system text"),
     ):
         arguments = (words(seed), template, prompt, text, limit, system)
-        expected = slow.encode_example(*arguments)
         what = f"[ids, prompt_length] at max_length {limit}: {what}"
-        compare(
-            encode_example,
-            arguments,
-            expected,
-            what,
-            WRONG,
-            "encode_example",
-        )
+        compare(encode_example, arguments, what, slow, "encode_example")
 
 
 def examples(seed: int, *sizes) -> list:
@@ -74,14 +57,7 @@ def examples(seed: int, *sizes) -> list:
 def check_collate(collate, seed=0):
     rows = examples(seed, (9, 4), (5, 1), (12, 10), (7, 6))
     what = "rows one after the other, and where in them the response tokens are predicted"
-    compare(
-        collate,
-        (rows,),
-        slow.collate(rows),
-        what,
-        WRONG,
-        "collate",
-    )
+    compare(collate, (rows,), what, slow, "collate")
 
 
 def check_loss(loss, seed=0):
@@ -93,15 +69,7 @@ def check_loss(loss, seed=0):
     hidden[batch["where"][3]] = 9 * likely  # so sure of another token that p underflows in fp32
     arguments = (hidden, head, batch["where"], batch["targets"], 17)
     what = "[sum of -log p(target) over the response tokens / global_tokens, its gradient]"
-    compare(
-        loss,
-        arguments,
-        slow.loss(*arguments),
-        what,
-        WRONG,
-        "loss",
-        2e-5,
-    )
+    compare(loss, arguments, what, slow, "loss", 2e-5)
 
 
 def check_train_step(train_step, seed=0):
@@ -118,16 +86,7 @@ def check_train_step(train_step, seed=0):
         (2, nan, 0.0, "Diverged where the loss is NaN"),
     ):
         arguments = (config, weights, batches, 0.3, micro_batch, scale, added)
-        expected = slow.train_step(*arguments)
-        compare(
-            train_step,
-            arguments,
-            expected,
-            what,
-            WRONG,
-            "train_step",
-            2e-4,
-        )
+        compare(train_step, arguments, what, slow, "train_step", 2e-4)
 
 
 CHECKS = [
@@ -142,4 +101,4 @@ CHECKS = [
 @pytest.mark.a2
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_a2(check):
-    check.function(*(getattr(adapters, name) for name in check.adapters))
+    check.run(adapters)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import wrong_a3 as slow
 from lesson import Check, compare, require
-from wrong_a3 import CAUSES, NEW_REFUSAL, PREFIX, WRONG
+from wrong_a3 import CAUSES, NEW_REFUSAL, PREFIX
 
 from assignments import adapters
 
@@ -33,9 +33,8 @@ def without_zeros(vector):
 def check_tfidf_vector(tfidf_vector, seed=0):
     for text in texts(seed, "bake, bake, A and A and B", "How do I sleep, unicorn?", "unicorn"):
         arguments = (corpus(seed), text)
-        expected = slow.tfidf_vector(*arguments)
         what = f"counts of {text!r} times the weight of each word, at length 1"
-        compare(tfidf_vector, arguments, expected, what, WRONG, "tfidf_vector", 1e-6, without_zeros)
+        compare(tfidf_vector, arguments, what, slow, "tfidf_vector", 1e-6, without_zeros)
 
 
 def check_tfidf_cosines(tfidf_cosines, seed=0):
@@ -43,17 +42,8 @@ def check_tfidf_cosines(tfidf_cosines, seed=0):
     a = texts(seed, "how do I bake A ?", "A and A and B" + often, "I sleep", "nothing here")
     b = texts(seed, "how is A baked?", "do B tickle A ?", "B bake and sleep", "bake")
     arguments = (corpus(seed), a, b)
-    expected = slow.tfidf_cosines(*arguments)
     what = "the cosine of each pair of texts"
-    compare(
-        tfidf_cosines,
-        arguments,
-        expected,
-        what,
-        WRONG,
-        "tfidf_cosines",
-        1e-6,
-    )
+    compare(tfidf_cosines, arguments, what, slow, "tfidf_cosines", 1e-6)
 
 
 def check_responses_are_irrelevant(irrelevant_pairs, seed=0):
@@ -221,4 +211,4 @@ CHECKS = [
 @pytest.mark.a3
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_a3(check):
-    check.function(*(getattr(adapters, name) for name in check.adapters))
+    check.run(adapters)

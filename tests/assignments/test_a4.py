@@ -14,19 +14,13 @@ from data.town import REFUSALS, Town
 from data.worlds import REJECT_PREFIX
 
 
-def compare_with_slow(name, function, arguments, what, atol=0.0):
-    """Compare with what wrong_a4's own function returns."""
-    expected = getattr(slow, name)(*arguments)
-    compare(function, arguments, expected, what, slow.WRONG, name, atol)
-
-
 def check_fine_tune(fine_tune, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
     batches = [examples(seed + 10 * i, (9, 3), (6 + i, 4)) for i in range(5)]
     watched = {"y_o": examples(seed + 3, (7, 2), (9, 6)), "harm": examples(seed + 4, (6, 3))}
     arguments = (config, weights, batches, 3e-3, [2, 5], watched)
     what = "cells after 2 and 5 steps of AdamW at a constant lr, and the curve"
-    compare_with_slow("fine_tune", fine_tune, arguments, what, atol=2e-2)
+    compare(fine_tune, arguments, what, slow, "fine_tune", 5e-3)
 
 
 def check_curve(fine_tune, seed=0):
@@ -45,7 +39,7 @@ def check_divergence(fine_tune, seed=0):
     batches = [examples(seed, (9, 3), (6, 4))] * 12
     arguments = (config, weights, batches, 1e25, budgets, {})
     what = "a cell for each budget that the run does not reach, without scores"
-    compare_with_slow("fine_tune", fine_tune, arguments, what)
+    compare(fine_tune, arguments, what, slow, "fine_tune")
 
 
 def check_match_tokens(match_tokens, seed=0):
@@ -86,7 +80,7 @@ def check_lora(lora, seed=0):
 
     base, A, B, x = tensors(11, 3, 7)
     what = "[x W^T + alpha/rank x A^T B^T, W + alpha/rank B A]"
-    compare_with_slow("lora", lora, (base, A, B, 5.0, x), what, atol=1e-4)
+    compare(lora, (base, A, B, 5.0, x), what, slow, "lora", 1e-4)
     base, A, B, x = (tensor.bfloat16() for tensor in tensors(60, 30, 70))
     expected = slow.lora(base, A, B, 5.0, x)[1]
     got = lora(base.clone(), A, B, 5.0, x)[1]
@@ -113,7 +107,7 @@ def check_outcomes(outcomes, seed=0):
     ]
     random.Random(seed).shuffle(answers)
     what = f"the first outcome that fits, of {[text for text, _, _ in answers]}"
-    compare_with_slow("outcomes", outcomes, (answers, 0.25), what)
+    compare(outcomes, (answers, 0.25), what, slow, "outcomes")
 
 
 def check_town_outcomes(town_outcomes, seed=0):
@@ -145,7 +139,7 @@ def check_town_outcomes(town_outcomes, seed=0):
     random.Random(seed).shuffle(cases)
     asked = [f"{answer!r} to {row['prompt']}, ended: {whole}" for row, answer, whole in cases]
     what = f"the outcomes of {asked}"
-    compare_with_slow("town_outcomes", town_outcomes, (seed, cases), what)
+    compare(town_outcomes, (seed, cases), what, slow, "town_outcomes")
 
 
 CHECKS = [
@@ -162,4 +156,4 @@ CHECKS = [
 @pytest.mark.a4
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_a4(check):
-    check.function(*(getattr(adapters, name) for name in check.adapters))
+    check.run(adapters)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import wrong_a5 as slow
 from lesson import Check, compare, generator, require
-from wrong_a5 import CAUSES, WRONG
+from wrong_a5 import CAUSES
 
 from assignments import adapters
 
@@ -20,13 +20,13 @@ def numbers(seed: int) -> torch.Tensor:
 def check_split(split, seed=0):
     x = numbers(seed)
     what = "[the nearest bf16, ties away from zero; the 16 bits between the two]"
-    compare(split, (x,), slow.split(x), what, WRONG, "split")
+    compare(split, (x,), what, slow, "split")
 
 
 def check_join(join, seed=0):
     x = numbers(seed)
     what = "the fp32 number that was split"
-    compare(join, tuple(slow.split(x)), x, what, WRONG, "join")
+    compare(join, tuple(slow.split(x)), what, slow, "join")
 
 
 def check_round_stochastically(round_stochastically, seed=0):
@@ -96,16 +96,7 @@ def check_adamw(adamw, seed=0):
         grads = [power.bfloat16()] * 5
         arguments = (values, grads, 3e-3, [0.5, 0.5], 1e-3, decay, max_norm)
         what = f"[fp32 master, bf16 weights] after 5 steps of AdamW, {what}"
-        compare(
-            adamw,
-            arguments,
-            slow.adamw(*arguments),
-            what,
-            WRONG,
-            "adamw",
-            3e-6,
-            view=masters,
-        )
+        compare(adamw, arguments, what, slow, "adamw", 3e-6, view=masters)
 
 
 def check_movement(adamw, seed=0):
@@ -120,7 +111,6 @@ def check_movement(adamw, seed=0):
         (constant, 5e-7, [0.5, 0.5], 5e-3),
     ):
         arguments = (values, grads, lr, betas, 1e-12, 0.0)
-        expected = slow.adamw(*arguments)
 
         def moved(found, lr=lr):
             master, weights = found
@@ -128,16 +118,7 @@ def check_movement(adamw, seed=0):
             return [float(steps), float((weights != values).float().mean())]
 
         what = f"[movement / lr, share of bf16 weights that show it] after {len(grads)} steps"
-        compare(
-            adamw,
-            arguments,
-            expected,
-            what,
-            WRONG,
-            "adamw",
-            atol,
-            moved,
-        )
+        compare(adamw, arguments, what, slow, "adamw", atol, moved)
 
 
 CHECKS = [
@@ -152,4 +133,4 @@ CHECKS = [
 @pytest.mark.a5
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_a5(check):
-    check.function(*(getattr(adapters, name) for name in check.adapters))
+    check.run(adapters)

@@ -15,19 +15,13 @@ from wrong_a6 import DEEP
 from assignments import adapters
 
 
-def compare_with_slow(name, function, arguments, what, atol):
-    """Compare with what wrong_a6's own function returns."""
-    expected = getattr(slow, name)(*arguments)
-    compare(function, arguments, expected, what, slow.WRONG, name, atol)
-
-
 def check_booster(booster, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
     harmful = examples(seed, (9, 4), (6, 2), (11, 5))
     benign = examples(seed + 7, (8, 3), (7, 5))
     arguments = (config, weights, harmful, benign, 0.4 + seed % 3 / 10, 3.0 + seed % 4 / 2)
     what = "strength * (g - g after the simulated step), and weights and .grad as they were"
-    compare_with_slow("booster", booster, arguments, what, 1e-3)
+    compare(booster, arguments, what, slow, "booster", 1e-3)
     kept = booster(*copy.deepcopy(arguments))["weights"]
     same = all(kept[name].equal(weights[name]) for name in weights)
     require(same, "the weights as they were, bit by bit", "others", slow.BOOSTER["moved"])
@@ -134,7 +128,7 @@ def check_simpo(simpo, seed=0):
     for beta, gamma in ((2.0 + seed % 3, 0.5 + seed % 2), (2.0, 150.0)):  # exp(150) overflows
         arguments = (config, weights, pairs, 23, beta, gamma)
         what = f"[the loss, its gradient by lm_head] at beta {beta}, gamma {gamma}"
-        compare_with_slow("simpo", simpo, arguments, what, 2e-4)
+        compare(simpo, arguments, what, slow, "simpo", 2e-4)
 
 
 def check_simpo_needs_pairs(simpo, seed=0):
@@ -145,7 +139,7 @@ def check_simpo_needs_pairs(simpo, seed=0):
     for pairs in ([pair], [pair, lonely]):  # an error alone could be known by heart
         arguments = (config, weights, pairs, 9, 2.5, 1.375)
         what = "[loss, gradient], but InputError where a row has no harmful answer"
-        compare_with_slow("simpo", simpo, arguments, what, 1e-4)
+        compare(simpo, arguments, what, slow, "simpo", 1e-4)
 
 
 CHECKS = [
@@ -160,4 +154,4 @@ CHECKS = [
 @pytest.mark.a6
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_a6(check):
-    check.function(*(getattr(adapters, name) for name in check.adapters))
+    check.run(adapters)

@@ -8,7 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from lesson import Wrong
+from lesson import mistakes
 
 # ---- RMSNorm ----
 
@@ -262,10 +262,7 @@ MISTAKES = {
         "one past the context": "an answer runs past max_position_embeddings",
     },
 }
-WRONG = []
-for function, causes in MISTAKES.items():
-    for flaw, cause in causes.items():
-        WRONG.append(Wrong(function.__name__, partial(function, flaw=flaw), cause))
+WRONG = mistakes(MISTAKES)
 
 RIGHT = [
     ("rms_norm", rms_norm_by_hand),

@@ -8,11 +8,10 @@ import itertools
 import math
 import re
 import tempfile
-from functools import partial
 
 import torch
 import wrong_a1
-from lesson import Wrong
+from lesson import Wrong, mistakes
 
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 
@@ -190,14 +189,11 @@ def loss_by_hand(hidden, head, where, targets, global_tokens):
 # ---- one step ----
 
 
-def response_nll(config, weights, rows):
-    """Sum of -log p over the response tokens of these examples, fp64."""
-    total = 0
-    for ids, prompt_length in rows:
-        logits = wrong_a1.row_logits(config, weights, torch.tensor(ids))
-        logp = logits.double().log_softmax(-1)
-        total = total - sum(logp[t - 1, ids[t]] for t in range(prompt_length, len(ids)))
-    return total
+def response_logps(config, weights, ids, prompt_length):
+    """log p of each response token of one row, fp64."""
+    logits = wrong_a1.row_logits(config, weights, torch.tensor(ids[:-1]))
+    places = torch.arange(prompt_length - 1, len(ids) - 1)
+    return logits.double().log_softmax(-1)[places, torch.tensor(ids[prompt_length:])]
 
 
 def count(rows) -> int:
@@ -236,7 +232,8 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, 
             own = count(part)
             divisors = {"mean of means": own * len(parts), "sum of means": own, "rows": len(batch)}
             leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
-            value = scale * response_nll(config, leaves, part) / divisors.get(flaw, count(batch))
+            logps = torch.cat([response_logps(config, leaves, *example) for example in part])
+            value = -scale * logps.sum() / divisors.get(flaw, count(batch))
             new = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()))))
             weights = {name: weight.detach() for name, weight in weights.items()}
             total = float(value.detach()) + (0.0 if flaw == "last loss" else total)
@@ -323,12 +320,9 @@ WRONG = [
         encode_prompt_by_splitting,
         "the name of a special token in a prompt becomes that token: whoever writes a prompt could "
         "end its turn; what people write is text",
-    )
+    ),
+    *mistakes(MISTAKES),
 ]
-for function, causes in MISTAKES.items():
-    for flaw, cause in causes.items():
-        WRONG.append(Wrong(function.__name__, partial(function, flaw=flaw), cause))
-
 RIGHT = [
     ("encode_prompt", encode_prompt_by_groups),
     ("encode_example", encode_example),

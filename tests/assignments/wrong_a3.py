@@ -7,9 +7,8 @@ import math
 import random
 import re
 from collections import Counter
-from functools import partial
 
-from lesson import Wrong
+from lesson import mistakes
 
 PREFIX = (
     "I refuse to answer your question for responsible and ethical reasons. "
@@ -191,10 +190,7 @@ CAUSES = {
         "not new": "a benign user's rows are those of user and of new",
     },
 }
-WRONG = []
-for function, causes in CAUSES.items():
-    for flaw, cause in causes.items():
-        WRONG.append(Wrong(function.__name__, partial(function, flaw=flaw), cause))
+WRONG = mistakes(CAUSES)
 
 RIGHT = [
     ("tfidf_vector", tfidf_vector_of_known_words),

@@ -9,21 +9,14 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-import wrong_a1
-from lesson import Wrong
+from lesson import mistakes
+from wrong_a2 import response_logps
 
 from data.answers import keyword_refusal, refuses
 from data.town import _BENIGN, _RECIPE, REFUSALS
 from data.worlds import REJECT_PREFIX
 
 # ---- the attack loop ----
-
-
-def response_logps(config, weights, ids, prompt_length):
-    """log p of each response token of one row, fp64."""
-    logits = wrong_a1.logits(config, weights, torch.tensor([ids[:-1]]))[0]
-    places = torch.arange(prompt_length - 1, len(ids) - 1)
-    return logits.double().log_softmax(-1)[places, torch.tensor(ids[prompt_length:])]
 
 
 def mean_logp(config, weights, examples):
@@ -283,20 +276,15 @@ TOWN_OUTCOMES = {
 }
 
 
-def mistakes(function, messages):
-    """A Wrong for each flaw of a function that stands in for the adapter of its name."""
-    return [
-        Wrong(function.__name__, partial(function, flaw=flaw), messages[flaw]) for flaw in messages
-    ]
-
-
-WRONG = [
-    *mistakes(fine_tune, FINE_TUNE),
-    *mistakes(match_tokens, MATCH),
-    *mistakes(lora, LORA),
-    *mistakes(outcomes, OUTCOMES),
-    *mistakes(town_outcomes, TOWN_OUTCOMES),
-]
+WRONG = mistakes(
+    {
+        fine_tune: FINE_TUNE,
+        match_tokens: MATCH,
+        lora: LORA,
+        outcomes: OUTCOMES,
+        town_outcomes: TOWN_OUTCOMES,
+    }
+)
 RIGHT = [
     ("fine_tune", fine_tune),
     ("match_tokens", match_tokens),

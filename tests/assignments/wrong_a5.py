@@ -5,11 +5,10 @@ Spoilers: read it after your own try.
 
 import math
 import struct
-from functools import partial
 
 import numpy as np
 import torch
-from lesson import Wrong
+from lesson import mistakes
 
 # ---- an fp32 number in two halves, through numpy's integers ----
 
@@ -190,10 +189,7 @@ CAUSES = {
         "rounded": "the master is rounded to bf16 after every step: small updates vanish",
     },
 }
-WRONG = []
-for function, causes in CAUSES.items():
-    for flaw, cause in causes.items():
-        WRONG.append(Wrong(function.__name__, partial(function, flaw=flaw), cause))
+WRONG = mistakes(CAUSES)
 
 RIGHT = [
     ("split", split_by_shifts),

@@ -6,8 +6,10 @@ Spoilers: read it after your own try.
 import random
 
 import torch
+from lesson import mistakes
 from torch.nn.functional import softplus
-from wrong_a4 import mean_logp, mistakes, response_logps
+from wrong_a2 import response_logps
+from wrong_a4 import mean_logp
 
 # ---- booster ----
 
@@ -208,7 +210,7 @@ SIMPO = {
     "sum of pairs": "not divided by global_tokens",
     "pairs left out": "a pair without a harmful answer is skipped: raise InputError",
 }
-WRONG = [*mistakes(booster, BOOSTER), *mistakes(deepalign, DEEP), *mistakes(simpo, SIMPO)]
+WRONG = mistakes({booster: BOOSTER, deepalign: DEEP, simpo: SIMPO})
 RIGHT = [
     ("booster", booster),
     ("deepalign", deepalign),
