@@ -13,10 +13,14 @@ import argparse
 import ast
 import json
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nanosdd.errors import InputError, run_script  # noqa: E402
+
 STUBS = [  # (file, qualified name, assignment, what to write)
     ("model.py", "RMSNorm.forward", "a1", "x over its root mean square in fp32, cast, weighted"),
     ("model.py", "apply_rope", "a1", "turn dimension i together with i + D/2"),
@@ -50,11 +54,13 @@ STUBS = [  # (file, qualified name, assignment, what to write)
 ASSIGNMENTS = ("a1", "a2", "a3", "a4", "a5", "a6")  # a0 takes no body out
 ONE_IS_ENOUGH = ("a6",)  # of its bodies a student chooses one
 PROJECT = """
-*.py *.md LICENSE CITATION.cff pyproject.toml requirements.txt .gitignore
-assignments/*.py assignments/*.md assignments/*.json bench/*.py bench/*.sh data/*.py
-docs/*.md docs/*.svg docs/tuning/*.json lab/*.py nanosdd/*.py tests/*.py tests/assignments/*.py
-""".split()
-NOT_FOR_STUDENTS = ("test_course.py", "test_grade.py", "test_starter.py")
+README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md pyproject.toml requirements.txt
+.gitignore model.py sdd_loss.py train.py attack.py eval.py
+assignments/*.py assignments/*.md assignments/a0.json bench/*.py bench/*.sh data/*.py
+docs/*.md docs/*.svg docs/tuning/*.json lab/*.py nanosdd/*.py tests/*.py
+tests/assignments/conftest.py tests/assignments/lesson.py tests/assignments/wrong_a?.py
+tests/assignments/test_a?.py tests/assignments/test_open.py tests/assignments/test_theory.py
+""".split()  # what students get; nothing else is copied
 SHEET = "assignments/a0.json"  # predictions: students get an empty one
 
 
@@ -92,17 +98,11 @@ def stub_table(assignment: str) -> str:
     return "\n".join(rows)
 
 
-def project_files(root: Path = ROOT) -> list[str]:
-    """The files that belong to the project, where there is git those that it tracks."""
-    tracked = []
-    if (root / ".git").exists():
-        tracked = subprocess.check_output(["git", "ls-files"], cwd=root, text=True).splitlines()
+def project_files() -> list[str]:
+    """The files of the project that students get."""
     found = []
     for pattern in PROJECT:
-        for path in sorted(root.glob(pattern)):
-            name = str(path.relative_to(root))
-            if name in tracked or not tracked:
-                found.append(name)
+        found += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))]
     return found
 
 
@@ -110,15 +110,15 @@ def make_starter(out, stubs=STUBS):
     """Write the starter folder `out`, new or empty. stubs: rows of STUBS to take out."""
     out = Path(out)
     if out.exists() and any(out.iterdir()):
-        raise SystemExit(f"error: {out} is not empty; name a new folder")
+        raise InputError(f"{out} is not empty; name a new folder")
     for name in project_files():
-        if Path(name).name not in NOT_FOR_STUDENTS:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, out / name)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, out / name)
     for file, name, assignment, task in stubs:
-        source = (out / file).read_text()
-        (out / file).write_text(strip(source, name, stub_message(assignment, name, task)))
-    sheet = json.loads((ROOT / SHEET).read_text())
+        source = (out / file).read_text(encoding="utf-8")
+        gap = strip(source, name, stub_message(assignment, name, task))
+        (out / file).write_text(gap, encoding="utf-8")
+    sheet = json.loads((ROOT / SHEET).read_text(encoding="utf-8"))
     for entry in sheet.values():
         for answer in {"prediction", "found", "answer"} & entry.keys():
             entry[answer] = None
@@ -146,4 +146,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -81,13 +81,29 @@ def test_the_starter_holds_what_a_student_needs(tmp_path):
     assert wanted <= files.keys()
     assert not re.search("test_course|test_grade|core/|out/|pycache|jsonl", " ".join(files))
     assert b'"prediction": null' in files["assignments/a0.json"]
-    with pytest.raises(SystemExit, match="not empty"):
-        main([str(tmp_path / "all")])
     for file, name, assignment, task in STUBS:
         body = find_function(files[file].decode(), name).body
         assert stub_message(assignment, name, task) in ast.unparse(body[-1])
         assert len(body) <= 2
         assert b"assignment" not in files[file]  # the core carries no marks
+
+
+def test_students_get_nothing_but_the_project_and_no_git_is_needed(tmp_path):
+    project = tmp_path / "project"
+    make_starter(project, [])
+    wanted = files_of(project).keys()
+    for name in (".git/config", "venv/lib/site.py", "old/model.py", "harmful_behaviors.csv"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("")
+    for name in ("model.safetensors", "notes.md", "data/rows.csv", "assignments/grade.json"):
+        (project / name).write_text("")
+    command = [sys.executable, project / "assignments/make_starter.py", tmp_path / "starter"]
+    first, again = (
+        subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True) for _ in range(2)
+    )
+    assert first.returncode == 0 and files_of(tmp_path / "starter").keys() == wanted
+    assert again.returncode == 2 and again.stderr.startswith("error: ")
+    assert again.stderr.endswith("is not empty; name a new folder\n")
 
 
 @pytest.mark.parametrize("only", ["a0", "a3"])
@@ -101,7 +117,7 @@ def test_only_leaves_everything_else_solved(only, tmp_path):
 
 def run_tests(folder, *arguments) -> str:
     """What pytest prints in a folder."""
-    command = [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-rf", "-p", "no:randomly", *arguments]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stdout
     return result.stdout
