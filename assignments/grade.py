@@ -3,23 +3,25 @@
     python assignments/grade.py SUBMISSION --seed S
     python assignments/grade.py SUBMISSION --seed S --only a1 a2
 
-SUBMISSION is a starter folder with the bodies written. First its format is checked. Then the tests
-run: those of this copy of the project, in this process, which never imports the submission and has
-loaded all that it uses before the submission runs. The submission's adapters run in another process
-and answer calls; only plain data comes back (assignments/worker.py). So a submission cannot edit,
-patch or end the tests, and what it prints is not read: the only way to a point is a right result.
-Inputs are drawn from --seed, so results that were memorised for another seed score nothing.
+SUBMISSION is a starter folder with the bodies written. *.py and *.json count, at its top and one
+folder deep, and a7/writeup.md; they are copied first. Then the tests run: those of this copy of the
+project, in this process, which never imports the submission. The submission's adapters run in
+another process and answer calls; only plain data of limited size comes back
+(assignments/worker.py). So a submission cannot edit, patch or end the tests, and what it prints is
+not read: the only way to a point is a right result. Inputs are drawn from --seed, so results that
+were memorised for another seed score nothing.
 
-Limits of the other process: time for each test (--seconds), CPU time, address space (--memory),
-file size; it works on a copy of the folder. Where `unshare` (Linux) may make namespaces, it has no
-network and cannot signal other processes; elsewhere it has both, and the table says so. It always
-runs as the user who grades: it can read what that user can read, the solution too, which is public,
-and write what that user can write, so that the next run may start from changed files. Grade
-strangers' code in a container, or as a user of its own.
+The other process is isolated (assignments/isolate.py): it sees this Python, the system's libraries
+and the copy, all read-only, and nothing else: no other file, terminal, network or process. It has
+one process and one thread, and limits of time for each test, the grader's comparison included
+(--seconds), of CPU time, memory (--memory) and file size. That takes Linux 5.12, and root or user
+namespaces. Elsewhere nothing is graded, unless --without-isolation is given: then a submission can
+read, change and start all that you can. Do that with your own code, or in a container that holds
+nothing else and is thrown away.
 
 These are the public tests. Prints the table, as its last line `total X of Y`, and writes JSON
-(--out). The open problem (a7) is graded where it is handed in: five towns, many minutes. a0 earns
-points for a complete sheet; a person reads its explanation.
+(--out), which holds the seed. The open problem (a7) is graded where it is handed in: five towns,
+many minutes. a0 earns points for a complete sheet; a person reads its explanation.
 """
 
 import argparse
@@ -28,14 +30,11 @@ import importlib
 import itertools
 import json
 import os
-import select
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,77 +43,88 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from lesson import full_marks  # noqa: E402
 
-from assignments import open_problem  # noqa: E402
+from assignments import isolate, open_problem  # noqa: E402
 from assignments.make_starter import ONE_IS_ENOUGH, STUBS  # noqa: E402
 from assignments.worker import decode, encode  # noqa: E402
-from nanosdd.errors import escaped  # noqa: E402
+from nanosdd.checkpoint import why_unreadable  # noqa: E402
+from nanosdd.errors import InputError, Interrupted, escaped, run_script  # noqa: E402
 
 MARKERS = ("a0", "a1", "a2", "a3", "a4", "a5", "a6")
 OPEN = "a7"  # the open problem
 CHECKS = {marker: importlib.import_module(f"test_{marker}").CHECKS for marker in MARKERS}
-MOST_BYTES = 2**26  # of one reply
+COUNTED = ("*.py", "*.json", "*/*.py", "*/*.json", open_problem.WRITE_UP)  # of a submission
+MOST_BYTES = 2**24  # of one reply
 ENDED = "the process ended without a result (killed, out of memory, or os._exit)"
-UNSHARE = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
+# Read before any submission runs.
+ISOLATE = (ROOT / "assignments/isolate.py").read_text(encoding="utf-8")
+WORKER = (ROOT / "assignments/worker.py").read_text(encoding="utf-8")
+PYTHON = [sys.executable, "-I", "-c"]
 
 
 class Failed(Exception):
     """The submission returned no result: it raised, ended, or ran out of time."""
 
 
+class OutOfTime(Failed):
+    """It took too long."""
+
+
 class Submission:
     """A submission's adapters, in another process: submission.name(...) calls that adapter."""
 
-    def __init__(self, folder: Path, seconds: float, memory: int, namespaces: bool):
-        self.folder = folder
+    def __init__(self, folder: Path, seconds: float, memory: int, isolated: bool):
         self.seconds = seconds
-        self.command = [sys.executable, "-I", str(ROOT / "assignments/worker.py"), str(folder)]
+        place = str(folder)
+        self.scratch = place
+        self.command = []
+        if isolated:
+            self.command = [*PYTHON, ISOLATE, place]
+            place = isolate.FOLDER
+            self.scratch = isolate.SCRATCH
         # Of CPU time, a backstop: one process serves several tests, each with its own deadline.
-        self.command += [str(memory), str(int(2 * seconds) + 10)]
-        if namespaces:  # with /proc hidden where it can be: it shows the grader's --seed
-            hidden = ["--mount-proc"] if can_unshare("--mount-proc") else []
-            self.command = UNSHARE + hidden + self.command
+        self.command += [*PYTHON, WORKER, place, str(memory), str(int(2 * seconds) + 10)]
         self.process = None
-        self.unread = bytearray()
-        self.broken = ""
-        self.begin()
 
-    def begin(self):
-        """Let the time that it has count from now."""
-        self.deadline = time.monotonic() + self.seconds
+    @contextlib.contextmanager
+    def timed(self):
+        """Raise Failed in a block that takes too long, by its own code or the submission's."""
+
+        def out_of_time(*_):
+            raise OutOfTime(f"out of time: {self.seconds:.0f} s")
+
+        signal.signal(signal.SIGALRM, out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds, 1)  # again, where a test catches Failed
+        try:
+            yield
+        except OutOfTime:
+            self.stop()
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def start(self):
         """Start the process, unless it runs."""
         if self.process and self.process.poll() is None:
             return
-        if self.broken:  # it could not start before
-            raise Failed(self.broken)
-        folder = str(self.folder)
-        path = os.environ.get("PATH", "")
-        self.unread = bytearray()
+        environment = {"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PATH": path, "OMP_NUM_THREADS": "1", "HOME": folder, "TMPDIR": folder},
+            env=environment | {"HOME": self.scratch, "TMPDIR": self.scratch},
             start_new_session=True,
         )
-        try:
-            first = self.reply()
-            if first.get("ready") is not True:
-                raise Failed(str(first.get("error", "no adapters")))
-        except Failed as error:
-            self.broken = str(error)
-            raise
 
     def stop(self):
-        """End the process and all that it started."""
+        """End the process; isolated, it ends with all that it started."""
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
-                pipe.close()
+                with contextlib.suppress(OSError):  # a call that was not read
+                    pipe.close()
             self.process = None
 
     def fail(self, why: str):
@@ -122,35 +132,16 @@ class Submission:
         self.stop()
         raise Failed(why)
 
-    def wait(self, reading=(), writing=()):
-        """Wait until a pipe can be read from, or written to; Failed when the time is up."""
-        left = self.deadline - time.monotonic()
-        if left <= 0 or not any(select.select(reading, writing, [], left)):
-            self.fail(f"out of time: {self.seconds:.0f} s")
-
-    def send(self, line: bytes):
-        """Write a line to the process, which may not be reading; Failed when it cannot in time."""
-        pipe = self.process.stdin.fileno()
-        os.set_blocking(pipe, False)
-        while line:
-            self.wait(writing=[pipe])
-            try:
-                line = line[os.write(pipe, line) :]
-            except BrokenPipeError:
-                self.fail(ENDED)
-
-    def reply(self) -> dict:
-        """The next line that the process writes; Failed when there is none in time."""
-        pipe = self.process.stdout.fileno()
-        while b"\n" not in self.unread:
-            self.wait(reading=[pipe])
-            new = os.read(pipe, 2**20)
-            self.unread += new
-            if not new:
-                self.fail(ENDED)
-            if len(self.unread) > MOST_BYTES:
-                self.fail("a result is too large")
-        line, _, self.unread = self.unread.partition(b"\n")
+    def answer(self, call: dict) -> dict:
+        """Write a call to the process, and return the line that it writes; Failed if it is gone."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(call).encode() + b"\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline(MOST_BYTES)
+        if len(line) == MOST_BYTES:
+            self.fail("a result is too large")
+        if not line.endswith(b"\n"):
+            self.fail(ENDED)
         found = json.loads(line)
         if not isinstance(found, dict):
             raise Failed("a reply is not what the adapters write")
@@ -159,13 +150,28 @@ class Submission:
     def __getattr__(self, name: str):
         def call(*arguments):
             self.start()
-            self.send(json.dumps({"call": name, "args": encode(list(arguments))}).encode() + b"\n")
-            found = self.reply()
+            found = self.answer({"call": name, "args": encode(list(arguments))})
             if "result" not in found:
                 raise Failed(str(found.get("error", "no result")))
             return decode(found["result"])
 
         return call
+
+
+def take_in(folder: Path, copy: Path) -> list[str]:
+    """Copy the files that count, and return a line for each that cannot be copied."""
+    left_out = []
+    for path in sorted(itertools.chain(*map(folder.glob, COUNTED))):
+        reason = why_unreadable(path, 2**24)
+        if not path.resolve().is_relative_to(folder):
+            reason = "a link that leaves the folder"
+        name = path.relative_to(folder)
+        if reason:
+            left_out.append(f"left out: {str(name)!r} ({reason})")
+        else:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(path.read_bytes())
+    return left_out
 
 
 def missing_files(folder: Path, markers) -> list[str]:
@@ -187,11 +193,10 @@ def missing_files(folder: Path, markers) -> list[str]:
     return missing
 
 
-def can_unshare(*more: str) -> bool:
-    """Whether the other process can have namespaces of its own, with these further options."""
-    if not shutil.which("unshare"):
-        return False
-    return subprocess.run([*UNSHARE, *more, "true"], capture_output=True).returncode == 0
+def can_isolate() -> bool:
+    """Whether the system lets a process be isolated."""
+    command = [*PYTHON, ISOLATE, str(ROOT), *PYTHON, ""]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def grade_checks(checks, submission: Submission, seed: int) -> list[dict]:
@@ -199,9 +204,9 @@ def grade_checks(checks, submission: Submission, seed: int) -> list[dict]:
     rows = []
     for check in checks:
         said = ""
-        submission.begin()  # an endless loop costs its own test alone
         try:
-            check.function(*(getattr(submission, name) for name in check.adapters), seed=seed)
+            with submission.timed():  # an endless loop costs its own test alone
+                check.run(submission, seed)
         except Exception as error:  # a stranger's results can break a test in any way
             said = str(error).strip().split("\n")[0][:300] or type(error).__name__
         points = 0 if said else check.points
@@ -223,39 +228,38 @@ def only_the_best(checks, rows: list[dict]) -> list[dict]:
     return rows
 
 
-def grade_open(folder: Path, seed: int, memory: int, problem) -> list[dict]:
+def grade_open(folder: Path, seed: int, memory: int, isolated: bool, problem) -> list[dict]:
     """Grade the open problem (a7) on towns drawn from the seed: one row, as of grade_checks, with
     `details`. problem: an open_problem.Problem."""
-    namespaces = can_unshare()
 
     def start(work):
-        return Submission(work, problem.cpu_seconds, memory, namespaces)
+        return Submission(work, problem.cpu_seconds, memory, isolated)
 
     return [open_problem.solve(folder, seed, start, problem)]
 
 
-def grade(folder: Path, seed: int, markers, seconds: float, memory: int, towns: int = 5) -> dict:
+def grade(
+    folder: Path, seed: int, markers, seconds: float, memory: int, isolated: bool, towns: int = 5
+) -> dict:
     """Grade a folder.
 
-    Returns {"seed", "namespaces", "missing", "assignments": {marker: rows}, "total", "of"}.
+    Returns {"seed", "isolated", "missing", "assignments": {marker: rows}, "total", "of"}.
     """
-    namespaces = can_unshare()
     tested = [marker for marker in markers if marker != OPEN]
-    missing = missing_files(folder, tested)
     found = {}
-    ignored = shutil.ignore_patterns(".git", "out", "__pycache__")
     with tempfile.TemporaryDirectory() as work:
+        copy = Path(work) / "submission"
+        copy.mkdir()
+        missing = take_in(folder.resolve(), copy) + missing_files(copy, tested)
         for marker in tested:
-            copy = Path(work) / marker
-            shutil.copytree(folder, copy, symlinks=True, ignore=ignored)
-            submission = Submission(copy, seconds, memory, namespaces)
+            submission = Submission(copy, seconds, memory, isolated)
             found[marker] = grade_checks(CHECKS[marker], submission, seed)
-    if OPEN in markers:
-        found[OPEN] = grade_open(folder, seed, memory, open_problem.Problem(towns))
+        if OPEN in markers:
+            found[OPEN] = grade_open(copy, seed, memory, isolated, open_problem.Problem(towns))
     rows = list(itertools.chain(*found.values()))
     return {
         "seed": seed,
-        "namespaces": namespaces,
+        "isolated": isolated,
         "missing": missing,
         "assignments": found,
         "total": sum(row["points"] for row in rows),
@@ -266,10 +270,10 @@ def grade(folder: Path, seed: int, markers, seconds: float, memory: int, towns: 
 def text_of(result: dict) -> str:
     """The table of points, and as its last line `total X of Y`."""
     lines = ["These are the public tests; a0 is read by a person too."]
-    if result["namespaces"]:
-        lines.append("The submission had no network.")
+    if result["isolated"]:
+        lines.append("The submission was isolated: it saw its own files and no network.")
     else:
-        lines.append("The submission was not cut off from the network: unshare is not permitted.")
+        lines.append("The submission was NOT isolated: it could change all that the grader can.")
     lines += result["missing"]
     for marker, rows in result["assignments"].items():
         points = sum(row["points"] for row in rows)
@@ -301,15 +305,31 @@ def main(argv=None):
     parser.add_argument(
         "--memory", type=float, default=2, help="GB beyond what PyTorch maps (default: 2)"
     )
+    parser.add_argument(
+        "--without-isolation", action="store_true", help="grade code that you trust with all files"
+    )
     parser.add_argument("--out", default="grade.json", help="JSON to write (default: grade.json)")
     args = parser.parse_args(argv)
-    folder = Path(args.submission).resolve()
+    folder = Path(args.submission)
     if not folder.is_dir():
-        parser.error(f"{folder} is not a folder")
-    result = grade(folder, args.seed, args.only, args.seconds, int(args.memory * 2**30), args.towns)
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {args.out}, with every message in full\n{text_of(result)}")
+        raise InputError(f"{folder} is not a folder; give a starter with the bodies written")
+    isolated = not args.without_isolation
+    if isolated and not can_isolate():
+        raise InputError(
+            "this system isolates no process (that takes Linux 5.12, and root or user namespaces); "
+            "grade your own code, or in a container of its own, with --without-isolation"
+        )
+    open(args.out, "a").close()  # before the work: can it be written?
+    memory = int(args.memory * 2**30)
+    try:
+        result = grade(folder, args.seed, args.only, args.seconds, memory, isolated, args.towns)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; nothing is written, the same command begins anew") from None
+    try:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    finally:
+        print(f"{args.out}: every message in full\n{text_of(result)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

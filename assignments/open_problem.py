@@ -15,7 +15,7 @@ CPU time.
 Towns are made from seeds that are drawn from the grading seed. Base, aligned and SDD of each are
 trained, scored and kept in memory before any of the submission's code runs, and their files are
 gone by then. The submission runs in another process (worker.py), on a solved copy of the project;
-what comes back is a safetensors file, which is scored here.
+what comes back is its weights, which are scored here.
 """
 
 import contextlib
@@ -30,8 +30,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 
 from assignments.make_starter import make_starter
 from attack import CURVE_ROWS, Attack, attack_batches, fine_tune, likelihoods, yo_rows
@@ -212,17 +211,14 @@ def kind_of(submission: Path) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def read_weights(path: Path, like: dict) -> dict:
-    """The weights in a safetensors file, in fp32; ValueError where they are not a model's.
+def read_weights(given, like: dict) -> dict:
+    """What a submission returned, in fp32; ValueError where it is not the weights of a model.
 
     The output layer is the embedding, as in every town.
     """
-    if path.is_symlink() or path.parent.is_symlink() or why_unreadable(path, 2**28):
+    if not isinstance(given, dict) or {type(weight) for weight in given.values()} != {torch.Tensor}:
         raise ValueError("no model came back")
-    try:
-        found = {name: weight.float() for name, weight in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"the model that came back is no safetensors file: {error}") from None
+    found = {name: weight.float() for name, weight in given.items()}
     found["lm_head.weight"] = found.get("model.embed_tokens.weight")
     if found.keys() != like.keys():
         raise ValueError("the model that came back has other weights than the one that was given")
@@ -238,8 +234,8 @@ def read_weights(path: Path, like: dict) -> dict:
 def run_submission(folder: Path, kind: str, ready: Ready, problem: Problem, start) -> dict:
     """The weights that a submission returns for a town; an exception where it returns none.
 
-    start: a function (work folder) -> the adapters of that folder in another process, with a method
-    `stop`.
+    start: a function (work folder) -> the adapters of that folder in another process, with methods
+    `timed` and `stop`.
     """
     given = ready.weights["sdd" if kind == "attack" else "aligned"]
     steps = problem.attack_steps if kind == "attack" else problem.defence_steps
@@ -253,10 +249,11 @@ def run_submission(folder: Path, kind: str, ready: Ready, problem: Problem, star
         save_chat(work / "start", ready.chat, given)
         process = start(work)
         try:
-            process.solve_open(kind, rows, OWN_SEED, steps)
+            with process.timed():
+                found = process.solve_open(kind, rows, OWN_SEED, steps)
         finally:
             process.stop()
-        return read_weights(work / "result/model.safetensors", given)
+    return read_weights(found, given)
 
 
 def judge(kind: str, ready: Ready, weights: dict, problem: Problem) -> dict:

@@ -69,9 +69,15 @@ Which two numbers would you measure in a language model to say that Theorem 2 ap
 import argparse
 import itertools
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanosdd.errors import run_script  # noqa: E402
 
 K = 3
 NONE = (0, 0)  # no shared features
@@ -259,4 +265,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,10 +1,10 @@
 """The grader's other process: runs a submission's adapters, answers calls, one JSON object a line.
 
-    python -I worker.py SUBMISSION MEMORY_BYTES CPU_SECONDS      (started by grade.py, not by hand)
+    python -I worker.py SUBMISSION MEMORY_BYTES CPU_SECONDS      (started by grade.py)
 
-It says "ready", then reads {"call": name, "args": [...]} and writes {"result": ...} or
-{"error": "..."}. Only plain data crosses: numbers, strings, lists, dicts and tensors. What a
-submission prints goes nowhere.
+It reads {"call": name, "args": [...]} and writes {"result": ...} or {"error": "..."}. Only plain
+data crosses: numbers, strings, lists, dicts and tensors. What a submission prints goes where stderr
+goes: nowhere.
 """
 
 import base64
@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import sys
 
 import torch
@@ -53,11 +52,12 @@ def decode(value):
     return value
 
 
-def serve(adapters, calls, replies):
+def serve(calls, replies):
     """Answer calls until there are no more."""
     for line in calls:
         call = json.loads(line)
         try:
+            adapters = importlib.import_module("assignments.adapters")
             result = getattr(adapters, call["call"])(*decode(call["args"]))
             reply = {"result": encode(result)}
         except BaseException as error:  # a submission may raise anything, SystemExit too
@@ -69,35 +69,27 @@ def address_space() -> int:
     """Bytes that this process has mapped; 0 where /proc does not say."""
     try:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
 
 def main():
+    import resource  # POSIX alone has it
+
     folder = sys.argv[1]
     memory = int(sys.argv[2])
     seconds = int(sys.argv[3])
     replies = os.fdopen(os.dup(1), "w")
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (1, 2):
-        os.dup2(nowhere, standard)
+    os.dup2(2, 1)
     memory += address_space()  # PyTorch's CUDA build maps several GB before anything runs
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**28, 2**28))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {"AS": memory, "CPU": seconds, "FSIZE": 2**24, "NOFILE": 64, "CORE": 0}
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     torch.set_num_threads(1)
     os.chdir(folder)
     sys.path.insert(0, folder)
-    try:
-        adapters = importlib.import_module("assignments.adapters")
-    except BaseException as error:
-        said = f"importing assignments/adapters.py: {type(error).__name__}: {error}"
-        print(json.dumps({"error": said[:500]}), file=replies, flush=True)
-        return
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    serve(adapters, sys.stdin, replies)
+    serve(sys.stdin, replies)
 
 
 if __name__ == "__main__":

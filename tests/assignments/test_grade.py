@@ -1,7 +1,10 @@
 """The grader: right solutions score, and what a submission fakes scores 0."""
 
+import ctypes
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -15,15 +18,21 @@ from assignments.make_starter import ROOT, STUBS, make_starter
 from assignments.worker import decode, encode
 
 MEMORY = 2 * 2**30
+ISOLATED = grade.can_isolate()
+
+
+def main(*words):
+    """The command, on a system that may not isolate."""
+    grade.main([*map(str, words), *["--without-isolation"] * (not ISOLATED)])
 
 
 def only(*assignments: str) -> list:
     return [stub for stub in STUBS if stub[2] in assignments]
 
 
-def total(folder, *markers, seed=7, seconds=60) -> tuple[int, int, list[str]]:
+def total(folder, *markers, seed=7, seconds=120, isolated=ISOLATED) -> tuple[int, int, list[str]]:
     """(points, of, what was said) of a folder."""
-    result = grade.grade(folder, seed, markers, seconds, MEMORY)
+    result = grade.grade(folder, seed, markers, seconds, MEMORY, isolated)
     said = []
     for rows in result["assignments"].values():
         said += [row["said"] for row in rows]
@@ -69,7 +78,7 @@ def test_an_object_does_not_cross():
 @pytest.mark.slow
 def test_the_reference_scores_everything(tmp_path, capsys):
     folder = solved(tmp_path / "solved")
-    grade.main([str(folder), "--seed", "11", "--out", str(tmp_path / "grade.json")])
+    main(folder, "--seed", 11, "--out", tmp_path / "grade.json")
     assert capsys.readouterr().out.splitlines()[-1] == "total 700 of 800"
     result = json.loads((tmp_path / "grade.json").read_text())
     assert result["total"] == 700 and result["missing"] == [] and result["seed"] == 11
@@ -79,7 +88,7 @@ def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
     starter = tmp_path / "starter"
     make_starter(starter, only("a4"))
     (starter / "nanosdd/lora.py").unlink()
-    grade.main([str(starter), "--seed=1", "--only", "a4", "--out", str(tmp_path / "grade.json")])
+    main(starter, "--seed=1", "--only", "a4", "--out", tmp_path / "grade.json")
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "total 0 of 100"
     assert "missing: nanosdd/lora.py" in out
@@ -93,16 +102,19 @@ def test_parts_of_an_assignment_score_on_their_own(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("namespaces", [True, False])
-def test_an_endless_loop_costs_its_own_test_alone(namespaces, tmp_path):
-    if namespaces and not grade.can_unshare():
-        pytest.skip("needs unshare")
+@pytest.mark.parametrize("isolated", {ISOLATED, False})
+def test_an_endless_loop_costs_its_own_test_alone(isolated, tmp_path):
     loop = solved(tmp_path / "loop")
     add_adapters(loop, "def outcomes(*arguments):\n    while True:\n        pass\n")
-    submission = grade.Submission(loop, 15, MEMORY, namespaces)
-    rows = grade.grade_checks(grade.CHECKS["a4"], submission, seed=5)
-    assert sum(row["points"] for row in rows) == 85
-    assert "out of time: 15 s" in [row["said"] for row in rows]
+    points, _, said = total(loop, "a4", seconds=30, isolated=isolated)
+    assert (points, said.count("out of time: 30 s")) == (85, 1), said
+
+
+def test_the_time_of_a_test_holds_for_what_the_grader_does_with_results(tmp_path):
+    submission = grade.Submission(tmp_path, 0.1, MEMORY, False)
+    with pytest.raises(grade.Failed, match="out of time"), submission.timed():
+        while True:
+            pass
 
 
 @pytest.mark.slow
@@ -181,7 +193,7 @@ FILES = {
     "torch.py": "print('total 600 of 600')\n",
     "lesson.py": "print('total 600 of 600')\n",
 }
-QUICK = ("exits on import", "forges replies", "files")
+QUICK = ("forges replies", "files")
 
 
 @pytest.mark.parametrize(
@@ -189,8 +201,8 @@ QUICK = ("exits on import", "forges replies", "files")
     [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CHEATS],
 )
 def test_a_cheat_scores_nothing(name, tmp_path):
-    if name == "kills the grader" and not grade.can_unshare():
-        pytest.skip("without namespaces a submission can end the grader: there is no grade")
+    if name == "kills the grader" and not ISOLATED:
+        pytest.skip("without isolation a submission can end the grader: there is no grade")
     cheat = tmp_path / "cheat"
     make_starter(cheat, only("a4"))
     if CHEATS[name]:
@@ -198,7 +210,7 @@ def test_a_cheat_scores_nothing(name, tmp_path):
     else:
         for file, text in FILES.items():
             (cheat / file).write_text(text)
-    points, of, said = total(cheat, "a4", seconds=4 if name.endswith("no more") else 60)
+    points, of, said = total(cheat, "a4", seconds=4 if name.endswith("no more") else 120)
     assert (points, of) == (0, 100) and all(said), said
 
 
@@ -235,21 +247,81 @@ __getattr__ = lambda name: lambda *a: decode(stored[name].pop(0))
     assert total(cheat, "a4", seed=0)[0] == 100  # the cheat itself works
 
 
-@pytest.mark.slow
-def test_a_submission_that_rewrites_the_grader_changes_no_points(tmp_path):
-    """The grader, here a copy of the project, has loaded all of its files before."""
-    grader = solved(tmp_path / "grader")
-    cheat = tmp_path / "cheat"
-    make_starter(cheat, only("a6"))
-    text = f"""
-from pathlib import Path
-for path in Path({str(grader)!r}).rglob("*.py"):
-    if path.name != "worker.py":
-        path.write_text("raise SystemExit('total 200 of 200')")
+# ---- what is out of reach ----
+
+ATTEMPTS = """
+import os, socket, threading
+done = []
+def attempt(what, action, *arguments):
+    try:
+        action(*arguments)
+        done.append(what)
+    except OSError:
+        pass
+    except RuntimeError:  # no thread
+        pass
+outside = %r
+attempt("change a file of the grader", open, outside + "/lab.py", "a")
+attempt("put bytecode beside it", open, outside + "/lab.pyc", "w")
+attempt("read an earlier grade.json", open, outside + "/grade.json")
+attempt("read the grader's command line", open, "/proc/%d/cmdline")
+attempt("write to a terminal", os.listdir, "/dev/pts")
+attempt("change its own code", open, __file__, "a")
+attempt("listen", socket.create_connection, ("127.0.0.1", %d))
+attempt("start a thread", threading.Thread(target=print).start)
+attempt("start a process", lambda: os.fork() or os._exit(0))
+raise ValueError(f"did: {done}")
 """
-    add_adapters(cheat, text)
-    command = [sys.executable, grader / "assignments/grade.py", cheat, "--only", "a4", "a6"]
-    command += ["--seed", "1", "--out", tmp_path / "grade.json"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert "SystemExit" in (grader / "model.py").read_text()
-    assert result.stdout.splitlines()[-1] == "total 100 of 200"  # a4 is solved, a6 is not
+
+
+@pytest.mark.skipif(not ISOLATED, reason="this system isolates no process")
+def test_what_is_not_the_submissions_is_out_of_its_reach(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("lab.py", "grade.json"):
+        (outside / name).write_text("")
+    cheat = solved(tmp_path / "cheat")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        text = ATTEMPTS % (str(outside), os.getpid(), server.getsockname()[1])
+        add_adapters(cheat, text)
+        _, _, said = total(cheat, "a0")
+        assert all("did: []" in one for one in said)
+        _, _, said = total(cheat, "a0", isolated=False)  # the attempts themselves work
+        assert said[0].count(",") == 8
+
+
+@pytest.mark.skipif(ISOLATED and os.getuid(), reason="only root can give up the right to isolate")
+@pytest.mark.parametrize("flag, code", [((), 2), (("--without-isolation",), 0)])
+def test_nothing_is_graded_without_isolation_unless_that_is_asked_for(flag, code, tmp_path):
+    def give_up():
+        ctypes.CDLL(None).prctl(24, 21)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
+
+    folder = solved(tmp_path / "solved")
+    command = [sys.executable, ROOT / "assignments/grade.py", folder, "--seed=1", "--only", "a0"]
+    command += ["--out", tmp_path / "grade.json", *flag]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=give_up)
+    assert result.returncode == code
+    if code:
+        assert result.stderr.startswith("error: this system isolates no process")
+        assert result.stderr.count("\n") == 1
+    else:
+        assert "NOT isolated" in result.stdout
+
+
+def test_files_that_cannot_be_taken_in_are_named(tmp_path):
+    folder = solved(tmp_path / "solved")
+    os.mkfifo(folder / "pipe.py")
+    (folder / "total 700 of 700\n.py").symlink_to("/etc/passwd")
+    copy = tmp_path / "copy"
+    left_out = grade.take_in(folder, copy)
+    assert left_out == [
+        "left out: 'pipe.py' (not an ordinary file)",
+        "left out: 'total 700 of 700\\n.py' (a link that leaves the folder)",
+    ]
+    assert grade.missing_files(copy, grade.MARKERS) == []
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path, capsys):
+    with pytest.raises(IsADirectoryError):
+        main(solved(tmp_path / "solved"), "--seed=1", "--only=a1", "--out", tmp_path)
+    assert capsys.readouterr().out == ""

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from small import TINY_SETTINGS, TINY_SHAPE
 
 pytest.importorskip("resource", reason="the grader limits processes as POSIX does")
@@ -19,7 +18,7 @@ TINY = Problem(
     own_shots=14,
     attack_steps=3,
     defence_steps=3,
-    cpu_seconds=60,
+    cpu_seconds=120,
     lr=(1e-3,),
     budgets=(1, 2),
     other_lr=1e-3,
@@ -38,7 +37,7 @@ def hand_in(folder, text: str):
 
 
 def graded(folder) -> dict:
-    return grade.grade_open(folder, 3, 2**31, TINY)[0]
+    return grade.grade_open(folder, 3, 2**31, grade.can_isolate(), TINY)[0]
 
 
 # ---- tiers by hand ----
@@ -150,19 +149,15 @@ OWN = {name: torch.full((3, 2), 2.0) for name in ("model.embed_tokens.weight", "
         ({"v": torch.ones(1)}, "other weights"),
     ],
 )
-def test_weights_that_are_no_model_are_refused(change, message, tmp_path):
-    save_file(OWN | change, tmp_path / "model.safetensors")
+def test_weights_that_are_no_model_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        read_weights(tmp_path / "model.safetensors", LIKE)
+        read_weights(OWN | change, LIKE)
 
 
-@pytest.mark.parametrize("name", ["garbage", "link", "nothing"])
-def test_garbage_and_links_are_refused(name, tmp_path):
-    (tmp_path / "garbage").write_bytes(b"x" * 100)
-    save_file(OWN, tmp_path / "weights")
-    (tmp_path / "link").symlink_to(tmp_path / "weights")
-    with pytest.raises(ValueError, match="model"):
-        read_weights(tmp_path / name, LIKE)
+@pytest.mark.parametrize("given", [True, None, "model", {}, [OWN], {"w": 1.0}])
+def test_what_is_no_weights_is_refused(given):
+    with pytest.raises(ValueError, match="no model"):
+        read_weights(given, LIKE)
 
 
 # ---- submissions, on a tiny town ----
@@ -185,7 +180,7 @@ def ready():
 
 def run(folder, kind, text, ready, problem=TINY):
     def start(work):
-        return grade.Submission(work, problem.cpu_seconds, 2**31, grade.can_unshare())
+        return grade.Submission(work, problem.cpu_seconds, 2**31, grade.can_isolate())
 
     return open_problem.run_submission(hand_in(folder, text), kind, ready, problem, start)
 
@@ -200,14 +195,10 @@ BAD = {
         DEFEND + 'os.write(3, b\'{"result": true, "points": 100}\\n\')\n    os._exit(0)\n',
         "no model|ended",
     ),
-    "garbage": (
-        DEFEND + "os.mkdir('result')\n    open('result/model.safetensors', 'w').write('tier 4')\n"
-        "    os._exit(0)\n",
-        "ended",
-    ),
+    "exits": (DEFEND + "os._exit(0)\n", "ended"),
     "another model": (
         DEFEND + "del chat.model.model.layers[0]\n",
-        "other weights|IndexError|KeyError",
+        "other weights",
     ),
     "loops": (DEFEND + "while True: pass\n", "out of time"),
 }
