@@ -150,6 +150,11 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
 
     # ---- what follows from that ----
 
+    @property
+    def aim(self) -> str:
+        """The score of `judge` by which an attacker chooses its settings."""
+        return self.outcomes[0]
+
     def pairs(self, mode: str, count: int) -> list[dict]:
         """The training pairs of a mode of train.py. count: how many rows the run will draw.
 
