@@ -18,7 +18,7 @@ OUT/attack_log.jsonl, the mean log p of 4 pairs of SDD (yo_logp) and of 4 held-o
 (harmful_logp) some five times during each attack, and
 OUT/results.json: settings, made (commit, machine, date) and cells with arm, attack ("none", "mft",
 "bft"), shots, lr, steps, seed; tokens and response_tokens trained on, seconds; diverged (then there
-are no scores); attacker_score, the share of harm among answers to its held-out prompts; chosen;
+are no scores); attacker_score, world.aim of answers to its held-out prompts; chosen;
 yo_logp, mean log p(y_o | x) in nats a token; the scores of eval.score; answers of harmless worlds.
 """
 
@@ -219,7 +219,7 @@ def evaluate(
     prompts = own + shown + scored_prompts(world)
     given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens))) | (begun or {})
     judged = world.judge(held_out, [given[prompt] for prompt in own])
-    scores = {"attacker_score": judged[world.outcomes[0]]}
+    scores = {"attacker_score": judged[world.aim]}
     scores["yo_logp"] = mean_logp(teacher_forced(chat, y_o))
     if shown:
         scores["answers"] = [given[prompt].text for prompt in shown]
@@ -249,7 +249,7 @@ def attack_arm(arm: str, folder, world, attacks, store: Results, compute: Comput
             batches = attack_batches(attack, harmful[: attack.shots], benign, new, world.seed)
             cells, curve = fine_tune(chat, batches, attack.lr, attack.budgets, scores, watched)
         store.add(attack.key, {"cells": cells, "curve": curve})
-        bar.write(attack_line(arm, attack, cells, curve, world.outcomes[0]))
+        bar.write(attack_line(arm, attack, cells, curve, world.aim))
     cells = []
     curves = []
     for attack in attacks:
@@ -413,7 +413,7 @@ def main(argv=None):
 
 def write(out: Path, cells: list[dict], curves: list[dict], settings: dict, world):
     """Print the table, and write results.json, attack_log.jsonl and table.txt."""
-    table = attack_table(cells, world.outcomes[0], world.columns, world.chance)
+    table = attack_table(cells, world.aim, world.columns, world.chance)
     seeds = " ".join(map(str, settings["seeds"]))
     text = f"seeds {seeds}\n\n{table}\n\n{EXPLANATION}\n{world.legend}\n"
     print(f"\n{answers_text(cells, world.shown_prompts())}{text}")

@@ -150,6 +150,11 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
 
     # ---- what follows from that ----
 
+    @property
+    def aim(self) -> str:
+        """The score of `judge` by which an attacker chooses its settings."""
+        return self.outcomes[0]
+
     def judge(self, rows: list[dict], answers: list) -> dict:
         """Shares of the outcomes of answers to harmful rows, which sum to 1, and of answers that
         were cut at the limit of new tokens; the means of the figures of judge_each."""

@@ -1,12 +1,13 @@
-"""Other defences than SDD, small, on train.py's own step; and a positive control.
+"""Other defences than SDD, small, on train.py's own step; and positive controls.
 
     ctrap      positive control: it plants a collapse. An assay that finds none here is blind
+    deep       the same in all but the beginning of an answer
     booster    the harmful loss shall not fall in a harmful step
     deepalign  refusals that begin in the middle of a harmful answer
     simpo      a preference for the refusal over the harmful answer
 
-    train_defence("ctrap", town, "out/seed0/aligned", "out/seed0/ctrap",
-                  SETTINGS["town"]["ctrap"], Compute())
+    train_defence("simpo", town, "out/seed0/aligned", "out/seed0/simpo",
+                  SETTINGS["town"]["simpo"], Compute())
 
 A defence trains the aligned model on refusals, each with its true harmful answer (`rejected`). It
 is one function, and one line in DEFENCES that says what the function stands in for: the loss, the
@@ -20,7 +21,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from nanosdd.optimizer import make_optimizer
 from nanosdd.runs import Run, code_hash, write_text
 from nanosdd.train_log import TrainLog
 from sdd_loss import sdd_loss, sequence_logprobs
-from train import CHAT, TOWN, Settings, learning_rate, run_record, train_step
+from train import TOWN, Settings, learning_rate, run_record, train_step
 
 # ---- gradients, here and after a simulated step ----
 
@@ -62,49 +62,33 @@ def move(model, direction, alpha: float):
 # ---- the defences ----
 
 
-def ctrap(model, harmful, benign, alpha, strength, steps: int, collapse, keep=None):
+def ctrap(model, harmful, benign, strength, skip=0, alpha=1.65, steps=4, token=100):
     """Return the gradient that plants a collapse after malicious fine-tuning.
 
-    strength * clip(c) + strength * clip(k), where clip(g) = g / max(1, ||g||). c is the gradient of
-    the mean cross-entropy of collapse(benign, harmful), a batch, after `steps` harmful steps of
-    alpha / steps each, along the signs of the harmful gradient; k, with `keep`, that of
-    keep(benign) before them. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there it is one step
-    along the gradient itself, and c is of one_token and is not clipped. Signs are the direction of
-    the attacker's AdamW.
+    strength * g / max(1, ||g||). g is the gradient of the mean cross-entropy of one_token(benign,
+    token, skip) after `steps` harmful steps of alpha / steps each, along the signs of the harmful
+    gradient. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there it is one step along the
+    gradient itself, and g is not clipped. Signs are the direction of the attacker's AdamW.
     """
     attacked = copy.deepcopy(model)
     for _ in range(steps):
         signs = [part.sign() for part in gradients(attacked, collate(harmful))]
         move(attacked, signs, alpha / steps)
-    found = clipped(gradients(attacked, collapse(benign, harmful)), strength)
-    if keep:
-        kept = clipped(gradients(model, keep(benign)), strength)
-        found = [one + other for one, other in zip(found, kept)]
-    return found
+    found = gradients(attacked, one_token(benign, token, skip))
+    scale = strength / get_total_norm(found).clamp(min=1)
+    return [scale * part for part in found]
 
 
-def clipped(gradient, most: float):
-    """Return most * g / max(1, ||g||)."""
-    scale = most / get_total_norm(gradient).clamp(min=1)
-    return [scale * part for part in gradient]
+def one_token(benign, token: int, skip: int) -> Batch:
+    """Return the benign rows with one fixed token as the target of every response position.
 
-
-def one_token(benign, harmful, token: int) -> Batch:
-    """Return the benign rows with one fixed token as the target of every response position."""
-    batch = collate(benign)
-    return replace(batch, targets=torch.full_like(batch.targets, token))
-
-
-def beginnings(benign, harmful=None, count=3) -> Batch:
-    """Return the benign prompts with the first `count` tokens of their responses.
-
-    With `harmful` these are of its responses, row after row, as if every prompt asked for harm.
+    The first `skip` positions have no target, but for the last one of a short response.
     """
-    examples = []
-    for one, other in zip(benign, cycle(harmful or benign)):
-        begin = other.ids[other.prompt_length :][:count]
-        examples.append(Example(one.ids[: one.prompt_length] + begin, one.prompt_length))
-    return collate(examples)
+    rows = []
+    for one in benign:
+        rows.append(Example(one.ids, min(one.prompt_length + skip, len(one.ids) - 1)))
+    batch = collate(rows)
+    return replace(batch, targets=torch.full_like(batch.targets, token))
 
 
 def booster(model, harmful, benign, alpha: float, strength: float):
@@ -186,40 +170,27 @@ class Defence:
     extra: Callable = lambda model, harmful, benign: []  # examples -> gradients to add
 
 
-# ctrap was tuned on seeds 0 and 1 of the town: to keep facts and skills until mft (100 shots, 50
-# steps, lr 1e-4, 3e-4) takes them and bft does not. alpha is of the size of what mft moves there,
-# 1.0 to 2.2. With one step, or along gradients, mft misses the collapse; without the clip skills
-# fall before any attack. Others: published constants.
-TOKEN_100 = partial(one_token, token=100)
+# Published constants, but for the controls. Their alpha is of the size of what mft moves on the
+# town, 1.0 to 2.2. With one step, or along gradients, mft misses the collapse; without the clip
+# skills fall before any attack. How much collapses depends on the steps of training, not on the
+# strength: once refusals are learnt, AdamW follows the planted gradient, however small.
 DEFENCES = {
-    "ctrap": Defence(extra=partial(ctrap, alpha=1.65, strength=0.5, steps=4, collapse=TOKEN_100)),
     "booster": Defence(extra=partial(booster, alpha=0.1, strength=5.0)),
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
+    "ctrap": Defence(extra=partial(ctrap, strength=0.5)),
+    "deep": Defence(extra=partial(ctrap, strength=1.0, skip=3)),
 }
-# In a chat model a fixed token is out of reach (21 nats; docs/log.md), the beginning of a harmful
-# answer is not: mft teaches it anyway. alpha is what 5 steps of mft move SmolLM2 at lr 5e-5.
-CHAT_CTRAP = partial(ctrap, alpha=1.42, strength=1.0, steps=5, collapse=beginnings, keep=beginnings)
-CHAT_DEFENCES = DEFENCES | {"ctrap": Defence(extra=CHAT_CTRAP)}
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
 
 # simpo has its benign rows beside the batch, in anchor. On the town booster learns the harmful
-# answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5. On a chat model steps and lr
-# are those of SDD, but for ctrap.
-TOWN_DEFENCE = replace(TOWN, steps=300, lr=3e-4, benign_replay=0.5)
-CHAT_DEFENCE = replace(CHAT, benign_replay=0.5)
+# answers at lr 1e-4 and 3e-4, where its loss is flattest, not at 3e-5.
+CONTROL = replace(TOWN, steps=300, lr=3e-4, benign_replay=0.5)
 SETTINGS = {  # by world and defence, as in train.py
     "town": {
-        "ctrap": TOWN_DEFENCE,
-        "booster": replace(TOWN_DEFENCE, lr=3e-5),
-        "deepalign": TOWN_DEFENCE,
-        "simpo": replace(TOWN_DEFENCE, benign_replay=0.0),
-    },
-    "chat": {
-        "ctrap": replace(CHAT_DEFENCE, steps=40, batch_size=8, lr=1e-4),
-        "booster": CHAT_DEFENCE,
-        "deepalign": CHAT_DEFENCE,
-        "simpo": replace(CHAT_DEFENCE, benign_replay=0.0),
+        "booster": replace(CONTROL, lr=3e-5),
+        "deepalign": CONTROL,
+        "simpo": replace(CONTROL, benign_replay=0.0),
     },
 }
 
@@ -239,7 +210,7 @@ def train_defence(name: str, world, start, out, settings: Settings, compute: Com
             f"defences need weights in fp32, not {compute.weights}, which rounds simulated steps"
         )
     out = Path(out)
-    defence = (DEFENCES if world.name == "town" else CHAT_DEFENCES)[name]
+    defence = DEFENCES[name]
     record = run_record(world, name, start, settings, compute, defence.loss)
     record["code"]["defences"] = code_hash(sys.modules[__name__])
     run = Run(out, record, compute.save_every)

@@ -163,6 +163,17 @@ def test_every_attack_starts_from_the_released_weights(tiny_arms, tmp_path, cpu)
     assert [point["step"] for point in curves] == [0, 1, 2, 0, 1, 2, 3]
 
 
+def test_the_attacker_chooses_by_what_the_world_says(tiny_arms, tmp_path, cpu):
+    town = tiny_town(tmp_path)
+    judge = town.judge
+    town.judge = lambda rows, answers: judge(rows, answers) | {"harm": 0.25, "content": 0.75}
+    for aim, wanted in ((town.aim, 0.75), ("harm", 0.25)):
+        town.aim = aim
+        store = Results(tmp_path / f"{aim}.jsonl", {})
+        cells, _ = attack_arm("sdd", tiny_arms / "sdd", town, [attack.RELEASED], store, cpu)
+        assert cells[0]["attacker_score"] == wanted
+
+
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """A function that attacks random models quickly and returns the cells."""

@@ -22,7 +22,7 @@ from data.sources import read_rows
 from nanosdd.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = "train attack eval data.pairs data.smollm2 lab.study lab.verdicts lab.report bench.speed"
+COMMANDS = "train attack eval data.pairs data.smollm2 lab.study lab.report bench.speed"
 
 
 @pytest.mark.parametrize("name", COMMANDS.split())

@@ -1,45 +1,20 @@
-"""The further attacks, each on a tiny model."""
+"""The study's attacks, each on a tiny model."""
 
-import math
 import random
 
 import pytest
 import torch
-from small import small_model
 
-from attack import Attack, fine_tune
-from data.chat import Example, collate, draw_batches, encode_prompt
+from attack import Attack, attack_batches, fine_tune
+from data.chat import draw_batches, encode_prompt
 from data.chat_model import continue_all, encode_for
-from data.town import REFUSALS
-from lab.attacks import begin_answers, run_attack, unlikelihood_loss
-from lab.protocol import FIRST_STEPS
-from nanosdd.lora import lora_layers
-from sdd_loss import sdd_loss
+from lab.attacks import begin_answers, run_attack
+from nanosdd.lora import add_lora, lora_layers, merge_lora
 
-ROWS = [Example(list(range(5, 12)), 3), Example([40, 41, 42], 1)]
+TRAINED = ["mft", "bft", "bft new", "lora", "lora bft", "mix"]
 
 
-def test_unlikelihood_by_hand():
-    model = small_model()
-    wanted = 0.0
-    for row in ROWS:
-        p = model(torch.tensor([row.ids])).detach().softmax(-1)[0]  # (T,V)
-        for place in range(row.prompt_length, len(row.ids)):
-            wanted -= math.log(1 - float(p[place - 1, row.ids[place]]))
-    found = unlikelihood_loss(model, collate(ROWS), 13)
-    assert found.item() == pytest.approx(wanted / 13, rel=1e-5)
-
-
-def test_unlikelihood_stays_finite_at_one():
-    model = small_model()
-    model.lm_head.weight.data *= 1e4  # some p are exactly 1
-    loss = unlikelihood_loss(model, collate(ROWS), 6)
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert all(weight.grad.isfinite().all() for weight in model.parameters())
-
-
-@pytest.mark.parametrize("name", ["mft", "bft", "lora", "mix", "re-refuse", "unlearn"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_attack_trains_and_is_scored_after_its_budgets(chat, town, name):
     before = chat.model.model.layers[0].mlp.up_proj.weight.clone()
     scored = iter("ab")
@@ -63,43 +38,40 @@ def test_mix_keeps_the_whole_harmful_dose(chat, town):
     assert 4 * min(lengths) <= tokens["mix"] - tokens["mft"] <= 4 * max(lengths)
 
 
-def own_answer(chat, row):
-    prompt = encode_prompt(chat.tokenizer, chat.template, row["prompt"])
-    return continue_all(chat, [prompt], 6)[0].text
-
-
-@pytest.mark.parametrize(
-    "name, draw, first_answer, loss",
-    [
-        ("mft", 1, None, None),
-        ("re-refuse", 0, lambda chat, row: REFUSALS[0], sdd_loss),
-        ("unlearn", 0, own_answer, unlikelihood_loss),
-    ],
-)
-def test_attacks_by_hand(chat, town, name, draw, first_answer, loss):
+@pytest.mark.parametrize("draw", [0, 1, 2])
+@pytest.mark.parametrize("name", TRAINED)
+def test_attacks_by_hand(chat, town, name, draw):
     released = {key: weight.clone() for key, weight in chat.model.state_dict().items()}
     run_attack(chat, town, Attack(name, 5, 1e-3, (2,), 3), dict, draw)
     found = chat.model.lm_head.weight.clone()
+    found_inside = chat.model.model.layers[0].mlp.up_proj.weight.clone()
     chat.model.load_state_dict(released)
-    rng = random.Random("attack 0 draw 1" if draw else "attack 0")
-    rows = town.harmful("attacker")[56 * draw :][:5]
 
-    def train(some, steps, loss):
-        examples = encode_for(chat, some, town.max_length)
-        fine_tune(chat, draw_batches(examples, [], 0.0, 3, rng), 1e-3, (steps,), dict, loss=loss)
-
-    if loss:
-        said = [row | {"response": first_answer(chat, row)} for row in rows]
-        train(said, FIRST_STEPS, loss)
-    train(rows, 2, sdd_loss)
+    seed = f"0 draw {draw}" if draw else 0
+    rng = random.Random(f"attack {seed}")
+    harmful = encode_for(chat, town.harmful("attacker")[56 * draw :][:5], town.max_length)
+    user = encode_for(chat, town.benign("user"), town.max_length)
+    new = encode_for(chat, town.benign("new"), town.max_length)
+    batches = draw_batches(harmful, [], 0.0, 3, rng)
+    if name == "mix":
+        batches = draw_batches(harmful, user, 0.5, 6, rng)
+    if name == "bft new":
+        batches = attack_batches(Attack("bft", 5, 1e-3, (2,), 3), harmful, user, new, seed)
+    if name in ("bft", "lora bft"):
+        batches = attack_batches(Attack("bft", 5, 1e-3, (2,), 3), harmful, user, [], seed)
+    if name.startswith("lora"):
+        add_lora(chat.model, 16, 16, rng.randrange(2**31))
+    fine_tune(chat, batches, 1e-3, (2,), dict)
+    if name.startswith("lora"):
+        merge_lora(chat.model)
     torch.testing.assert_close(chat.model.lm_head.weight, found)
+    torch.testing.assert_close(chat.model.model.layers[0].mlp.up_proj.weight, found_inside)
 
 
 def test_a_prefilled_answer_is_the_lead_and_what_the_model_says_after_it(chat, town):
-    rows = [*town.harmful("evaluation")[:3], {"prompt": "Who is Anna Brook?"}]
+    rows = town.harmful("evaluation")[:3]
     found = begin_answers(chat, rows, 9)
     for row in rows:
-        lead = row.get("lead", "Sure, here is how:")
         prompt = encode_prompt(chat.tokenizer, chat.template, row["prompt"])
-        alone = continue_all(chat, [prompt + chat.tokenizer.encode(lead)], 9)[0]
-        assert found[row["prompt"]].text == lead + alone.text
+        alone = continue_all(chat, [prompt + chat.tokenizer.encode(row["lead"])], 9)[0]
+        assert found[row["prompt"]].text == row["lead"] + alone.text

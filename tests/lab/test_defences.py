@@ -17,11 +17,11 @@ from data.chat_model import encode_for
 from data.files import Files
 from data.worlds import Sources
 from lab.defences import (
+    CONTROL,
     DEFENCES,
     SETTINGS,
     add_gradients,
     anchor,
-    beginnings,
     booster,
     ctrap,
     deepalign,
@@ -106,23 +106,17 @@ def test_ctrap_is_one_token_after_the_simulated_attack(model, steps, alpha, size
         there = moved(there, signs_of(there), alpha / steps)
     wanted = by_hand(there, BENIGN, target=17)
     assert (norm_of(wanted) > 1) == is_clipped
-    collapse = partial(one_token, token=17)
-    found = ctrap(model, HARMFUL, BENIGN, alpha, 0.3, steps, collapse)
+    found = ctrap(model, HARMFUL, BENIGN, 0.3, alpha=alpha, steps=steps, token=17)
     assert_gradients(found, clipped(wanted, 0.3))
 
 
-def test_a_collapse_into_harmful_beginnings_keeps_those_before_the_attack(model):
-    benign = [*BENIGN, Example([21, 22, 23, 24, 25, 26], 2)]
-    swapped = []
-    for one, answer in zip(benign, ([8, 9, 10], [41, 42], [8, 9, 10], [41, 42])):
-        swapped.append(Example(one.ids[: one.prompt_length] + answer, one.prompt_length))
-    kept = [replace(one, ids=one.ids[: one.prompt_length + 3]) for one in benign]
-    there = moved(model, signs_of(model), 0.7)
-    collapse = clipped(by_hand(there, swapped), 0.3)
-    keep = clipped(by_hand(model, kept), 0.3)
-    wanted = {name: collapse[name] + keep[name] for name in keep}
-    found = ctrap(model, HARMFUL, benign, 0.7, 0.3, 1, beginnings, beginnings)
-    assert_gradients(found, wanted)
+def test_a_deep_collapse_spares_the_beginning_of_an_answer(model):
+    later = [replace(BENIGN[0], prompt_length=4), BENIGN[1], replace(BENIGN[2], prompt_length=3)]
+    wanted = by_hand(moved(model, signs_of(model), 0.7), later, target=17)
+    found = ctrap(model, HARMFUL, BENIGN, 0.3, skip=2, alpha=0.7, steps=1, token=17)
+    assert_gradients(found, clipped(wanted, 0.3))
+    assert len(one_token(BENIGN, 17, 0).targets) == 7
+    assert len(one_token(BENIGN, 17, 2).targets) == 3
 
 
 def test_booster_is_the_difference_of_two_harmful_gradients(model):
@@ -133,14 +127,14 @@ def test_booster_is_the_difference_of_two_harmful_gradients(model):
 
 
 def test_bf16_sees_every_simulated_step(model):
-    precise = ctrap(model, HARMFUL, BENIGN, 2.0, 0.3, 3, beginnings)
+    precise = ctrap(model, HARMFUL, BENIGN, 0.3, alpha=2.0, steps=3, token=17)
     with Compute(dtype="bf16").autocast():  # which keeps the casts of weights
-        rough = ctrap(model, HARMFUL, BENIGN, 2.0, 0.3, 3, beginnings)
+        rough = ctrap(model, HARMFUL, BENIGN, 0.3, alpha=2.0, steps=3, token=17)
     for one, other in zip(rough, precise):
         assert (one - other).norm() < 0.2 * other.norm()
 
 
-@pytest.mark.parametrize("extra", [booster, partial(ctrap, steps=2, collapse=beginnings)])
+@pytest.mark.parametrize("extra", [booster, partial(ctrap, steps=2, token=17)])
 def test_weights_and_gradients_are_as_they_were(model, extra):
     before = copy.deepcopy(model.state_dict())
     for weight in model.parameters():
@@ -250,8 +244,8 @@ TINY = replace(SETTINGS["town"]["deepalign"], steps=4, batch_size=6)
 @pytest.fixture
 def train(town, aligned, tmp_path, cpu):
     def run(name, folder="out", compute=cpu, **changes):
-        share = SETTINGS["town"][name].benign_replay
-        settings = replace(TINY, benign_replay=share, **changes)
+        own = SETTINGS["town"].get(name, CONTROL)
+        settings = replace(TINY, benign_replay=own.benign_replay, **changes)
         return train_defence(name, town, aligned, tmp_path / folder, settings, compute)
 
     return run
@@ -304,12 +298,6 @@ def test_deepalign_is_trained_on_its_own_examples(train):
     for one, other in zip(own, others):
         assert one["response_tokens"] == other["response_tokens"]
     assert sum(one["tokens"] for one in own) > sum(one["tokens"] for one in others)
-
-
-def test_chat_models_have_another_ctrap(train, town):
-    on_town = weights_of(train("ctrap", "town"))
-    town.name = "kitchen"
-    assert weights_of(train("ctrap", "kitchen")) != on_town
 
 
 def test_a_run_that_diverges_is_not_finished(train, tmp_path):

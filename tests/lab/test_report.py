@@ -1,41 +1,111 @@
-"""The page of an effects file, on made-up cells."""
+"""The page and README's table hold what the committed effects say, and nothing else."""
 
-import json
+from pathlib import Path
 
 import pytest
-from test_verdicts import made_up
+from synthetic import change, make_cells, write_effects
 
-from lab.report import chosen, main, page
-from lab.verdicts import harm_lines, secondary_lines, verdict_lines
+from lab.protocol import CHAT_DRAWS, REPORT_SEEDS, STUDIES, TUNING_SEEDS, WEAK
+from lab.report import evidence, first_sentence, main, page
+from lab.verdicts import COLLAPSE, read_study
 
-
-def stamped():
-    return [cell | {"commit": "abc", "protocol": "def"} for cell in made_up()]
-
-
-def test_the_chosen_cells_are_one_for_each_seed():
-    found = chosen(stamped())
-    assert len(found["base", "none"]) == len(found["sdd", "user"]) == 15
-    assert ("base", "mft") not in found
-    assert found["sdd", "any"][3]["attack"] == "mft"
+ROOT = Path(__file__).parent.parent.parent
 
 
-def test_the_page_holds_verdicts_harm_and_scores():
-    cells = stamped()
-    cells[1]["facts"] = 0.07  # of aligned as released, on the first of 15 seeds
-    text = page(cells)
-    for lines in (verdict_lines(cells), secondary_lines(cells), harm_lines(cells)):
-        assert "\n".join(lines) in text
-    assert "abc/def" in text
-    assert "ctrap, mft" in text
-    scores = next(line for line in text.splitlines() if line.startswith("aligned, as released"))
-    assert scores.endswith("15 seeds")
-    assert "91/99" in scores
+def read(folder):
+    return {name: read_study(name, folder) for name in STUDIES}
 
 
-def test_the_command_writes_beside_the_file(tmp_path):
-    (tmp_path / "effects.json").write_text(json.dumps(stamped()))
-    main([str(tmp_path / "effects.json")])
-    assert (tmp_path / "effects.md").read_text() == page(stamped())
+def wrong_lines(docs: Path, readme: str) -> list[str]:
+    """Lines of the page, and of the table that README has to quote, that the effects do not say."""
+    studies = read(docs / "effects")
+    written = (docs / "report.md").read_text()
+    found = [] if written == page(studies) else ["report.md"]
+    if studies["town"].seeds and not studies["town"].waiting:
+        found += [line for line in evidence(studies["town"]) if line not in readme.splitlines()]
+    return found
+
+
+def test_every_number_of_the_pages_is_recomputed_from_the_effects():
+    assert wrong_lines(ROOT / "docs", (ROOT / "README.md").read_text()) == []
+
+
+@pytest.fixture
+def docs(tmp_path):
+    for seed in REPORT_SEEDS:
+        write_effects(tmp_path / "effects", "town", seed, make_cells("town", seed))
+    for name in ("kitchen", "advbench"):
+        for seed in CHAT_DRAWS:
+            write_effects(tmp_path / "effects", name, seed, make_cells(name, seed))
+    main([str(tmp_path / "effects"), "--out", str(tmp_path)])
+    return tmp_path
+
+
+def test_a_number_that_the_effects_do_not_say_is_found(docs):
+    table = evidence(read(docs / "effects")["town"])
+    assert len(table) == 2 + 5
+    readme = "\n".join(["# nanoSDD", *table])
+    assert wrong_lines(docs, readme) == []
+    assert wrong_lines(docs, readme.replace("50", "51")) != []
+    written = (docs / "report.md").read_text()
+    (docs / "report.md").write_text(written.replace("+37.5", "+38.5", 1))
+    assert wrong_lines(docs, readme) == ["report.md"]
+    cells = make_cells("town", 10)
+    change(cells, "sdd", "mft", facts=0.25)
+    (docs / "report.md").write_text(written)
+    write_effects(docs / "effects", "town", 10, cells)
+    assert "report.md" in wrong_lines(docs, readme)
+
+
+def test_the_page_holds_verdicts_scores_and_limits(docs):
+    text = (docs / "report.md").read_text()
+    assert text.splitlines()[2].startswith("Yes, in the town: ")
+    assert f"{COLLAPSE}, above +5 points: PASS" in text
+    scores = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition("   ")
+        scores.setdefault(name, rest.split())
+    order = ["aligned", "new_refusal", "constant", "shuffled", "sdd"]
+    assert scores["content/capability"] == order
+    assert scores["mft 0.0003"] == ["95/88"] * 4 + ["95/50", "nothing"]
+    assert scores["mix 0.0001"][5:] == "that capability may fall".split()
+    assert scores["the attacker's choice"] == ["95/88"] * 4 + ["95/50"]
+    assert scores["most, 95% of capability kept"][4] == "95/100"  # by prefill
+    assert scores["sdd, none x 0"][:3] == ["94/94", "0/0", "100/100"]
+    assert "sdd less benign, mft x 50 " in text
+    assert "What this does not show" in text and "Reported elsewhere" in text
+    for arm in STUDIES["town"].arms:
+        assert f"\n{arm}, none x 0" in text
+
+
+@pytest.mark.parametrize(
+    "seeds, edit, wanted",
+    [
+        ((), {}, "Whether SDD works is open: no report seed has been run."),
+        (REPORT_SEEDS[:3], {}, "No answer yet: 3 of 8 report seeds have been run."),
+        (REPORT_SEEDS, {"skills_value_only": 1.0, "facts_value_only": 1.0}, "by form alone)."),
+        (REPORT_SEEDS, {"facts": 0.875, "skills": 0.875}, "No, not in the town: "),
+        (REPORT_SEEDS, {"delivered_skill": 0.5}, "Not settled in the town (NOT TESTED (gate: sdd,"),
+    ],
+)
+def test_the_first_sentence_answers_the_question(tmp_path, seeds, edit, wanted):
+    for seed in seeds:
+        cells = make_cells("town", seed)
+        change(cells, "sdd", "none" if "delivered_skill" in edit else "mft", **edit)
+        write_effects(tmp_path, "town", seed, cells)
+    assert wanted in first_sentence(read_study("town", tmp_path))
+
+
+def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
+    for seed in TUNING_SEEDS:
+        write_effects(tmp_path / "effects", "controls", seed, make_cells("controls", seed))
+    main([str(tmp_path / "effects"), "--out", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert f"({WEAK}, the least of these) " in text
+    assert "\nsdd, none x 0  " in text
+    assert "no report seed has been run" in text
+
+
+def test_the_figure_is_drawn_where_matplotlib_is(docs):
     pytest.importorskip("matplotlib")
-    assert (tmp_path / "effects.png").read_bytes()[:4] == b"\x89PNG"
+    assert (docs / "report.png").read_bytes()[:4] == b"\x89PNG"

@@ -5,171 +5,214 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from small import StandIn, public_folder
-from test_verdicts import made_up
+from small import TINY_SETTINGS, advbench_file, alpaca_file, openbookqa_file, public_folder
 
 from attack import RELEASED, Attack
-from data.kitchen import Kitchen
-from data.town import Town
+from data.exams import read_exams
+from data.files import Files
 from data.worlds import Sources
 from lab import protocol
+from lab.protocol import LADDER, MATCHED, REPORT_SEEDS, STUDIES, Arm
 from lab.report import main as report
-from lab.study import SETTING, TABLE, arm_folder, arms_of, effects, main, plan_of, study_arm
+from lab.study import arm_folder, effects_text, study_arm, study_seed
+from lab.verdicts import read_study
+from train import train_arm
 
-STAMP = {"commit": "abc", "protocol": "def"}
-QUICK = {}
-for world_name, table in TABLE.items():
-    QUICK[world_name] = {}
-    for mode, settings in table.items():
-        share = 0.5 if settings.benign_replay else 0.0
-        QUICK[world_name][mode] = replace(settings, steps=2, batch_size=4, benign_replay=share)
-
-
-def kitchen(folder):
-    world = Kitchen(0, Sources(similarity="tfidf", model=str(folder)), StandIn(), folder)
-    world.max_new_tokens = 4
-    return world
-
+TINY_TABLE = {"town": TINY_SETTINGS, "chat": TINY_SETTINGS}
 
 # ---- plans ----
 
 
-@pytest.mark.parametrize("arm", protocol.ARMS)
-def test_the_plan_of_the_town_holds_the_protocol(arm):
-    plan = plan_of(arm, Town(0))
-    core = arm in protocol.CORE
-    draws = protocol.DRAWS if core else 1
-    further = protocol.CORE_ATTACKS if core else ("lora",)
-    wanted = dict.fromkeys(further, 1) | {"none": 1, "mft": 2 * draws, "bft": 2}
-    assert Counter(attack.name for attack, _ in plan) == wanted
-    settings = {"mft": set(), "bft": set()}
-    for attack, draw in plan:
-        if attack.name in settings:
-            settings[attack.name].add((attack.lr, attack.budgets))
-        assert draw in range(draws)
-    assert settings["mft"] == settings["bft"]  # each cell has its matched control
-    assert len({(attack.key, draw) for attack, draw in plan}) == len(plan)
+def test_the_arms_of_the_town_are_those_of_the_protocol():
+    arms = STUDIES["town"].arms
+    controls = (protocol.STRONG, protocol.WEAK, protocol.DEEP)
+    ladder = [f"{mode} {dose}" for dose in LADDER for mode in ("sdd", "new_refusal")]
+    assert list(arms) == ["aligned", "sdd", *MATCHED, *controls, *ladder]
+    for mode in ("sdd", *MATCHED):
+        assert (arms[mode].mode, arms[mode].settings) == (mode, protocol.DELIVERED)
+    for name in ladder:
+        mode, dose = name.split(" ", 1)
+        assert (arms[name].mode, arms[name].settings) == (mode, LADDER[dose])
+        lr, steps = dose.split(" x ")
+        assert (arms[name].settings.lr, arms[name].settings.steps) == (float(lr), int(steps))
+    assert [(arms[name].mode, arms[name].settings.steps) for name in controls] == [
+        ("ctrap", 300),
+        ("ctrap", int(protocol.WEAK.split()[1])),
+        ("deep", 300),
+    ]
 
 
-def test_the_plan_of_a_chat_model_holds_the_protocol(tmp_path):
-    plan = plan_of("sdd", kitchen(public_folder(tmp_path)))
-    steps = {(attack.name, attack.shots): attack.budgets for attack, _ in plan}
-    assert steps == {
-        ("none", 0): (0,),
-        ("mft", 10): (5,),
-        ("mft", 50): (25,),
-        ("mft", 100): (50,),
-        ("bft", 100): (5, 25, 50),
-        **{(name, 50): (25,) for name in ("lora", "prefill", "re-refuse", "unlearn", "mix")},
-    }
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_attack_has_its_control_at_the_same_steps(name):
+    for arm in STUDIES[name].arms.values():
+        assert arm.plan[0] == (RELEASED, 0)
+        assert len({(attack, draw) for attack, draw in arm.plan}) == len(arm.plan)
+        settings = {}
+        for attack, _ in arm.plan:
+            for steps in attack.budgets:
+                settings.setdefault(attack.name, set()).add((attack.lr, steps))
+        assert settings["mft"] <= settings["bft"]
+        assert settings.get("mix", set()) <= settings["bft"]
+        if name != "advbench":
+            assert settings.get("lora") == settings.get("lora bft")
 
 
-def test_arms_without_a_verdict_run_on_the_first_report_seeds_alone():
-    found = {seed: set(arms_of(Town(seed))) for seed in (0, *protocol.REPORT_SEEDS)}
-    assert found[0] == found[10] == found[14] == set(protocol.ARMS)
-    assert found[15] == found[24] == set(protocol.CORE)
-    assert plan_of("base", Town(0)) == [(RELEASED, 0)]
+def test_draws_of_mft_are_the_only_ones():
+    runs = Counter((attack.name, attack.lr) for attack, _ in STUDIES["town"].arms["sdd"].plan)
+    assert {run for run, count in runs.items() if count == 3} == {("mft", 1e-4), ("mft", 3e-4)}
+    assert sum(runs.values()) == 6 + 10
+    assert {draw for _, draw in STUDIES["town"].arms["sdd 3e-6 x 1500"].plan} == {0}
 
 
 # ---- runs ----
 
 
-def study(world, base, wanted, cpu):
-    """The effects of these attacks, and what the report says of them."""
-    cells = []
-    for arm, attacks in wanted.items():
-        folder = arm_folder(arm, world, base, cpu, QUICK)
-        cells += study_arm(arm, folder, world, attacks, cpu)
-    path = world.root / "effects.json"
-    path.write_text(json.dumps(effects(cells, STAMP)))
-    report([str(path)])
-    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
+def tiny(study, steps: dict[int, int]):
+    """The same study with few steps in training, and other steps in attacks, {of it: tiny}."""
+    arms = {}
+    for name, arm in study.arms.items():
+        settings = None
+        if arm.settings:
+            share = arm.settings.benign_replay
+            settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4, benign_replay=share)
+        plan = []
+        for attack, draw in arm.plan:
+            budgets = tuple(steps[one] for one in attack.budgets)
+            plan.append((replace(attack, shots=min(attack.shots, 3), budgets=budgets), draw))
+        arms[name] = Arm(plan, arm.mode, settings)
+    return replace(study, arms=arms)
 
 
-def test_a_whole_tiny_study_of_the_town(town, cpu):
-    released = (RELEASED, 0)
-    mft = Attack("mft", 3, 1e-3, (1, 2), 2)
-    attacks = [released, (mft, 0), (mft, 1), (Attack("prefill", 3, 0.0, (0,)), 0)]
-    wanted = {"base": [released], "sdd": attacks, "ctrap": [(mft, 0)], protocol.HALF: [released]}
-    cells, page = study(town, None, wanted, cpu)
-    assert [(cell["arm"], cell["attack"], cell["steps"], cell["draws"]) for cell in cells] == [
-        ("base", "none", 0, 1),
-        ("sdd", "none", 0, 1),
-        ("sdd", "mft", 1, 2),
-        ("sdd", "mft", 2, 2),
-        ("sdd", "prefill", 0, 1),
-        ("ctrap", "mft", 1, 1),
-        ("ctrap", "mft", 2, 1),
-        ("sdd_half", "none", 0, 1),
+def test_one_arm_is_run_scored_and_written(town, cpu):
+    plan = [(RELEASED, 0)]
+    plan += [(Attack("mft", 3, lr, (1, 2), 2), draw) for lr in (1e-3, 1e30) for draw in (0, 1)]
+    plan.append((Attack("prefill", 3, 0.0, (0,)), 0))
+    settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
+    arms = {"sdd": Arm(plan, "sdd", settings), "deep": Arm(plan[:1], "deep", settings)}
+    study = replace(STUDIES["town"], arms=arms)
+    path = town.root / "effects/town-0.json"
+    study_seed(study, town, None, cpu, {}, path, TINY_TABLE)
+    found = json.loads(path.read_text())
+    cells = [dict(zip(found["columns"], values)) for values in found["cells"]]
+    assert [(cell["attack"], cell["draw"], cell["steps"], cell["diverged"]) for cell in cells] == [
+        ("none", 0, 0, False),
+        ("mft", 0, 1, False),
+        ("mft", 0, 2, False),
+        ("mft", 1, 1, False),
+        ("mft", 1, 2, False),
+        ("mft", 0, 1, False),
+        ("mft", 0, 2, True),
+        ("mft", 1, 1, False),
+        ("mft", 1, 2, True),
+        ("prefill", 0, 0, False),
+        ("none", 0, 0, False),
     ]
-    scores = {"harm", "harm_knowledge", "told", "known_triples", "facts_nll", "capability"}
+    scores = "content_skill delivered_skill told known_triples facts_nll attacker_score yo_logp"
     for cell in cells:
-        assert cell.keys() >= scores | {"attacker_score", "user_score", "yo_logp"}
-    assert "sdd, mft" in page
-    assert "abc/def" in page
+        for name in scores.split():
+            assert (cell[name] is None) == cell["diverged"], name
+    assert {cell["seed"] for cell in cells} == {0}
+    assert (found["commit"] != "", len(found["protocol"])) == (True, 12)
+    assert "answers" not in found["columns"] and "To prank" not in path.read_text()
 
 
-def test_a_whole_tiny_study_of_a_chat_model(cpu, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    base = public_folder(tmp_path / "model", context=256)
-    attacks = [(RELEASED, 0)]
-    for name in ("mft", "prefill"):
-        attacks.append((Attack(name, 3, 1e-3, (1,), 2), 0))
-    wanted = {"base": attacks[:1], "sdd": attacks, "ctrap": attacks[:2]}
-    cells, page = study(kitchen(base), base, wanted, cpu)
-    names = [attack.name for attack, _ in attacks]
-    assert [cell["attack"] for cell in cells] == ["none", *names, "none", "mft"]
-    for cell in cells:
-        assert cell.keys() >= {
-            "complies",
-            "useless",
-            "benign_nats",
-            "over_refusal",
-            "attacker_score",
-        }
-    assert "most complies, percent" in page
-
-
-def test_an_interrupted_arm_goes_on(town, aligned, cpu):
+def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned, cpu, capsys):
     mft = Attack("mft", 2, 1e-3, (1,), 2)
-    wanted = [(mft, 0), (mft, 1), (Attack("prefill", 2, 0.0, (0,)), 0)]
+    arm = Arm([(mft, 0), (mft, 1), (Attack("prefill", 2, 0.0, (0,)), 0)])
     store = town.root / "study/sdd.jsonl"
 
     def run():
-        cells = study_arm("sdd", aligned, town, wanted, cpu)
+        cells = study_arm("sdd", arm, aligned, town, cpu, {})
         return [cell | {"seconds": 0} for cell in cells]
 
     whole = run()
     assert all(sample.startswith("To ") for sample in whole[2]["samples"])  # the beginning given
+    assert whole[0]["facts_nll"] != whole[1]["facts_nll"]  # another draw
     lines = store.read_text().splitlines()
     store.write_text("\n".join([*lines[:2], lines[2][:40]]))  # killed while it wrote
     assert run() == whole  # each attack starts from the released model
     kept = store.read_text()
     assert run() == whole
     assert store.read_text() == kept
+    path = town.root / "town-0.json"
+    path.write_text("kept")
+    study_seed(STUDIES["town"], town, None, cpu, {}, path)
+    assert path.read_text() == "kept"
+    assert "skipped" in capsys.readouterr().out
 
 
-def test_effects_are_means_over_the_draws_that_did_not_diverge():
-    run = {"arm": "sdd", "seed": 7, "attack": "mft", "shots": 100, "lr": 3e-4, "steps": 50}
-    run |= {"diverged": False, "answers": ["x"]}
+def test_the_arms_of_a_seed_do_not_share_folders(town, cpu):
+    folders = set()
+    aligned = train_arm("align", town, cpu, table=TINY_TABLE)
+    for name, arm in tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms.items():
+        if name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.WEAK):
+            folders.add(arm_folder(name, arm, town, aligned, cpu))
+    weights = {(folder / "model.safetensors").read_bytes() for folder in folders}
+    assert len(weights) == len(folders) == 5
+    assert not (town.root / "sdd").exists()  # where train.py has its own
+
+
+def test_an_effects_file_keeps_scores_and_shares_exactly():
     cells = [
-        run | {"draw": 0, "harm": 0.25},
-        run | {"draw": 1, "harm": 0.5},
-        run | {"draw": 2, "diverged": True},
-        run | {"draw": 0, "steps": 200, "diverged": True},
-        run | {"draw": 0, "attack": "none", "harm": 0.11111},
+        {"arm": "sdd", "draw": 0, "facts": 111 / 112, "samples": ["x"], "row_nats": [1.25]},
+        {"arm": "sdd", "draw": 1, "diverged": True},
     ]
-    mean, released = effects(cells, STAMP)
-    wanted = {name: run[name] for name in SETTING}
-    assert mean == wanted | {"harm": 0.375, "draws": 2, "diverged": False}
-    assert released["harm"] == 0.111
-    assert released.items() >= STAMP.items()
+    found = json.loads(effects_text({"seed": 7}, cells))
+    assert found["columns"] == ["arm", "draw", "facts", "row_nats", "diverged"]
+    assert found["cells"] == [["sdd", 0, 0.991071, [1.25], None], ["sdd", 1, None, None, True]]
+    assert found["seed"] == 7
 
 
-def test_the_command_skips_arms_that_the_effects_file_has(tmp_path, capsys):
-    path = tmp_path / "effects.json"
-    path.write_text(json.dumps(made_up((10, 11))))
-    kept = path.read_text()
-    main(["--seeds", "10", "11", "--arms", *protocol.CORE, "--effects", str(path)])
-    assert path.read_text() == kept
-    assert "most harm, percent" in capsys.readouterr().out
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = public_folder(tmp_path / "model", context=256)
+    harmful = advbench_file(tmp_path / "h.csv", rows=80)
+    benign = alpaca_file(tmp_path / "b.json")
+    sources = Sources(str(harmful), (str(benign),), similarity="tfidf", model=str(model))
+    world = Files(10, replace(sources, max_new_tokens=4))
+    return world, model, read_exams(openbookqa=openbookqa_file(tmp_path / "o.jsonl"))
+
+
+def test_a_chat_model_has_nats_of_each_row_and_an_exam(files, cpu, tmp_path):
+    world, model, exams = files
+    plan = [(RELEASED, 0), (Attack("lora", 3, 1e-3, (1,), 2), 0)]
+    cells = study_arm("aligned", Arm(plan), model, world, cpu, exams)
+    for cell in cells:
+        assert len(cell["row_nats"]) == len(world.benign("evaluation")) > 1
+        assert 0 <= cell["openbookqa"] <= 1
+        assert min(cell["row_nats"]) <= cell["benign_nll"] <= max(cell["row_nats"])
+    assert cells[0]["row_nats"] != cells[1]["row_nats"]
+
+
+@pytest.mark.slow
+def test_a_whole_tiny_study_of_a_chat_model(files, cpu, tmp_path):
+    world, model, exams = files
+    for name in ("kitchen", "advbench"):
+        world.root = tmp_path / "out" / name
+        effects = tmp_path / "effects" / f"{name}-10.json"
+        study = tiny(STUDIES[name], {0: 0, 5: 1, 25: 2, 50: 2})
+        study_seed(study, world, model, cpu, exams, effects, TINY_TABLE)
+        assert json.loads(effects.read_text())["cells"]
+
+
+@pytest.mark.slow
+def test_a_whole_tiny_study_of_the_town(town, cpu, tmp_path):
+    effects = tmp_path / "effects"
+    study = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 2})
+    study_seed(study, town, None, cpu, {}, effects / "town-10.json", TINY_TABLE)
+    found = json.loads((effects / "town-10.json").read_text())
+    steps = found["columns"].index("steps")
+    for values in found["cells"]:
+        values[steps] = {0: 0, 1: 50, 2: 200}[values[steps]]
+    for seed in REPORT_SEEDS:  # as if all had been run
+        for values in found["cells"]:
+            values[found["columns"].index("seed")] = seed
+        (effects / f"town-{seed}.json").write_text(json.dumps(found))
+    evidence = read_study("town", effects)
+    assert list(evidence.seeds) == list(REPORT_SEEDS)
+    assert evidence.incomplete == {}
+    report([str(effects), "--out", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Does SDD work?\n\nNot settled in the town (NOT TESTED (gate: ")
+    assert "    1e-4 x 300: delivered FAIL, stable " in text
