@@ -17,7 +17,7 @@ from lab.verdicts import (
     verdict_lines,
 )
 from nanosdd.errors import run_script
-from nanosdd.runs import write_text
+from nanosdd.runs import check_new, write_text
 from nanosdd.tables import average, text_table
 
 COLUMNS = {
@@ -103,6 +103,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m lab.report", description=__doc__)
     p.add_argument("effects", nargs="?", default="docs/effects.json", help="file of lab.study")
     path = Path(p.parse_args(argv).effects)
+    check_new(path.with_suffix(".md"))
     cells = read_effects(path)
     write_text(path.with_suffix(".md"), page(cells))
     print(f"written: {path.with_suffix('.md')}")

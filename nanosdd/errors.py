@@ -1,5 +1,6 @@
 """Errors for bad input: a script prints one line and exits with 2. Any other error is a bug."""
 
+import os
 import sys
 import traceback
 
@@ -21,6 +22,8 @@ def run_script(main):
 
     An interruption is one line and exit code 130. --debug on the command line adds tracebacks.
     """
+    if sys.stderr is None:  # closed, as by 2>&-; the next file that is opened would be 2
+        sys.stderr = open(os.dup(1), "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # or a redirected log would be empty while work goes on
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -35,7 +38,9 @@ def run_script(main):
     except KeyboardInterrupt:
         message = "interrupted; finished parts are kept, the same command goes on from them"
         code = 130
-    except (InputError, OSError, UnicodeError, RecursionError, OverflowError, MemoryError) as error:
+    except (InputError, OSError, UnicodeError, RuntimeError, OverflowError, MemoryError) as error:
+        if type(error) is RuntimeError and "alloc" not in str(error):  # out of memory on a CPU
+            raise
         message = f"error: {in_words(error)}"
         code = 2
         if debug:
@@ -50,7 +55,8 @@ def in_words(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}; check the path, permissions, and room on disk"
     if isinstance(error, (InputError, OSError)):
         return str(error)
-    return f"{type(error).__name__}: {error}; an input is wrong, --debug shows where"
+    what = "".join(traceback.format_exception_only(error))  # with its notes
+    return f"{what}; an input is wrong or too large, --debug shows where"
 
 
 def escaped(text: str) -> str:

@@ -7,6 +7,7 @@ from test_verdicts import made_up
 
 from lab.report import chosen, main, page
 from lab.verdicts import harm_lines, secondary_lines, verdict_lines
+from nanosdd.errors import InputError
 
 
 def stamped():
@@ -39,3 +40,11 @@ def test_the_command_writes_beside_the_file(tmp_path):
     assert (tmp_path / "effects.md").read_text() == page(stamped())
     pytest.importorskip("matplotlib")
     assert (tmp_path / "effects.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_page_that_was_edited_by_hand_is_never_overwritten(tmp_path):
+    (tmp_path / "effects.json").write_text(json.dumps(stamped()))
+    (tmp_path / "effects.md").write_text("# Effects\n\nWritten by lab/report.py. And by me.\n")
+    with pytest.raises(InputError, match="effects.md exists; delete it"):
+        main([str(tmp_path / "effects.json")])
+    assert "And by me." in (tmp_path / "effects.md").read_text()
