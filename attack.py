@@ -374,8 +374,10 @@ def main(argv=None):
     if len({folder and Path(folder).resolve().name for folder in folders}) < len(folders):
         raise InputError("two --released folders have one name, which arms get; rename one")
     exams = read_exams(args.mmlu, args.mmlu_shots, args.openbookqa)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise InputError("--seeds names one twice; give each once")
     worlds = []  # all are opened and checked before anything runs
-    for seed in dict.fromkeys(args.seeds):
+    for seed in args.seeds:
         for folder in folders:
             if folder:
                 compute = for_model(compute, args.dtype, folder)

@@ -9,7 +9,7 @@
     python eval.py smollm2 --answers IN --save-answers OUT  outcomes of answers from elsewhere
 
 Writes metrics.json into each checkpoint folder. With MMLU, OpenBookQA or XSTest, other scores are
-taken only where --harmful is given. Runs in one process, on one device.
+taken only where a flag asks for them. Runs in one process, on one device.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from data.worlds import add_world_arguments, open_world, read_world, sources_of
 from nanosdd.checkpoint import read_json
 from nanosdd.device import add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
-from nanosdd.runs import ROOT, write_text
+from nanosdd.runs import ROOT, check_new, write_text
 from nanosdd.tables import text_table
 
 
@@ -142,13 +142,13 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
-def check(args):
-    """InputError for arguments that do not go together."""
+def check(args) -> bool:
+    """Whether a world's scores are asked for; InputError for arguments that do not go together."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
     exams = [args.mmlu, args.openbookqa, args.xstest]
-    scored = [args.harmful, args.benign, args.save_answers, *exams]
-    if (args.prompt is not None or args.chat) and any(scored):
+    of_world = [args.world, args.harmful, args.benign, args.tuning, args.save_answers]
+    if (args.prompt is not None or args.chat) and any(exams + of_world):
         raise InputError("--prompt and --chat only answer; leave the files to score on out")
     if args.chat and (len(args.folders) > 1 or args.prompt is not None):
         raise InputError("--chat talks to one model; give one folder, and no --prompt")
@@ -159,14 +159,15 @@ def check(args):
             f"--save-answers {args.save_answers} lies in the repository, where answers to harmful "
             "prompts do not belong; give a path outside"
         )
-    if args.save_answers and Path(args.save_answers).exists():
-        raise InputError(f"--save-answers {args.save_answers} exists; name a new file")
+    if args.save_answers:
+        check_new(args.save_answers)
+    return any(of_world)
 
 
 def main(argv=None):
     args = parse(argv)
     one_process_only("eval.py")
-    check(args)
+    of_world = check(args)
     compute = resolve_compute(args.device, args.dtype, args.compile)
     max_new_tokens = args.max_new_tokens or (256 if args.chat else 64)
     folders = [model_folder(name) for name in args.folders]
@@ -176,6 +177,7 @@ def main(argv=None):
     table = []
     results = {}
     saved = []
+    unsaved = None
     for folder in folders:
         chat = load_chat(folder, compute, args.template)
         if args.chat:
@@ -186,7 +188,7 @@ def main(argv=None):
             continue
         path = Path(folder) / "metrics.json"
         metrics = read_json(path) if path.is_file() else {}
-        if not exams or args.harmful:
+        if not exams or of_world:
             seed = read_world(folder).get("seed", 0)
             ask = Ask(folder, compute, args.template)
             world = open_world(args.world, seed, sources_of(args), ask, folder)
@@ -203,7 +205,10 @@ def main(argv=None):
         if exams:
             results[str(folder)] = run_exams(chat, exams, max_new_tokens)
             metrics |= results[str(folder)]
-        write_text(path, json.dumps(metrics, indent=1) + "\n")
+        try:
+            write_text(path, json.dumps(metrics, indent=1) + "\n")
+        except OSError as error:
+            unsaved = error  # the scores are printed all the same
     if table:
         chance = [("chance level", world.chance, "")] if world.chance else []
         print(text_table("percent", world.columns, chance + table))
@@ -213,6 +218,8 @@ def main(argv=None):
     if args.save_answers:
         write_text(args.save_answers, "".join(json.dumps(line) + "\n" for line in saved))
         print(f"\n{args.save_answers}: {len(saved)} answers; do not publish them")
+    if unsaved:
+        raise unsaved
 
 
 if __name__ == "__main__":

@@ -342,7 +342,11 @@ def parse(argv=None):
         "(default: out/MODEL/MODE, on the town out/seedS/MODE)",
     )
     add_world_arguments(p)
-    p.add_argument("--pairs", metavar="FILE", help="JSONL of {prompt, response} to train on")
+    p.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="JSONL of {prompt, response} to train on as they are, in mode sdd or sdd_rehearsed",
+    )
     p.add_argument(
         "--prompts",
         choices=["defender", "all"],
@@ -372,6 +376,8 @@ def main(argv=None):
     args = parse(argv)
     if args.mode == "base" and (args.model or args.template):
         raise InputError("--mode base starts from random weights; leave --model, --template out")
+    if args.pairs and args.mode not in ("sdd", "sdd_rehearsed"):
+        raise InputError("--pairs are trained on as they are; give --mode sdd or sdd_rehearsed")
     compute = device.resolve_compute(
         args.device,
         args.dtype,
@@ -393,7 +399,7 @@ def main(argv=None):
     if model is None and world.shape is None:
         raise InputError(f"the world {world.name} needs --model smollm2 or DIR, a Llama folder")
     settings = replace(settings_of(world.name, args.mode), **named_in(args, Settings))
-    out = folder_of(world, args.mode) if args.out is None else Path(args.out)
+    out = folder_of(world, args.mode) if args.out is None else args.out
     start = model
     parent = STARTS_FROM[args.mode]
     try:

@@ -77,7 +77,24 @@ def load_chat(folder, compute: Compute, template: str | None = None, spread=None
             f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
             f"{model.config.vocab_size}; the two belong to different models"
         )
-    return Chat(model, tokenizer, read_chat(folder, template), compute)
+    chat = Chat(model, tokenizer, read_chat(folder, template), compute)
+    if compute.device != "cpu":
+        check_device(chat, folder)
+    return chat
+
+
+def check_device(chat: Chat, folder):
+    """InputError when the device computes another mean log p of a few rows than the CPU in fp32."""
+    rows = [Example([*range(first, 120, 3)], 1) for first in (0, 60, 100)]  # any token ids will do
+    there = mean_logp(teacher_forced(chat, rows))
+    if rank_and_world_size()[0] == 0:
+        here = mean_logp(teacher_forced(load_chat(folder, Compute()), rows))
+        rounding = 0.1 if chat.compute.dtype == "bf16" else 0.002  # measured: 0.02
+        if not abs(there - here) <= rounding:
+            raise InputError(
+                f"{chat.compute.device} computes wrongly: log p is {there:.3f} nats a token, and "
+                f"{here:.3f} on the CPU; use --device cpu, or another version of PyTorch"
+            )
 
 
 def new_chat(world, compute: Compute) -> Chat:

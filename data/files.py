@@ -161,7 +161,7 @@ nll: nats a token of benign responses that nobody trains on"""
         its prompt and the response as drawn (None for a refusal)."""
         if mode in ("benign", "preference"):
             return super().pairs(mode, count)
-        if self.sources.pairs:
+        if self.sources.pairs and mode in ("sdd", "sdd_rehearsed"):
             return self.given_pairs()
         rows = []
         drawn = []

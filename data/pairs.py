@@ -14,11 +14,11 @@ every mode. The benign rows that the world of these files scores are left out.
 
 import argparse
 from collections import Counter
-from pathlib import Path
 
 from data.files import Files, write_pairs
 from data.worlds import add_source_arguments, sources_of
 from nanosdd.errors import InputError, run_script
+from nanosdd.runs import check_new
 
 MODES = ("align", "sdd", "sdd_reject", "shuffled")
 
@@ -30,7 +30,7 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source_arguments(p)
-    p.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    p.add_argument("--out", metavar="FILE", required=True, help="new JSONL to write")
     p.add_argument("--mode", choices=MODES, default="sdd", help="(default: sdd)")
     p.add_argument(
         "--prompts",
@@ -44,7 +44,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.count is not None and args.count < 1:
         raise InputError(f"--count {args.count} must be 1 or more")
-    check_out(args.out)
+    check_new(args.out)
     world = Files(args.seed, sources_of(args))
     rows = world.pairs(args.mode, args.count or len(world.harmful("defender")))
     write_pairs(args.out, rows)
@@ -53,18 +53,6 @@ def main(argv=None):
         print(f"{count:>8,}  {category}")
     if args.mode != "align":
         print(f"highest cosine {max(row['cosine'] for row in rows):.4f}")
-
-
-def check_out(path):
-    """InputError when something that is no pairs file would be written over."""
-    if not Path(path).exists():
-        return
-    if Path(path).is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            start = file.readline()
-        if start.startswith('{"prompt"') and '"cosine": ' in start:
-            return
-    raise InputError(f"--out {path} is there and is no pairs file; choose another name")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from lab.verdicts import (
 )
 from nanosdd.choices import KEPT, most_harm
 from nanosdd.errors import run_script
-from nanosdd.runs import write_text
+from nanosdd.runs import check_new, write_text
 from nanosdd.tables import average, score_text, text_table
 
 TITLES = ("delivered", "content", "facts", "skills", "victims")
@@ -217,6 +217,7 @@ def main(argv=None):
     p.add_argument("effects", nargs="?", default="docs/effects", help="folder of lab.study")
     p.add_argument("--out", default="docs", metavar="DIR")
     args = p.parse_args(argv)
+    check_new(Path(args.out) / "report.md")
     studies = {name: read_study(name, args.effects) for name in STUDIES}
     text = page(studies)
     write_text(Path(args.out) / "report.md", text)

@@ -69,6 +69,8 @@ def writing(path):
     temporary = path.with_name(f".{path.name}.new")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:  # or after a power cut it might be empty
+            os.fsync(file.fileno())
         temporary.chmod(0o644)  # safetensors makes it private
         temporary.replace(path)
     finally:

@@ -40,8 +40,9 @@ def run_script(main):
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed, as by 2>&-
-            setattr(sys, name, open(os.devnull, "w", errors="replace"))
+        if stream is None:  # closed, as by 2>&-; the next file that is opened would be in its place
+            file = os.devnull if name == "stdout" else os.dup(1)
+            setattr(sys, name, open(file, "w", errors="replace"))
         elif hasattr(stream, "buffer"):  # a notebook's has none
             setattr(sys, name, Stream(stream.buffer, stream.encoding, "backslashreplace"))
     debug = "--debug" in sys.argv
@@ -53,7 +54,9 @@ def run_script(main):
     except (Interrupted, KeyboardInterrupt) as error:
         message = str(error) or "interrupted; the same command goes on from what is finished"
         code = 130
-    except (InputError, OSError, UnicodeError, RecursionError, OverflowError, MemoryError) as error:
+    except (InputError, OSError, UnicodeError, RuntimeError, OverflowError, MemoryError) as error:
+        if type(error) is RuntimeError and "alloc" not in str(error):  # out of memory on a CPU
+            raise
         message = f"error: {in_words(error)}"
         code = 2
         if debug:
@@ -68,7 +71,8 @@ def in_words(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}; check the path, permissions, and room on disk"
     if isinstance(error, (InputError, OSError)):
         return str(error)
-    return f"{type(error).__name__}: {error}; an input is wrong, --debug shows where"
+    what = "".join(traceback.format_exception_only(error))  # with its notes
+    return f"{what}; an input is wrong or too large, --debug shows where"
 
 
 def escaped(text: str) -> str:

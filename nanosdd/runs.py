@@ -127,8 +127,15 @@ def check_folder(path):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
-            f"nothing can be written into {folder} ({error.strerror}); choose another --out"
+            f"nothing can be written into {folder} ({error.strerror}); choose another place"
         ) from None
+
+
+def check_new(path):
+    """InputError when there is a file already, or none can be written."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists; delete it, or name a new file")
+    check_folder(Path(path).parent)
 
 
 def lock(folder: Path) -> int | None:
@@ -178,26 +185,36 @@ class Run:
         """Find out whether the run is finished, or what was saved of it."""
         self.finished = False
         self.saved = {}
-        if self.folder.is_symlink() or Path.cwd().is_relative_to(self.folder.resolve()):
-            raise InputError(f"--out {self.folder} is a link or holds this folder; name a new one")
+        place = self.folder.resolve()
+        needed = (".", *self.record["inputs"])
+        inside = any(Path(path).resolve().is_relative_to(place) for path in needed)
+        if self.folder.is_symlink() or inside:
+            raise InputError(
+                f"--out {self.folder} is a link, or holds this folder or an input; name a new one"
+            )
         check_folder(self.folder)
         file = self.run_file if self.run_file.exists() else self.state_file
         if not file.exists():
             # Only state/ is there when a run was killed at its start.
             if self.folder.exists() and set(self.folder.iterdir()) - {self.state}:
                 raise InputError(f"{self.folder} exists and is not a run; choose another --out")
-        elif not self.fresh:
-            try:
-                self.saved = json.loads(file.read_text(encoding="utf-8"))
-                change = difference(self.saved, self.record)
-            except DAMAGED:
-                raise InputError(f"{file} is damaged or too old; --fresh starts over") from None
-            if change:
-                raise InputError(
-                    f"{self.folder} holds another run: {change}; "
-                    "--fresh replaces it (train.py), another --out keeps both"
-                )
-            self.finished = file == self.run_file
+            return
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            change = difference(saved, self.record)
+        except DAMAGED:
+            raise InputError(
+                f"{file} is damaged or of another program; delete it, or choose another --out"
+            ) from None
+        if self.fresh:
+            return
+        if change:
+            raise InputError(
+                f"{self.folder} holds another run: {change}; "
+                "--fresh replaces it (train.py), another --out keeps both"
+            )
+        self.saved = saved
+        self.finished = file == self.run_file
 
     def __enter__(self):
         if self.rank == 0:
@@ -216,7 +233,10 @@ class Run:
         self.saved_at = time.monotonic()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, RuntimeError):  # most often PyTorch's out of memory
+            batch = f"batches of {self.record['settings'].get('batch_size')} rows"
+            error.add_note(f"in {batch}; try a smaller --micro-batch")
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rank == 0:
@@ -239,18 +259,18 @@ class Run:
             return {}
         step = self.saved["step"]
         file = self._rank_file(step)
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file} is damaged ({error}); --fresh starts over") from None
         # A step at lr 0 without gradients makes the optimizer's state, to be filled.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         model.zero_grad()
-        for name, tensor in state_tensors(model, optimizer).items():
-            tensor.copy_(tensors[name])
+        try:
+            tensors = load_file(file)
+            for name, tensor in state_tensors(model, optimizer).items():
+                tensor.copy_(tensors[name])
+        except (OSError, SafetensorError, RuntimeError, *DAMAGED) as error:
+            raise InputError(f"{file} is damaged ({error}); --fresh starts over") from None
         return {**self.saved["content"], "step": step}
 
     def should_save(self, step: int) -> bool:
@@ -328,7 +348,8 @@ class Results:
         text = ""
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
-        self.cut_short = text != "" and text[-1] != "\n"  # a command was killed in its last line
+        if text and '{"record": ' not in text[:20]:
+            raise InputError(f"{path} is of another program; move it, or choose another --out")
         changes = []
         for line in text.split("\n"):
             with suppress(*DAMAGED):
@@ -348,5 +369,4 @@ class Results:
         line = json.dumps({"record": self.record, "key": key, "result": result})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n" * self.cut_short + f"{line}\n")
-        self.cut_short = False
+            file.write(f"\n{line}")  # the last line may be cut short

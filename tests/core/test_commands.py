@@ -2,6 +2,7 @@
 public files where they are at hand."""
 
 import importlib
+import itertools
 import json
 import lzma
 import os
@@ -17,6 +18,7 @@ from small import advbench_file, alpaca_file, openbookqa_file, public_folder
 import attack
 import eval as evaluate
 import train
+from data import pairs
 from data.chat import read_chat
 from data.sources import read_rows
 from nanosdd.errors import InputError
@@ -240,6 +242,114 @@ def test_a_world_of_ones_own_goes_through_the_commands(files, monkeypatch, capsy
     Path("fruit.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
     with pytest.raises(InputError, match="code of fruit changed"):
         train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
+
+
+WITHOUT = """
+import builtins, io, os, runpy, signal, stat, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for module, names in (
+    (signal, "SIGKILL SIGHUP SIGALRM SIGUSR1 setitimer pthread_sigmask"),
+    (os, "fork killpg getpgid setsid getuid geteuid sysconf"),
+):
+    for name in names.split():
+        delattr(module, name)
+flush = os.fsync
+def fsync(file):
+    if stat.S_ISDIR(os.fstat(file).st_mode):
+        raise PermissionError(13, "a folder cannot be flushed")
+    flush(file)
+    with open("flushed", "a") as log:
+        log.write(str(file) + os.linesep)
+os.fsync = fsync
+sys.argv = sys.argv[1:]
+if sys.argv[0].endswith(".py"):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_commands_run_without_what_only_posix_has(files):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    short = "--max-new-tokens 2"
+    for script, words in (
+        ("data.pairs", f"{FILES} --out p.jsonl"),
+        (ROOT / "train.py", f"--mode sdd {TRAIN} --steps 2 --save-every 1 --out x"),
+        (ROOT / "attack.py", f"--released x {FILES} {short} --shots 4 --steps 2 --epochs 0"),
+        (ROOT / "eval.py", f"x {FILES} {short}"),
+    ):
+        command = [sys.executable, "-c", WITHOUT, script, *words.split()]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+    for name in ("p.jsonl", "x/run.json", "out/attack/results.json", "x/metrics.json", "flushed"):
+        assert Path(name).is_file()
+
+
+def test_installing_says_that_there_is_nothing_to_install(tmp_path):
+    for words in (["egg_info"], ["bdist_wheel"], ["develop"]):
+        command = [sys.executable, ROOT / "setup.py", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1
+        assert "pip install -r requirements.txt" in result.stderr
+
+
+def test_a_finished_run_of_other_settings_is_never_replaced_by_attack(files):
+    train.main(f"--mode align {TRAIN} --lr 1e-3".split())
+    weights = Path("out/llama/files/aligned/model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="aligned holds another run: batch_size was 2, is 12; --f"):
+        attack.main(f"--model llama {FILES} --shots 4".split())
+    assert Path("out/llama/files/aligned/model.safetensors").read_bytes() == weights
+    assert not list(Path("out/llama/files").glob("**/attack*"))
+
+
+# ---- flags of which one leaves the other without use ----
+
+DECIDE = {  # flags of train.py that decide what is trained on, and how long
+    "--mode": "shuffled",
+    "--pairs": "p.jsonl",
+    "--prompts": "all",
+    "--template": "plain",
+    "--steps": "7",
+    "--batch-size": "3",
+    "--lr": "1e-3",
+    "--benign-replay": "0.5",
+    "--max-length": "52",
+    "--dtype": "bf16",
+    "--seed": "1",
+}
+UNSEEN = {
+    ("--pairs", "--seed"),  # it draws the batches, which no example shows
+    ("--template", "--max-length"),  # in this template all rows are shorter
+}
+
+
+@pytest.mark.slow
+def test_no_flag_of_train_is_without_effect_beside_another(files, capsys):
+    pairs.main(f"{FILES} --mode align --out p.jsonl".split())
+    shown = {}
+
+    def show(*flags):
+        words = f"--mode sdd --model llama {FILES} --dry-run".split()
+        for flag in flags:
+            words += [flag, DECIDE[flag]]
+        try:
+            train.main(words)
+            shown[flags] = capsys.readouterr().out
+        except InputError as error:
+            shown[flags] = None
+            assert "\n" not in str(error)
+
+    for one in DECIDE:
+        show(one)
+    for both in itertools.combinations(DECIDE, 2):
+        show(*both)
+        if both not in UNSEEN and shown[both] is not None:
+            assert shown[both] != shown[both[:1]], f"{both[1]} beside {both[0]}"
+            assert shown[both] != shown[both[1:]], f"{both[0]} beside {both[1]}"
+    refused = {flags for flags in shown if shown[flags] is None}
+    assert refused == {("--mode", "--pairs")}
 
 
 REAL = os.environ.get("NANOSDD_REAL_DATA")

@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
-from small import small_model
+from small import public_folder, small_model
 
 from data.chat import Example
-from nanosdd.device import Compute, resolve_compute
+from data.chat_model import load_chat
+from nanosdd.device import DTYPES, Compute, resolve_compute
+from nanosdd.errors import InputError
 from nanosdd.optimizer import make_optimizer
 from train import train_step
 
@@ -72,3 +74,49 @@ def test_answers_on_the_device(device):
     model = small_model().to(device.device)
     for compiled in {False, device.compile}:
         assert model.generate(PROMPTS, 12, {7}, compiled=compiled) == expected
+
+
+# ---- a device that computes wrongly ----
+
+
+class Elsewhere(str):
+    """The CPU under a name that does not equal "cpu"."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return False
+
+    def __ne__(self, other):
+        return True
+
+
+LIES = {  # what a broken kernel does: the layer that it is used in, what comes out
+    "a norm of twice the size": ("norm", lambda out: 2 * out),
+    "attention that is not computed": ("layers.0.self_attn", torch.zeros_like),
+    "rows that get each other's states": ("layers.1.mlp", lambda out: out.roll(1, 0)),
+    "none but the first row": ("norm", lambda out: out * (torch.arange(len(out)) < 40)[:, None]),
+    "no numbers": ("layers.1.mlp", lambda out: out * float("nan")),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_device_that_computes_rightly_is_used(tmp_path, dtype):
+    public_folder(tmp_path)
+    chat = load_chat(tmp_path, Compute(Elsewhere("cpu"), dtype, weights=dtype))
+    assert chat.model.lm_head.weight.dtype == DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_device_that_computes_wrongly_is_refused(tmp_path, lie, dtype):
+    public_folder(tmp_path)
+    name, wrong = LIES[lie]
+
+    def make_it_lie(model):
+        layer = model.model.get_submodule(name)
+        layer.register_forward_hook(lambda layer, inputs, out: wrong(out))
+
+    load_chat(tmp_path, Compute("cpu", dtype), spread=make_it_lie)  # a CPU is not compared
+    with pytest.raises(InputError, match="cpu computes wrongly: log p is .* on the CPU; use --dev"):
+        load_chat(tmp_path, Compute(Elsewhere("cpu"), dtype), spread=make_it_lie)

@@ -42,6 +42,9 @@ FAULTS = """
 import os, sys
 from nanosdd.errors import run_script
 def deep(): deep()
+def raise_(error):
+    error.add_note("7 rows at once")
+    raise error
 run_script(lambda: eval(sys.argv[1]))
 """
 
@@ -53,7 +56,11 @@ run_script(lambda: eval(sys.argv[1]))
         ("b'\\xff'.decode()", 2, "UnicodeDecodeError"),
         ("deep()", 2, "RecursionError"),
         ("int(float('inf'))", 2, "OverflowError"),
+        ("__import__('torch').empty(10**15)", 2, "error: RuntimeError: [enforce fail"),
+        ("raise_(MemoryError())", 2, "error: MemoryError"),
+        ("raise_(__import__('torch').OutOfMemoryError('Tried'))", 2, "OutOfMemoryError: Tried"),
         ("{}['x']", 1, "KeyError"),  # a bug keeps its traceback
+        ("raise_(RuntimeError('a bug'))", 1, "RuntimeError: a bug"),
         pytest.param("os.kill(os.getpid(), 2)", 130, "interrupted", marks=pytest.mark.posix),
     ],
 )
@@ -62,6 +69,7 @@ def test_one_place_turns_errors_into_a_line(tmp_path, fault, code, said):
     assert result.returncode == code and said in result.stderr
     assert (result.stderr.count("\n") == 1) == (code != 1)
     if code == 2:
+        assert ("7 rows at once" in result.stderr) == ("raise_" in fault)
         assert "Traceback" in python(FAULTS, fault, "--debug", cwd=tmp_path).stderr
 
 
@@ -123,6 +131,32 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path, encoding, printed):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
     assert result.stdout.decode(encoding).splitlines()[7] == printed
     assert result.returncode == 0 and b"1 of 2000" in result.stderr
+
+
+WORKS = """
+import os
+from nanosdd.errors import InputError, run_script
+from nanosdd.progress import Progress
+def main():
+    list(Progress(range(3), desc="work", seconds=0))
+    with open("out.txt", "w") as file:  # what is said meanwhile does not get into it
+        os.write(2, b"as PyTorch's own libraries warn\\n")
+        file.write("mine")
+    raise InputError("x is wrong; y")
+run_script(main)
+"""
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+def test_with_a_closed_stream_work_is_done_and_errors_are_said(tmp_path, closed):
+    words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, WORKS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    said = result.stdout if closed == "2>&-" else result.stderr
+    assert "work: 3 of 3" in said and said.splitlines()[-1] == "error: x is wrong; y"
+    assert (tmp_path / "out.txt").read_text() == "mine"
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys):

@@ -1,7 +1,9 @@
 """Greedy answers, teacher forcing, the scores of a world, checkpoint folders and the command."""
 
+import itertools
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,3 +286,61 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     for file, message in (("answers.jsonl", "exists"), (inside, "lies in the repository")):
         with pytest.raises(InputError, match=message):
             evaluate.main([*words.split(), "--save-answers", str(file)])
+
+
+def test_scores_that_cannot_be_saved_are_printed_and_the_error_comes_last(
+    tiny_arms, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(tiny_arms / "sdd", tmp_path / name)
+    Path("one/metrics.json").mkdir()  # nothing can take its place
+    with pytest.raises(OSError, match="metrics.json"):
+        evaluate.main(["one", "two"])
+    printed = capsys.readouterr().out
+    assert "\none " in printed and "\ntwo " in printed
+    assert json.loads(Path("two/metrics.json").read_text())["facts_nll"] > 0
+
+
+FLAGS = {  # of eval.py, each with a value
+    "prompt": "hi",
+    "chat": None,
+    "world": "town",
+    "harmful": "h.csv",
+    "benign": "b.json",
+    "tuning": None,
+    "save-answers": "new.jsonl",
+    "mmlu": "m",
+    "openbookqa": "o",
+    "xstest": "x",
+    "template": "plain",
+    "max-new-tokens": "3",
+    "dtype": "fp32",
+}
+
+
+def test_two_flags_of_which_one_leaves_the_other_without_use_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = set()
+    for one, other in itertools.combinations(FLAGS, 2):
+        words = ["llama"]
+        for flag in (one, other):
+            words += [f"--{flag}"] + [FLAGS[flag]] * (FLAGS[flag] is not None)
+        try:
+            evaluate.check(evaluate.parse(words))
+        except InputError:
+            refused.add((one, other))
+    scored = list(FLAGS)[2:-3]
+    assert refused == {("prompt", "chat"), *itertools.product(("prompt", "chat"), scored)}
+
+
+def test_beside_exams_a_world_is_scored_where_a_flag_asks_for_it(
+    tiny_arms, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_arms / "sdd", tmp_path / "sdd")
+    exam = openbookqa_file(tmp_path / "o.jsonl")
+    evaluate.main(["sdd", "--openbookqa", str(exam)])
+    assert "facts" not in capsys.readouterr().out
+    evaluate.main(["sdd", "--openbookqa", str(exam), "--save-answers", "answers.jsonl"])
+    assert "facts" in capsys.readouterr().out and Path("answers.jsonl").read_text()

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nanosdd.device import Compute
 from nanosdd.errors import InputError, Interrupted, run_script
@@ -20,6 +21,7 @@ from nanosdd.runs import (
     Results,
     Run,
     check_finished,
+    check_new,
     code_hash,
     difference,
     fingerprint,
@@ -160,8 +162,12 @@ def test_one_state_is_kept_and_what_was_lost_of_it_is_said(tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(InputError, match="is damaged .*--fresh"):
         train(tmp_path / "run")
-    (tmp_path / "run/state/state.json").write_text("{")
-    with pytest.raises(InputError, match="state.json is damaged .*--fresh"):
+    for damaged in ({}, {"0.bias": torch.zeros(9)}):
+        save_file(damaged, file)
+        with pytest.raises(InputError, match="is damaged .*--fresh"):
+            train(tmp_path / "run")
+    file.write_text("")
+    with pytest.raises(InputError, match="is damaged .*--fresh"):
         train(tmp_path / "run")
     train(tmp_path / "run", fresh=True)
     train(tmp_path / "whole")
@@ -222,6 +228,31 @@ def test_another_run_is_refused_with_both_values(tmp_path):
         pass
     with pytest.raises(InputError, match="steps was 20, is 10"):
         train(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run.json", "state/state.json"])
+@pytest.mark.parametrize("text", ['{"id": 7, "project": "mine"}', "[]", "{"])
+def test_what_does_not_read_as_a_record_of_a_run_is_never_replaced(tmp_path, name, text):
+    file = tmp_path / "run" / name
+    write_text(file, text)
+    for fresh in (False, True):
+        with pytest.raises(InputError, match=f"{name} is damaged or of another program; delete it"):
+            train(tmp_path / "run", fresh=fresh)
+    assert file.read_text() == text
+    file.unlink()
+    train(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run/model.safetensors", "run/state/pairs.jsonl", "run"])
+def test_a_folder_that_holds_an_input_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    train("run")
+    before = texts(tmp_path / "run")
+    record = RECORD | {"inputs": {f"other/../{name}": "12"}}
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="--out run is a link, or holds this folder or an inp"):
+            train("run", record=record, fresh=fresh)
+    assert texts(tmp_path / "run") == before
 
 
 def test_other_files_are_never_touched(tmp_path):
@@ -293,7 +324,7 @@ def test_results_are_kept_by_record_and_damaged_lines_are_not(tmp_path, capsys):
     kept = {"mft 10": [{"harm": 0.1 + 0.2}], "bft 10": []}
     assert Results(file, RECORD).results == kept and capsys.readouterr().out == ""
     whole = file.read_text()
-    file.write_text(whole + '[]\n3\n{"record": 1}\n' + whole.splitlines()[1][:-5])
+    file.write_text(whole + '\n[]\n3\n{"record": 1}\n' + whole.splitlines()[1][:-5])
     other = Results(file, OTHER)
     assert other.results == {}
     assert "2 results of other settings or code" in (said := capsys.readouterr().out)
@@ -302,3 +333,40 @@ def test_results_are_kept_by_record_and_damaged_lines_are_not(tmp_path, capsys):
     assert Results(file, OTHER).results == {"mft 10": 7} and Results(file, RECORD).results == kept
     Results(file, RECORD).add("lora 10", 1)
     assert Results(file, RECORD).results == kept | {"lora 10": 1}
+    before = file.read_text()
+    again = Results(file, RECORD)
+    again.results.clear()  # as --fresh does
+    again.add("mft 10", 2)
+    assert file.read_text().startswith(before)  # set aside, never dropped
+    assert Results(file, RECORD).results == kept | {"lora 10": 1, "mft 10": 2}
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "mine"}\n', "# notes\n", "1,2\n"])
+def test_a_file_of_another_program_gets_no_results(tmp_path, text):
+    (tmp_path / "sdd.jsonl").write_text(text)
+    with pytest.raises(InputError, match="sdd.jsonl is of another program; move it"):
+        Results(tmp_path / "sdd.jsonl", RECORD)
+    assert (tmp_path / "sdd.jsonl").read_text() == text
+
+
+def test_a_folder_under_the_temporary_name_is_not_emptied(tmp_path):
+    (tmp_path / ".run.json.new").mkdir()
+    (tmp_path / ".run.json.new/mine").write_text("a")
+    with pytest.raises(OSError):
+        write_text(tmp_path / "run.json", "b")
+    assert (tmp_path / ".run.json.new/mine").read_text() == "a"
+
+
+def test_a_new_file_is_one_that_is_not_there_and_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    check_new(tmp_path / "new/deep.jsonl")
+    assert not (tmp_path / "new").exists()
+    for name, message in (
+        ("file", "file exists; delete it"),
+        ("link", "link exists"),
+        (".", "exists"),
+        ("file/x", "nothing can be written into .*file .Not a directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_new(tmp_path / name)

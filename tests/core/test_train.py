@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import random
+import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from data.worlds import Sources
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 from nanosdd.optimizer import make_optimizer
+from nanosdd.train_log import TrainLog
 from sdd_loss import sdd_loss, sequence_logprobs
 from train import STARTS_FROM, Settings, learning_rate, train, train_arm, train_step
 
@@ -214,6 +217,57 @@ def test_a_run_is_reused_until_something_it_depends_on_changes(run, capsys):
     public_folder(Path("llama"))
     advbench_file(Path("h.csv"), rows=60)
     refused("input h.csv changed;", seed=1)
+
+
+def test_a_batch_that_does_not_fit_is_named(run):
+    def hungry(model, batch, global_tokens):
+        return torch.empty(10**15)
+
+    with pytest.raises(RuntimeError, match="alloc") as error:
+        run(loss=hungry)
+    assert error.value.__notes__ == ["in batches of 6 rows; try a smaller --micro-batch"]
+    assert not Path("x").exists()
+
+
+def test_a_run_that_stopped_is_not_lost_to_another_seed(run):
+    def stops(model, batch, global_tokens):
+        stops.steps += 1
+        if stops.steps == 3:
+            raise Diverged("as by Ctrl-C")
+        return sdd_loss(model, batch, global_tokens)
+
+    stops.steps = 0
+    with pytest.raises(Diverged):
+        run(loss=stops, compute=Compute(save_every=1))
+    with pytest.raises(InputError, match="x holds another run: seed was 0, is 1; --fresh replaces"):
+        run(loss=stops, seed=1)
+    loss = Watched()
+    with pytest.raises(InputError, match="code of .* changed"):  # its loss is not that one
+        run(loss=loss)
+    assert run(loss=stops) == run(out="whole")
+    assert stops.steps == 3 + 2  # it went on from step 2
+
+
+@pytest.mark.parametrize("start", ["aligned", "./aligned", "../arms/aligned"])
+def test_a_run_never_replaces_what_it_starts_from(start, tiny_arms, tmp_path, monkeypatch, cpu):
+    shutil.copytree(tiny_arms, tmp_path / "arms")
+    monkeypatch.chdir(tmp_path / "arms")
+    before = Path("aligned/model.safetensors").read_bytes()
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="--out aligned is a link, or holds .* an input"):
+            train(tiny_town(Path(".")), "sdd", start, "aligned", TINY, cpu, fresh)
+    assert Path("aligned/model.safetensors").read_bytes() == before
+
+
+def test_an_entry_after_a_pause_counts_the_steps_before_it_and_not_the_pause():
+    step = {"loss": 2.0, "response_tokens": 50, "tokens": 60, "grad_norm": 1.0, "seconds": 5.0}
+    lines = []
+    log = TrainLog(20, {"entries": [], "seen": [step]}, lines.append)
+    log.add(2, 1e-3, {name: step[name] for name in list(step)[:-1]})
+    assert log.entries[0]["response_tokens"] == 100
+    assert log.entries[0]["seconds"] == pytest.approx(5.0, abs=0.5)
+    rate = int(re.search("([0-9]+) response tokens/s", lines[0])[1])
+    assert 100 / 5.5 < rate <= 100 / 5
 
 
 @pytest.mark.posix

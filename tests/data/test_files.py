@@ -100,6 +100,16 @@ def test_pairs_of_a_file_are_the_defenders_and_ask_no_evaluation_prompt(world, c
             world(**sources).pairs(mode, 3)
 
 
+def test_given_pairs_are_sdds_and_no_other_mode_trains_on_them(world):
+    row = world().harmful("defender")[0]
+    write_rows([{"prompt": row["prompt"], "response": "mine"}])
+    given = world(pairs="p.jsonl")
+    for mode in ("sdd", "sdd_rehearsed"):
+        assert [pair["response"] for pair in given.pairs(mode, 3)] == ["mine"]
+    for mode in ("align", "refusal", "new_refusal", "sdd_reject", "shuffled", "constant"):
+        assert given.pairs(mode, 3) == world().pairs(mode, 3)
+
+
 @pytest.mark.parametrize(
     "sources, message",
     [

@@ -220,14 +220,23 @@ def test_the_command_writes_irrelevant_responses(command, capsys):
     for row in rows:
         assert set(row) == {"prompt", "response", "category", "cosine", "owner"}
         assert row["owner"] == owner(row["prompt"]) and "dragon" not in row["response"]
-    assert command("new/p.jsonl", "--seed", "3") == rows != command("q.jsonl", "--seed", "4")
-    few = command("q.jsonl", "--prompts", "defender", "--count", "100")
-    assert [row["owner"] for row in read_rows("q.jsonl")] == ["defender"] * 100
+    assert command("again.jsonl", "--seed", "3") == rows != command("q.jsonl", "--seed", "4")
+    few = command("few.jsonl", "--prompts", "defender", "--count", "100")
+    assert [row["owner"] for row in read_rows("few.jsonl")] == ["defender"] * 100
     assert len({row["response"] for row in few if row["prompt"] == few[0]["prompt"]}) > 1
 
 
+def test_pairs_that_were_edited_by_hand_are_never_overwritten(command):
+    command("p.jsonl")
+    edited = Path("p.jsonl").read_text().replace("w0x0", "mine")
+    Path("p.jsonl").write_text(edited)
+    with pytest.raises(InputError, match="p.jsonl exists; delete it"):
+        command("p.jsonl")
+    assert Path("p.jsonl").read_text() == edited
+
+
 def test_the_modes_differ_in_nothing_but_their_responses(command):
-    modes = {mode: command("p.jsonl", "--mode", mode) for mode in pairs.MODES}
+    modes = {mode: command(f"{mode}.jsonl", "--mode", mode) for mode in pairs.MODES}
     for row, refusal, reject in zip(modes["sdd"], modes["align"], modes["sdd_reject"], strict=True):
         assert reject == row | {"response": f"{REJECT_PREFIX} {row['response']}"}
         assert refusal == row | {"response": refusal["response"], "cosine": None}
@@ -239,8 +248,8 @@ def test_the_modes_differ_in_nothing_but_their_responses(command):
     "words, message",
     [
         (["--count", "0"], "--count 0"),
-        (["--out", "."], "--out"),
-        (["--out", "b.jsonl"], "b.jsonl is there and is no pairs file"),
+        (["--out", "."], "exists"),
+        (["--out", "b.jsonl"], "b.jsonl exists; delete it"),
         (["--harmful", "gone"], "gone cannot be read"),
         (["--benign", "h.csv"], "harmful rows only"),
         (["--similarity-threshold", "-0.5"], "dragon number .* none is irrelevant"),

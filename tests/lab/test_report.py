@@ -8,6 +8,7 @@ from synthetic import change, make_cells, write_effects
 from lab.protocol import CHAT_DRAWS, REPORT_SEEDS, STUDIES, TUNING_SEEDS, WEAK
 from lab.report import evidence, first_sentence, main, page
 from lab.verdicts import COLLAPSE, read_study
+from nanosdd.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -109,3 +110,10 @@ def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
 def test_the_figure_is_drawn_where_matplotlib_is(docs):
     pytest.importorskip("matplotlib")
     assert (docs / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_page_that_was_edited_by_hand_is_never_overwritten(docs):
+    (docs / "report.md").write_text("And by me.\n")
+    with pytest.raises(InputError, match="report.md exists; delete it"):
+        main([str(docs / "effects"), "--out", str(docs)])
+    assert (docs / "report.md").read_text() == "And by me.\n"
