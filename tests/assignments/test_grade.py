@@ -101,7 +101,7 @@ def test_parts_of_an_assignment_score_on_their_own(tmp_path):
     assert total(tmp_path / "part", "a4")[:2] == (15, 100)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("isolated", {ISOLATED, False})
 def test_an_endless_loop_costs_its_own_test_alone(isolated, tmp_path):
     loop = solved(tmp_path / "loop")

@@ -336,7 +336,7 @@ class FewQuestions(Ask):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_smollm2_knows_recipes_from_fakes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
