@@ -57,7 +57,7 @@ PROJECT = """
 README.md LICENSE CITATION.cff CONTRIBUTING.md CHANGELOG.md pyproject.toml requirements.txt
 .gitignore model.py sdd_loss.py train.py attack.py eval.py
 assignments/*.py assignments/*.md assignments/a0.json bench/*.py bench/*.sh data/*.py
-docs/*.md docs/*.svg docs/tuning/*.json lab/*.py nanosdd/*.py tests/*.py
+data/chat_templates.json docs/*.md docs/*.svg docs/tuning/*.json lab/*.py nanosdd/*.py tests/*.py
 tests/assignments/conftest.py tests/assignments/lesson.py tests/assignments/wrong_a?.py
 tests/assignments/test_a?.py tests/assignments/test_open.py tests/assignments/test_theory.py
 """.split()  # what students get; nothing else is copied

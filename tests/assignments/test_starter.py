@@ -78,6 +78,7 @@ def test_the_starter_holds_what_a_student_needs(tmp_path):
     files = files_of(tmp_path / "all")
     wanted = {"model.py", "assignments/adapters.py", "assignments/a1.md", "pyproject.toml"}
     wanted |= {"tests/assignments/test_a1.py", "tests/conftest.py", "docs/idea.svg", "lab/study.py"}
+    wanted.add("data/chat_templates.json")  # which recognise.py reads
     assert wanted <= files.keys()
     assert not re.search("test_course|test_grade|core/|out/|pycache|jsonl", " ".join(files))
     assert b'"prediction": null' in files["assignments/a0.json"]
