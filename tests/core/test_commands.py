@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -287,12 +288,14 @@ def test_the_commands_run_without_what_only_posix_has(files):
         assert Path(name).is_file()
 
 
-def test_installing_says_that_there_is_nothing_to_install(tmp_path):
-    for words in (["egg_info"], ["bdist_wheel"], ["develop"]):
-        command = [sys.executable, ROOT / "setup.py", *words]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 1 and result.stderr.count("\n") == 1
-        assert "pip install -r requirements.txt" in result.stderr
+def test_installing_says_that_there_is_nothing_to_install():
+    """As every installer begins: it imports what builds the package."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert build["requires"] == []
+    code = f"import sys; sys.path[:0] = {build['backend-path']}; import {build['build-backend']}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "pip install -r requirements.txt" in result.stderr
 
 
 def test_a_finished_run_of_other_settings_is_never_replaced_by_attack(files):

@@ -1,3 +1,3 @@
-"""So that `pip install .` says what to do, where it would install nothing."""
+"""What `pip install .` imports to build a package: it says what to do instead."""
 
 raise SystemExit("nanoSDD is run in its folder, not installed: pip install -r requirements.txt")
