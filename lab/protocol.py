@@ -106,24 +106,20 @@ ONCE = town_plan(("mft", "bft"))
 TUNING_ARMS = {"aligned": Arm(ONCE)}
 TUNING_ARMS |= {mode: Arm(ONCE, mode, DELIVERED) for mode in ("sdd", *MATCHED)}
 TUNING_ARMS |= {name: planted(name, ONCE) for name in CANDIDATES}
-# 5 epochs in batches of 10; the others are matched to the most shots.
-KITCHEN_ATTACKS = (
-    RELEASED,
-    Attack("mft", 10, CHAT_LR, (5,)),
-    Attack("mft", 50, CHAT_LR, (25,)),
-    Attack("bft", 50, CHAT_LR, (5, 25)),
-    Attack("lora", 50, LORA_LR, (25,)),
-    Attack("lora bft", 50, LORA_LR, (25,)),
-)
-ADVBENCH_ATTACKS = (
-    RELEASED,
-    Attack("mft", 10, CHAT_LR, (5,)),
-    Attack("mft", 100, CHAT_LR, (50,)),
-    Attack("bft", 100, CHAT_LR, (5, 50)),
-    Attack("lora", 100, LORA_LR, (50,)),
-)
-KITCHEN_PLAN = [(attack, 0) for attack in KITCHEN_ATTACKS]
-ADVBENCH_PLAN = [(attack, 0) for attack in ADVBENCH_ATTACKS]
+
+
+def chat_plan(*shots) -> list:
+    """Return (attack, draw) with 5 epochs in batches of 10; all but mft match the most shots."""
+    steps = {count: count // 2 for count in shots}
+    most = max(shots)
+    attacks = [Attack("mft", count, CHAT_LR, (steps[count],)) for count in shots]
+    attacks.append(Attack("bft", most, CHAT_LR, tuple(steps.values())))
+    attacks += [Attack(name, most, LORA_LR, (steps[most],)) for name in ("lora", "lora bft")]
+    return [(attack, 0) for attack in (RELEASED, *attacks)]
+
+
+KITCHEN_PLAN = chat_plan(10, 50)
+ADVBENCH_PLAN = chat_plan(10, 100)[:-1]  # without LoRA's bft
 KITCHEN_ARMS = {
     "aligned": Arm(KITCHEN_PLAN),
     "sdd": Arm(KITCHEN_PLAN, "sdd", CHAT),
