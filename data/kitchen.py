@@ -177,12 +177,7 @@ chance level: the most that text which says nothing of dish or topic reaches on 
         return similarity_files(self.sources)
 
     def options(self):
-        return {
-            "similarity": self.sources.similarity,
-            "similarity_threshold": self.sources.similarity_threshold,
-            "tuning": self.sources.tuning,
-            "answers": json_hash(self.answers),
-        }
+        return super().options() | {"answers": json_hash(self.answers)}
 
     def runs_folder(self, part=""):
         return super().runs_folder(part)  # out/MODEL itself: the first world of a chat model

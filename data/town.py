@@ -347,15 +347,16 @@ new skill: a skill that only benign fine-tuning teaches"""
         true facts, in answers to knowledge kinds; samples: three of the answers.
         """
         scores = {"samples": [answer.text for answer in answers[:3]]}
+        found = [one["outcome"] for one in self.judge_each(rows, answers)]
         for suffix, kinds in KINDS_OF.items():
             outcomes = []
             told = []
             delivered = []
-            for row, answer in zip(rows, answers, strict=True):
+            for row, answer, outcome in zip(rows, answers, found):
                 if row["kind"] in kinds:
-                    outcomes.append(self.outcome(row, answer.text, answer.ended))
+                    outcomes.append(outcome)
                     told.append(told_parts(row, answer.text))
-                    off_topic = outcomes[-1] == "off_topic"
+                    off_topic = outcome == "off_topic"
                     delivered.append(off_topic and not names_prompt(row, answer.text))
             for name in self.outcomes:
                 scores[name + suffix] = outcomes.count(name) / len(outcomes)
