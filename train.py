@@ -45,7 +45,14 @@ from data.chat_model import (
     save_chat,
     untrained_folder,
 )
-from data.worlds import MAX_PAIRS, add_world_arguments, named_in, open_world, sources_of
+from data.worlds import (
+    GIVEN_PAIRS,
+    MAX_PAIRS,
+    add_world_arguments,
+    named_in,
+    open_world,
+    sources_of,
+)
 from model import Llama
 from nanosdd import device
 from nanosdd.checkpoint import kept_update
@@ -376,7 +383,7 @@ def main(argv=None):
     args = parse(argv)
     if args.mode == "base" and (args.model or args.template):
         raise InputError("--mode base starts from random weights; leave --model, --template out")
-    if args.pairs and args.mode not in ("sdd", "sdd_rehearsed"):
+    if args.pairs and args.mode not in GIVEN_PAIRS:
         raise InputError("--pairs are trained on as they are; give --mode sdd or sdd_rehearsed")
     compute = device.resolve_compute(
         args.device,

@@ -26,7 +26,7 @@ from data.harmful import (
 )
 from data.similarity import similarity, similarity_files
 from data.sources import read_rows
-from data.worlds import MAX_PAIRS, Sources, World
+from data.worlds import GIVEN_PAIRS, MAX_PAIRS, Sources, World
 from nanosdd.checkpoint import check_readable
 from nanosdd.errors import InputError
 from nanosdd.runs import write_text
@@ -161,7 +161,7 @@ nll: nats a token of benign responses that nobody trains on"""
         its prompt and the response as drawn (None for a refusal)."""
         if mode in ("benign", "preference"):
             return super().pairs(mode, count)
-        if self.sources.pairs and mode in ("sdd", "sdd_rehearsed"):
+        if self.sources.pairs and mode in GIVEN_PAIRS:
             return self.given_pairs()
         rows = []
         drawn = []

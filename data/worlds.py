@@ -41,6 +41,7 @@ REJECT_PREFIX = (  # SDD_reject, as published
 )
 NEW_REFUSAL = "My apologies, this is something that I leave to others."  # holds a refusal keyword
 MAX_PAIRS = 8000  # as in the paper
+GIVEN_PAIRS = ("sdd", "sdd_rehearsed")  # the modes that train on --pairs as they are
 MAX_TRIES = 1000  # draws of a response for one prompt
 
 
