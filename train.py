@@ -140,10 +140,10 @@ SETTINGS = {  # by world (any other: "chat"), then by mode (any other: "sdd")
 }
 
 
-def settings_of(world_name: str, mode: str, table=SETTINGS) -> Settings:
+def settings_of(world, mode: str, table=SETTINGS) -> Settings:
     """The settings of a mode in a world."""
-    own = table[world_name if world_name in table else "chat"]
-    return own.get(mode, own["sdd"])
+    own = table[world.name if world.name in table else "chat"]
+    return replace(own.get(mode, own["sdd"]), **world.settings.get(mode, {}))
 
 
 def folder_of(world, mode: str) -> Path:
@@ -242,7 +242,7 @@ def train(
             batch = next(batches)
             lr = learning_rate(step, settings)
             done = train_step(chat.model, optimizer, batch, lr, compute, loss)
-            log.add(step + 1, lr, done)
+            log.add(step + 1, lr, done | getattr(loss, "figures", {}))
             if run.should_save(step + 1):
                 run.save_state(step + 1, chat.model, optimizer, log.state())
         chat.model.eval()
@@ -325,7 +325,7 @@ def train_arm(mode: str, world, compute: Compute, base=None, table=SETTINGS, fre
         return base
     parent = STARTS_FROM[mode]
     start = train_arm(parent, world, compute, base, table, fresh) if parent else None
-    settings = settings_of(world.name, mode, table)
+    settings = settings_of(world, mode, table)
     return train(world, mode, start, folder_of(world, mode), settings, compute, fresh)
 
 
@@ -374,6 +374,12 @@ def parse(argv=None):
         )
     p.add_argument("--seed", type=int, default=0, help="world and every draw (default: 0)")
     device.add_compute_arguments(p, training=True)
+    p.add_argument(
+        "--save-every",
+        type=int,
+        default=0,
+        help="steps between two saved states of a run (default: every 5 minutes)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print three examples, then stop")
     p.add_argument("--fresh", action="store_true", help="train anew, also what it starts from")
     return p.parse_args(argv)
@@ -385,15 +391,7 @@ def main(argv=None):
         raise InputError("--mode base starts from random weights; leave --model, --template out")
     if args.pairs and args.mode not in GIVEN_PAIRS:
         raise InputError("--pairs are trained on as they are; give --mode sdd or sdd_rehearsed")
-    compute = device.resolve_compute(
-        args.device,
-        args.dtype,
-        args.compile,
-        weights=args.weights,
-        micro_batch=args.micro_batch,
-        checkpoint_activations=args.checkpoint_activations,
-        save_every=args.save_every,
-    )
+    compute = device.resolve_compute(**named_in(args, Compute))
     compute = device.join_processes(compute)
     model = None
     if args.model:
@@ -403,9 +401,7 @@ def main(argv=None):
         compute = device.for_model(compute, args.dtype, model)
     ask = Ask(model, compute, args.template)
     world = open_world(args.world, args.seed, sources_of(args), ask, model)
-    if model is None and world.shape is None:
-        raise InputError(f"the world {world.name} needs --model smollm2 or DIR, a Llama folder")
-    settings = replace(settings_of(world.name, args.mode), **named_in(args, Settings))
+    settings = replace(settings_of(world, args.mode), **named_in(args, Settings))
     out = folder_of(world, args.mode) if args.out is None else args.out
     start = model
     parent = STARTS_FROM[args.mode]

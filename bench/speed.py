@@ -40,6 +40,7 @@ from data.chat import Example, encode_prompt, encode_rows, read_chat
 from data.chat_model import Chat, continue_all, load_chat, model_folder, save_chat
 from data.sources import read_rows
 from data.tokenizer import load_tokenizer
+from data.worlds import named_in
 from model import Llama, LlamaConfig
 from nanosdd.checkpoint import read_config, read_json
 from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
@@ -346,14 +347,7 @@ def write_random(folder, shape: str, tokenizer_folder):
 
 def bench_model(folder, args) -> dict:
     """The figures of train or decode, of the model in a folder."""
-    compute = resolve_compute(
-        args.device,
-        args.dtype,
-        args.compile,
-        weights=args.weights,
-        micro_batch=args.micro_batch,
-        checkpoint_activations=args.checkpoint_activations,
-    )
+    compute = resolve_compute(**named_in(args, Compute))
     tokenizer = load_tokenizer(folder)
     template = read_chat(folder)
     rng = random.Random(0)

@@ -149,6 +149,10 @@ victims: attributes of the people whom the mischief is about. Where these are lo
 new skill: a skill that only benign fine-tuning teaches"""
     max_length = 128
     shape = SHAPE
+    settings = {
+        "attack": {"shots": (10, 50, 100), "lr": (3e-5, 1e-4, 3e-4, 1e-3), "steps": 50},
+    }
+    arms = ("align", "refusal", "sdd")
 
     def __init__(self, seed=0, sources=Sources(), ask=None, folder=None):
         super().__init__(seed, sources)

@@ -114,6 +114,8 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
     max_length = 256  # tokens of prompt and response
     max_new_tokens = 64  # of an answer when scored
     shape = None  # of the Llama that --mode base trains; None: a model has to be given
+    settings = {}  # {mode of train.py, or "attack": {field: value}} where the defaults do not fit
+    arms = ("align", "sdd", "new_refusal")  # the modes that attack.py attacks by default
 
     def __init__(self, seed: int, sources: Sources = Sources(), ask=None, folder=None):
         """ask: a data.chat_model.Ask of the model in `folder`, for worlds that are made of a
@@ -285,6 +287,8 @@ def open_world(name: str | None, seed: int, sources: Sources, ask=None, folder=N
         )
     trained_on = read_world(folder) if folder else {}
     world = find_world(name or guess_world(sources, trained_on, folder))
+    if folder is None and world.shape is None:
+        raise InputError(f"the world {world.name} needs --model smollm2 or DIR, or --released DIR")
     if trained_on.get("world") == world.name and trained_on["seed"] != seed:
         known = trained_on["seed"]
         raise InputError(

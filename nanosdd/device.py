@@ -63,22 +63,17 @@ def add_compute_arguments(p, training: bool = False):
         "--weights",
         choices=list(DTYPES),
         default="fp32",
-        help="how weights are held; bf16: split, which keeps every fp32 bit (default: fp32)",
+        help="how weights are held; bf16: split, which loses no update but rounds the weights that "
+        "it begins with (default: fp32)",
     )
     p.add_argument(
         "--checkpoint-activations",
         action="store_true",
         help="recompute layers in the backward pass: far less memory, about a third more time",
     )
-    p.add_argument(
-        "--save-every",
-        type=int,
-        default=0,
-        help="steps between two saved states of a run (default: every 5 minutes)",
-    )
 
 
-def resolve_compute(device: str, dtype: str, compile: bool | None, **training) -> Compute:
+def resolve_compute(device: str, dtype: str, compile: bool | None = None, **training) -> Compute:
     """The Compute that these arguments ask for; training: its other fields.
 
     InputError for a device that is not there or cannot do it.

@@ -2,6 +2,7 @@
 
 import json
 import time
+from statistics import fmean
 
 from nanosdd.errors import Diverged
 
@@ -29,9 +30,10 @@ class TrainLog:
         if step % max(1, self.steps // 10) and step < self.steps:
             return
         entry = {"step": step, "lr": lr, "grad_norm": done["grad_norm"]}
-        for name in ("loss", "response_tokens", "tokens", "seconds"):
+        for name in ("response_tokens", "tokens", "seconds"):
             entry[name] = sum(one[name] for one in self.seen)
-        entry["loss"] /= len(self.seen)
+        for name in sorted(done.keys() - entry):
+            entry[name] = fmean(one[name] for one in self.seen)
         self.entries.append(entry)
         self.seen = []
         rate = entry["response_tokens"] / entry["seconds"]
