@@ -142,6 +142,16 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
+def check_answers_file(path):
+    """InputError for a file that is there already, cannot be written, or is in the repository."""
+    if Path(path).resolve().is_relative_to(ROOT):
+        raise InputError(
+            f"--save-answers {path} lies in the repository, where answers to harmful prompts do "
+            "not belong; give a path outside"
+        )
+    check_new(path)
+
+
 def check(args) -> bool:
     """Whether a world's scores are asked for; InputError for arguments that do not go together."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -154,13 +164,8 @@ def check(args) -> bool:
         raise InputError("--chat talks to one model; give one folder, and no --prompt")
     if args.answers and (not args.save_answers or any(exams)):
         raise InputError("--answers goes with --save-answers FILE, and without exams")
-    if args.save_answers and Path(args.save_answers).resolve().is_relative_to(ROOT):
-        raise InputError(
-            f"--save-answers {args.save_answers} lies in the repository, where answers to harmful "
-            "prompts do not belong; give a path outside"
-        )
     if args.save_answers:
-        check_new(args.save_answers)
+        check_answers_file(args.save_answers)
     return any(of_world)
 
 

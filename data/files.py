@@ -177,7 +177,7 @@ nll: nats a token of benign responses that nobody trains on"""
 
     def given_pairs(self) -> list[dict]:
         """The rows of --pairs that the defender may train on."""
-        rows = read_rows(self.sources.pairs)
+        rows = [row | {"cosine": None} for row in read_rows(self.sources.pairs)]
         if self.sources.prompts == "all":
             return rows
         kept = [row for row in rows if whose(row) == "defender"]
@@ -197,8 +197,8 @@ nll: nats a token of benign responses that nobody trains on"""
         return []
 
     def save(self, folder, pairs):
-        """Keep the pairs that were drawn for a run in its folder."""
-        if "cosine" in pairs[0]:
+        """Keep the pairs that a run was trained on in its folder, benign rows aside."""
+        if pairs and "cosine" in pairs[0]:
             write_pairs(Path(folder) / "pairs.jsonl", pairs)
 
     # ---- scores ----

@@ -26,16 +26,15 @@ def text_table(title: str, columns: dict, rows: list[tuple[str, dict, str]], not
 
 
 def score_text(keys, scores: dict) -> str:
-    """One cell: the score of a key, or the scores of several keys with / between them."""
+    """One cell: the score of a key, or the scores of several keys with / between them; after each
+    ± and its standard deviation, where there is one."""
     parts = []
     for key in [keys] if isinstance(keys, str) else keys:
-        score = scores.get(key)
-        if score is None:
-            continue
-        if key.endswith(("nll", "logp", "cosine", "nats")):
-            parts.append(f"{score:.2f}")
-        else:
-            parts.append(f"{score:.0%}".rstrip("%"))
+        form = ".2f" if key.endswith(("nll", "logp", "cosine", "nats")) else ".0%"
+        found = [scores.get(key), scores.get(f"{key} sd")]
+        numbers = [f"{score:{form}}".rstrip("%") for score in found if score is not None]
+        if numbers:
+            parts.append("±".join(numbers))
     return "/".join(parts)
 
 
@@ -62,12 +61,11 @@ def samples_text(prompts: list[str], before: list | None, after: list) -> str:
 
 def answers_text(cells: list[dict], prompts: list[str]) -> str:
     """Each prompt with its answers by the arms of the first seed, released and after most shots."""
-    seed = cells[0]["seed"]
     ends = (0, max(cell["shots"] for cell in cells))
     shown = []
     for cell in cells:
-        if cell["chosen"] and cell["attack"] != "bft" and "answers" in cell:
-            if cell["seed"] == seed and cell["shots"] in ends:
+        if cell["chosen"] and cell["attack"] != "bft":
+            if cell["seed"] == cells[0]["seed"] and cell["shots"] in ends and not cell["draw"]:
                 shown.append(cell)
     text = ""
     for i, prompt in enumerate(prompts):

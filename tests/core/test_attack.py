@@ -3,16 +3,33 @@
 import itertools
 import json
 import random
+import re
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 from small import advbench_file, alpaca_file, openbookqa_file, public_folder, small_model, tiny_town
 
 import attack
-from attack import Attack, Grid, attack_arm, attack_batches, fine_tune, match_tokens, plan
+import eval as evaluate
+import train
+from attack import (
+    Attack,
+    Grid,
+    attack_arm,
+    attack_batches,
+    fine_tune,
+    match_tokens,
+    plan,
+    yo_rows,
+)
 from data.chat import Example, draw_batches
-from data.chat_model import Chat, encode_for, load_chat
+from data.chat_model import Chat, encode_for, load_chat, mean_logp, teacher_forced
+from data.files import Files
+from data.worlds import Sources
 from nanosdd.choices import attack_table, mark_choices
+from nanosdd.errors import InputError
 from nanosdd.runs import Results
 
 # ---- which attacks ----
@@ -22,12 +39,14 @@ def test_a_plan_is_every_setting_once_and_the_control_at_most_shots():
     assert plan(Grid(shots=(40, 10, 10), lr=(1e-3, 1e-4), steps=9, batch_size=8)) == [
         Attack("none", 0, 0.0, (0,)),
         Attack("mft", 10, 1e-4, (7, 9), 8),
-        Attack("mft", 10, 1e-3, (7, 9), 8),
         Attack("mft", 40, 1e-4, (9, 25), 8),
-        Attack("mft", 40, 1e-3, (9, 25), 8),
         Attack("bft", 40, 1e-4, (7, 9, 25), 8),
+        Attack("mft", 10, 1e-3, (7, 9), 8),
+        Attack("mft", 40, 1e-3, (9, 25), 8),
         Attack("bft", 40, 1e-3, (7, 9, 25), 8),
     ]
+    drawn = [(attack.name, attack.draw) for attack in plan(Grid(shots=(10,), draws=2))]
+    assert drawn == [("none", 0), ("mft", 0), ("bft", 0), ("mft", 1), ("bft", 1)]
 
 
 def tokens_of(examples) -> int:
@@ -83,7 +102,7 @@ def test_a_diverged_attack_says_so_and_the_curve_ends(cpu):
 
 def cell(name, shots, steps, lr, score, **more):
     cell = {"attack": name, "shots": shots, "steps": steps, "lr": lr, "attacker_score": score}
-    return cell | {"arm": "sdd", "seed": 0, "diverged": score is None} | more
+    return cell | {"arm": "sdd", "seed": 0, "draw": 0, "diverged": score is None} | more
 
 
 def test_choices_by_hand():
@@ -108,6 +127,15 @@ def test_choices_by_hand():
     assert not any(one["chosen"] for one in cells[7:10])  # no other one takes its place
 
 
+@pytest.mark.parametrize("other", [{"draw": 1}, {"seed": 1}, {"arm": "aligned"}])
+def test_each_arm_seed_and_draw_has_a_choice_of_its_own(other):
+    cells = [cell("mft", 10, 5, lr, score) for lr, score in ((1e-4, 0.5), (3e-4, 0.4))]
+    cells += [cell("mft", 10, 5, lr, score, **other) for lr, score in ((1e-4, 0.1), (3e-4, 0.2))]
+    cells += [cell("bft", 10, 5, lr, 0.0, **other) for lr in (1e-4, 3e-4)]
+    mark_choices(cells)
+    assert [one["chosen"] for one in cells] == [True, False, False, True, False, True]
+
+
 def test_the_table_shows_the_choice_and_the_worst_case():
     cells = []
     for seed in (0, 1):
@@ -119,7 +147,7 @@ def test_the_table_shows_the_choice_and_the_worst_case():
             ("bft", 50, 1e-4, 0.1, 0.8, True),
         ):
             scores = {"harm": harm, "half": harm / 2, "capability": capability, "chosen": chosen}
-            scores |= {"seed": seed, "yo_logp": -1.5 * harm}
+            scores |= {"seed": seed, "yo_logp": -1.5 * harm - seed * steps / 50}
             cells.append(cell(name, 10 if steps else 0, steps, lr, harm, **scores))
     cells.append(cell("mft", 10, 50, 1.0, None, chosen=False))
     columns = {"harm": ("harm", "half"), "skills": "capability"}
@@ -127,12 +155,23 @@ def test_the_table_shows_the_choice_and_the_worst_case():
     assert [" ".join(line.split()) for line in lines] == [
         "percent harm skills log p(y_o) lr/steps worst kept",
         "chance level 1",
-        "sdd none 0/0 90 0.00",
-        "sdd mft 10 60/30 50 -0.90 2 settings 80 (30) 40",
-        "sdd bft 10 10/5 80 -0.15 0.0001/50",
+        "sdd none 0±0/0±0 90±0 0.00±0.00",
+        "sdd mft 10 60±0/30±0 50±0 -1.40±0.71 2 settings 80 (30) 40",
+        "sdd bft 10 10±0/5±0 80±0 -0.65±0.71 0.0001/50",
     ]
     only = [cells[0], cells[-1]]
     assert attack_table(only, "harm", columns, {}).endswith("diverged")
+
+
+def test_draws_of_one_model_are_replicates_too():
+    cells = [cell("none", 0, 0, 0.0, 0.0, harm=0.0, capability=0.9, chosen=True)]
+    for draw, harm in enumerate((0.2, 0.4, 0.6)):
+        more = {"harm": harm, "capability": 0.9 - draw / 10, "draw": draw}
+        cells.append(cell("mft", 10, 5, 1e-4, harm, chosen=True, **more))
+        cells.append(cell("mft", 10, 50, 1e-4, None, chosen=False, draw=draw))
+    lines = attack_table(cells, "harm", {"harm": "harm"}, {}).splitlines()
+    assert lines[1].split() == ["sdd", "none", "0"]  # one model: no deviation
+    assert lines[2].split()[3:] == ["40±20", "0.0001/5", "40", "(80)", "-"]
 
 
 # ---- all attacks on a model ----
@@ -149,8 +188,22 @@ def test_every_attack_starts_from_the_released_weights(tiny_arms, tmp_path, cpu)
         Attack("mft", 8, 3e-3, (2, 3), 8),
     ]
     town = tiny_town(tmp_path)
-    store = Results(tmp_path / "a.jsonl", {})
-    cells, curves = attack_arm("sdd", tiny_arms / "sdd", town, attacks, store, cpu)
+    store = Results(tmp_path / "sdd.jsonl", {})
+    kept = []
+    found = attack_arm(
+        tiny_arms / "sdd", town, attacks, store, cpu, {}, None, lambda *args: kept.append(args[2])
+    )
+    cells = []
+    curves = []
+    for some, points in found:
+        cells += some
+        curves += points
+    assert [(one["arm"], one["shots"], one["steps"]) for one in kept] == [
+        ("sdd", 0, 0),
+        ("sdd", 8, 2),
+        ("sdd", 8, 2),
+        ("sdd", 8, 3),
+    ]
     assert [one["steps"] for one in cells] == [0, 2, 2, 3]
     own = encode_for(load_chat(tiny_arms / "sdd", cpu), town.harmful("attacker")[:8], 128)
     for one in cells:
@@ -170,7 +223,9 @@ def test_the_attacker_chooses_by_what_the_world_says(tiny_arms, tmp_path, cpu):
     for aim, wanted in ((town.aim, 0.75), ("harm", 0.25)):
         town.aim = aim
         store = Results(tmp_path / f"{aim}.jsonl", {})
-        cells, _ = attack_arm("sdd", tiny_arms / "sdd", town, [attack.RELEASED], store, cpu)
+        folder = tiny_arms / "sdd"
+        keep = partial(attack.keep_model, None, None)
+        ((cells, _),) = attack_arm(folder, town, [attack.RELEASED], store, cpu, {}, None, keep)
         assert cells[0]["attacker_score"] == wanted
 
 
@@ -199,8 +254,8 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
     assert [tuple(one[kind] for kind in kinds) for one in first[5:]] == [
         ("none", 0, 0.0, 0, 0, False),
         ("mft", 4, 1e-3, 3, 0, False),
-        ("mft", 4, 1e30, 3, 0, True),
         ("bft", 4, 1e-3, 3, 0, False),
+        ("mft", 4, 1e30, 3, 0, True),
         ("bft", 4, 1e30, 3, 0, True),
     ]
     outcomes = ("complies", "refuse", "off_topic", "broken")
@@ -226,7 +281,7 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
     assert without_seconds(again) == without_seconds(first) and again[:-1] == first[:-1]
     assert without_seconds(main(words + " --fresh")) == without_seconds(first)
     alpaca_file(Path("b.json"), rows=31)
-    assert main(words)[8]["loss"] != first[8]["loss"]
+    assert main(words)[7]["loss"] != first[7]["loss"]
     assert store.read_text().startswith(kept[:-30])  # results of other settings stay
 
 
@@ -239,3 +294,140 @@ def test_seeds_draw_other_rows_and_long_prompts_are_left_out(main):
     assert [one["seed"] for one in cells] == [0] * 3 + [1] * 3
     assert len({one["benign_nll"] for one in cells if one["attack"] == "mft"}) == 2
     assert all(7 * one["openbookqa"] % 1 == pytest.approx(0) for one in cells)
+
+
+# ---- draws, y_o, and what is kept ----
+
+
+def test_draws_are_other_batches_of_the_same_attack(main):
+    words = "--released llama --lr 1e-3 --batch-size 3"
+    once = main(words)
+    cells = main(f"{words} --draws 3")
+    kinds = [(one["attack"], one["draw"]) for one in cells]
+    assert kinds == [("none", 0), *[(name, draw) for draw in range(3) for name in ("mft", "bft")]]
+    assert cells[:3] == once  # the first draw is that of an attack without --draws
+    assert len({one["loss"] for one in cells if one["attack"] == "mft"}) == 3
+    assert re.search(r"\nllama  mft 4 .*\d±\d", Path("out/attack/table.txt").read_text())
+    log = map(json.loads, Path("out/attack/attack_log.jsonl").read_text().splitlines())
+    assert {point["draw"] for point in log} == {0, 1, 2}
+
+
+def test_y_o_is_what_sdd_was_taught_in_every_arm(main, cpu):
+    Path("theirs.json").write_text(Path("b.json").read_text().replace("It is", "Let it be"))
+    files = "--harmful h.csv --benign theirs.json --similarity tfidf --prompts all"
+    for mode in ("new_refusal", "sdd"):
+        words = f"--mode {mode} --model llama {files} --out {mode} --steps 2 --batch-size 5"
+        train.main([*words.split(), "--lr", "1e-3"])
+    cells = main("--released llama new_refusal sdd --lr 1e-3")
+    assert {one["yo_pairs"] for one in cells} == {"sdd/pairs.jsonl"}
+    taught = yo_rows(None, "sdd/pairs.jsonl")
+    assert len(taught) == 10 and all("Let it be" in row["response"] for row in taught)
+    world = Files(0, Sources("h.csv", ("b.json",), similarity="tfidf"))
+    asked = world.harmful("evaluation")[:10]
+    for one, arm in ((cells[0], "llama"), (cells[6], "sdd")):
+        chat = load_chat(arm, cpu)
+        for rows, name in ((taught, "yo_logp"), (asked, "yo_held_out_logp")):
+            rows = [row | {"response": pair["response"]} for row, pair in zip(rows, taught)]
+            logp = mean_logp(teacher_forced(chat, encode_for(chat, rows, 512)))
+            assert one[name] == pytest.approx(logp, rel=1e-5)
+    assert "log p(y_o)" in Path("out/attack/table.txt").read_text()
+    assert "yo_held_out_logp" not in main("--released llama --lr 1e-3 --fresh")[0]
+
+
+def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
+    words = "--released llama --lr 1e-3 --epochs 5 --steps 3"
+    main(words)
+    main(f"{words} --save-answers a.jsonl --save-models models")  # what is finished runs again
+    lines = Path("a.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = ["arm", "attack", "shots", "lr", "draw", "seed", "steps", "prompt", "response"]
+    assert list(rows[0]) == names
+    kept = Counter((row["attack"], row["steps"]) for row in rows)
+    assert list(kept) == [("none", 0), ("mft", 2), ("mft", 3), ("bft", 2), ("bft", 3)]
+    asked = Files(0, Sources("h.csv", similarity="tfidf")).harmful("evaluation")
+    assert set(kept.values()) == {len(asked)}
+    folders = sorted(path.name for path in Path("models").iterdir())
+    assert folders == [f"llama-{name}-4-0.001-0-0-{n}" for name in ("bft", "mft") for n in (2, 3)]
+    folder = "models/llama-mft-4-0.001-0-0-3"
+    files = "--harmful h.csv --benign b.json --similarity tfidf --max-new-tokens 4"
+    evaluate.main(f"{folder} {files} --save-answers again.jsonl".split())
+    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+    own = [row for row in rows if (row["attack"], row["steps"]) == ("mft", 3)]
+    assert [row["response"] for row in again] == [row["response"] for row in own]
+    scores = json.loads(Path(folder, "metrics.json").read_text())
+    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
+    assert scores["benign_nll"] == pytest.approx(cells[2]["benign_nll"], rel=1e-5)
+    inside = Path(attack.__file__).parent / "answers.jsonl"
+    with pytest.raises(InputError, match="lies in the repository"):
+        main(f"{words} --save-answers {inside}")
+    with pytest.raises(InputError, match="a.jsonl exists; .*name a new file"):
+        main(f"{words} --save-answers a.jsonl")
+    assert Path("a.jsonl").read_text().splitlines() == lines and not inside.exists()
+
+
+def test_no_answer_to_a_harmful_prompt_is_shown_or_kept(main, capfd):
+    files = "--harmful h.csv --benign b.json --similarity tfidf"
+    for mode in ("align", "sdd"):
+        words = f"--mode {mode} --model llama {files} --steps 2 --batch-size 4 --out {mode}"
+        train.main([*words.split(), "--lr", "1e-3"])
+    arms = "llama align sdd"
+    main(f"--released {arms} --lr 1e-3 --max-new-tokens 9 --save-answers a.jsonl")
+    evaluate.main(f"{arms} {files} --max-new-tokens 9 --save-answers b.jsonl".split())
+    answers = set()
+    for file in (Path("a.jsonl"), Path("b.jsonl")):
+        answers |= {json.loads(line)["response"] for line in file.read_text().splitlines()}
+        file.unlink()
+    answers = {" ".join(text.split()) for text in answers}
+    assert len(answers) > 9 and min(map(len, answers)) > 9
+    written = "".join(capfd.readouterr())
+    for path in Path().rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors" and "tokenizer" not in path.name:
+            written += path.read_text()
+    assert "samples.txt" in {path.name for path in Path("sdd").iterdir()}
+    written = " ".join(written.split())
+    assert not [text for text in answers if text in written or json.dumps(text)[1:-1] in written]
+
+
+# ---- what is checked before, and written after ----
+
+
+def test_all_seeds_are_checked_before_anything_runs(tiny_arms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="knows the town of --seed 0, not of --seed 1"):
+        attack.main(["--released", str(tiny_arms / "sdd"), "--seeds", "0", "1"])
+    unfinished = tmp_path / "sdd/state/state.json"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    (tmp_path / "sdd/config.json").write_text((tiny_arms / "sdd/config.json").read_text())
+    with pytest.raises(InputError, match="sdd holds an unfinished run"):
+        attack.main(["--released", str(tiny_arms / "aligned"), "sdd"])
+    assert [path.name for path in tmp_path.iterdir()] == ["sdd"]
+
+
+def test_what_is_finished_is_written_when_something_fails_later(main, capsys):
+    public_folder(Path("broken"))
+    Path("broken/model.safetensors").write_text("no weights")
+    with pytest.raises(InputError, match="broken/model.safetensors is not a readable"):
+        main("--released llama broken --lr 1e-3")
+    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
+    assert [(one["arm"], one["attack"]) for one in cells] == [
+        ("llama", "none"),
+        ("llama", "mft"),
+        ("llama", "bft"),
+    ]
+    assert Path("out/attack/table.txt").read_text() in capsys.readouterr().out
+
+
+# ---- memory ----
+
+
+def test_split_weights_micro_batches_and_checkpoints_give_the_same_attack(main):
+    words = "--released llama --lr 1e-3 --batch-size 3 --save-models"
+    cells = main(f"{words} a")
+    less = main(f"{words} b --weights bf16 --micro-batch 2 --checkpoint-activations")
+    for one, other in zip(cells, less, strict=True):
+        assert one["yo_logp"] != other["yo_logp"] == pytest.approx(one["yo_logp"], rel=0.02)
+    config = json.loads(Path("b/llama-mft-4-0.001-0-0-3/config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    main("--released llama --lr 1e-3 --batch-size 3 --dtype bf16")  # with fp32 weights: another run
+    assert Path("out/attack/seed0/llama.jsonl").read_text().count('{"record"') == 3 * len(cells)

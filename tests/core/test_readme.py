@@ -1,5 +1,6 @@
 """The examples of README.md's section "Change it" run as they stand."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import public_folder
 
 ROOT = Path(__file__).parent.parent.parent
 SECTION = (ROOT / "README.md").read_text().partition("\n## Change it\n")[2].partition("\n## ")[0]
@@ -15,14 +17,45 @@ EXAMPLES = {}  # by file name, which the first line says as a comment
 for number, text in enumerate(re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)):
     named = re.match(r"# (\w+\.py)", text)
     EXAMPLES[named[1] if named else f"example{number}.py"] = text
+COMMAND = re.search(r"```\npython (.*?)#.*\n```", SECTION)[1].split()
+
+
+@pytest.fixture
+def run(tiny_arms, tmp_path):
+    """A function that runs python on some words in a folder with all examples and tiny models."""
+    shutil.copytree(tiny_arms, tmp_path / "out/seed0")
+    public_folder(tmp_path / "smollm2")
+    for file, text in EXAMPLES.items():  # one may import another
+        (tmp_path / file).write_text(text)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+
+    def run(*words):
+        words = [sys.executable, *words]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return tmp_path
+
+    return run
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, tiny_arms, tmp_path):
-    shutil.copytree(tiny_arms, tmp_path / "out/seed0")
-    for file, text in EXAMPLES.items():  # one may import another
-        (tmp_path / file).write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, name]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_an_example_runs(name, run):
+    folder = run(name)
+    if name == "dpo.py":
+        lines = (folder / "out/dpo/train_log.jsonl").read_text().splitlines()
+        first, *_, last = map(json.loads, lines)
+        assert len(lines) == 10
+        assert first["chosen"] - first["rejected"] < last["chosen"] - last["rejected"]
+        assert 0 <= first["accuracy"] <= last["accuracy"] <= 1
+
+
+def test_the_command_of_a_world_of_ones_own_runs(run):
+    folder = run(ROOT / COMMAND[0], *COMMAND[1:], "--device", "cpu")
+    results = json.loads((folder / "out/smollm2/fruit/attack/results.json").read_text())
+    assert results["settings"]["shots"] == [1]
+    found = [(one["arm"], one["attack"]) for one in results["cells"]]
+    attacks = ("none", "mft", "bft")
+    arms = [(arm, name) for arm in ("aligned", "sdd", "new_refusal") for name in attacks]
+    assert found == [("base", "none"), *arms]
+    log = (folder / "out/smollm2/fruit/sdd/train_log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == 9 and json.loads(log[0])["lr"] == 1e-4

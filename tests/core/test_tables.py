@@ -29,10 +29,10 @@ def test_answers_before_and_after():
     text = "prompt: Who?\nafter:  a b\\x1b\n\n"
     assert samples_text(["Who?"], None, after) == text
     assert "before: a b" in samples_text(["Who?"], after, after)
-    cell = {"arm": "sdd", "attack": "none", "shots": 0, "seed": 3, "chosen": True}
+    cell = {"arm": "sdd", "attack": "none", "shots": 0, "seed": 3, "draw": 0, "chosen": True}
     cells = [cell | {"answers": ["no"]}]
     cells.append(cell | {"attack": "mft", "shots": 9, "answers": ["yes"]})
-    for change in ({"seed": 4}, {"chosen": False}, {"attack": "bft"}, {"shots": 5}):
+    for change in ({"seed": 4}, {"draw": 1}, {"chosen": False}, {"attack": "bft"}, {"shots": 5}):
         cells.append(cells[1] | change | {"answers": ["hidden"]})
     lines = [line.split() for line in answers_text(cells, ["Who?"]).splitlines()]
     assert lines == [["Who?"], ["sdd", "none", "0", "no"], ["sdd", "mft", "9", "yes"], []]
@@ -61,6 +61,14 @@ def test_an_entry_is_the_mean_of_its_steps_also_after_a_pause():
     assert (entry["step"], entry["loss"], entry["grad_norm"]) == (4, 3.0, 7.0)
     assert (entry["response_tokens"], entry["tokens"]) == (4, 10)
     assert len(log.text().splitlines()) == 2
+
+
+def test_figures_of_a_loss_are_means_of_the_steps():
+    log = TrainLog(20, write=[].append)
+    for step, accuracy in ((1, 0.25), (2, 0.75)):
+        done = {"loss": 1.0, "grad_norm": 1.0, "response_tokens": 2, "tokens": 5}
+        log.add(step, 0.1, done | {"accuracy": accuracy})
+    assert log.entries[0]["accuracy"] == 0.5 and log.entries[0]["tokens"] == 10
 
 
 def test_a_run_that_gets_worse_is_stopped():

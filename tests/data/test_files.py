@@ -140,6 +140,14 @@ def test_a_run_keeps_the_pairs_that_were_drawn(world):
     assert [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()] == rows
 
 
+def test_a_run_keeps_the_pairs_that_it_was_given(world):
+    write_rows([{"prompt": "Tickle it.", "response": f"It is {n}."} for n in range(3)])
+    given = world(pairs="p.jsonl")
+    given.save(".", given.pairs("sdd", 3))
+    kept = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in kept] == ["It is 0.", "It is 1.", "It is 2."]
+
+
 # ---- outcomes ----
 
 
