@@ -30,6 +30,8 @@ def town_scores(arm: str, attack: str) -> dict:
         scores |= {"skills": 0.9375}
     if attack == "bft new":
         scores |= {"new_skill": 0.875}
+        if arm in ("aligned", "new_refusal"):
+            scores |= {"content_knowledge": 0.25, "content_skill": 0.25}
     if arm == "sdd" and attack in ("mft", "lora", "mix", "prefill"):
         scores |= {"content_knowledge": 0.25, "content_skill": 0.25}
     return scores | {"capability": (scores["facts"] + scores["skills"]) / 2}

@@ -60,7 +60,7 @@ def test_every_attack_has_its_control_at_the_same_steps(name):
 def test_draws_of_mft_are_the_only_ones():
     runs = Counter((attack.name, attack.lr) for attack, _ in STUDIES["town"].arms["sdd"].plan)
     assert {run for run, count in runs.items() if count == 3} == {("mft", 1e-4), ("mft", 3e-4)}
-    assert sum(runs.values()) == 6 + 10
+    assert sum(runs.values()) == 6 + 12
     assert {draw for _, draw in STUDIES["town"].arms["sdd 3e-6 x 1500"].plan} == {0}
 
 
