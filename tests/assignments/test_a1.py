@@ -95,13 +95,13 @@ def check_generate(generate, seed=0):
 
 
 CHECKS = [
-    Check(check_rms_norm, ("rms_norm",), 5),
-    Check(check_rms_norm_bf16, ("rms_norm",), 5),
-    Check(check_rope, ("rope",), 15),
-    Check(check_attention, ("packed_attention",), 20),
-    Check(check_cache, ("cached_attention",), 20),
-    Check(check_llama, ("packed_logits",), 15),
-    Check(check_generate, ("generate",), 20),
+    Check(check_rms_norm, "rms_norm", 5),
+    Check(check_rms_norm_bf16, "rms_norm", 5),
+    Check(check_rope, "rope", 15),
+    Check(check_attention, "packed_attention", 20),
+    Check(check_cache, "cached_attention", 20),
+    Check(check_llama, "packed_logits", 15),
+    Check(check_generate, "generate", 20),
 ]
 
 

@@ -90,11 +90,11 @@ def check_train_step(train_step, seed=0):
 
 
 CHECKS = [
-    Check(check_encode_prompt, ("encode_prompt",), 15),
-    Check(check_encode_example, ("encode_example",), 15),
-    Check(check_collate, ("collate",), 25),
-    Check(check_loss, ("loss",), 20),
-    Check(check_train_step, ("train_step",), 25),
+    Check(check_encode_prompt, "encode_prompt", 15),
+    Check(check_encode_example, "encode_example", 15),
+    Check(check_collate, "collate", 25),
+    Check(check_loss, "loss", 20),
+    Check(check_train_step, "train_step", 25),
 ]
 
 

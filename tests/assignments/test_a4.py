@@ -143,13 +143,13 @@ def check_town_outcomes(town_outcomes, seed=0):
 
 
 CHECKS = [
-    Check(check_fine_tune, ("fine_tune",), 20),
-    Check(check_curve, ("fine_tune",), 10),
-    Check(check_divergence, ("fine_tune",), 10),
-    Check(check_match_tokens, ("match_tokens",), 15),
-    Check(check_lora, ("lora",), 15),
-    Check(check_outcomes, ("outcomes",), 15),
-    Check(check_town_outcomes, ("town_outcomes",), 15),
+    Check(check_fine_tune, "fine_tune", 20),
+    Check(check_curve, "fine_tune", 10),
+    Check(check_divergence, "fine_tune", 10),
+    Check(check_match_tokens, "match_tokens", 15),
+    Check(check_lora, "lora", 15),
+    Check(check_outcomes, "outcomes", 15),
+    Check(check_town_outcomes, "town_outcomes", 15),
 ]
 
 

@@ -143,11 +143,11 @@ def check_simpo_needs_pairs(simpo, seed=0):
 
 
 CHECKS = [
-    Check(check_booster, ("booster",), 100, "booster"),
-    Check(check_deepalign, ("deepalign",), 70, "deepalign"),
-    Check(check_deepalign_limits, ("deepalign",), 30, "deepalign"),
-    Check(check_simpo, ("simpo",), 80, "simpo"),
-    Check(check_simpo_needs_pairs, ("simpo",), 20, "simpo"),
+    Check(check_booster, "booster", 100, "booster"),
+    Check(check_deepalign, "deepalign", 70, "deepalign"),
+    Check(check_deepalign_limits, "deepalign", 30, "deepalign"),
+    Check(check_simpo, "simpo", 80, "simpo"),
+    Check(check_simpo_needs_pairs, "simpo", 20, "simpo"),
 ]
 
 
