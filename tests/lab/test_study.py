@@ -1,7 +1,7 @@
 """The study: what is planned, and tiny runs of the town and of a chat model."""
 
+import itertools
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,30 +16,22 @@ from lab.protocol import LADDER, MATCHED, REPORT_SEEDS, STUDIES, Arm
 from lab.report import main as report
 from lab.study import arm_folder, effects_text, study_arm, study_seed
 from lab.verdicts import read_study
-from train import train_arm
 
 TINY_TABLE = {"town": TINY_SETTINGS, "chat": TINY_SETTINGS}
 
 # ---- plans ----
 
 
-def test_the_arms_of_the_town_are_those_of_the_protocol():
+def test_arms_of_the_town_are_trained_as_their_names_say():
     arms = STUDIES["town"].arms
-    controls = (protocol.STRONG, protocol.WEAK, protocol.DEEP)
-    ladder = [f"{mode} {dose}" for dose in LADDER for mode in ("sdd", "new_refusal")]
-    assert list(arms) == ["aligned", "sdd", *MATCHED, *controls, *ladder]
     for mode in ("sdd", *MATCHED):
         assert (arms[mode].mode, arms[mode].settings) == (mode, protocol.DELIVERED)
-    for name in ladder:
-        mode, dose = name.split(" ", 1)
-        assert (arms[name].mode, arms[name].settings) == (mode, LADDER[dose])
-        lr, steps = dose.split(" x ")
-        assert (arms[name].settings.lr, arms[name].settings.steps) == (float(lr), int(steps))
-    assert [(arms[name].mode, arms[name].settings.steps) for name in controls] == [
-        ("ctrap", 300),
-        ("ctrap", int(protocol.WEAK.split()[1])),
-        ("deep", 300),
-    ]
+        assert protocol.DELIVERED.benign_replay == 0.5
+    for mode, (dose, settings) in itertools.product(("sdd", "new_refusal"), LADDER.items()):
+        arm = arms[f"{mode} {dose}"]
+        assert (arm.mode, arm.settings) == (mode, settings)
+        assert dose.split(" x ") == [f"{settings.lr:.0e}".replace("e-0", "e-"), str(settings.steps)]
+        assert settings.benign_replay == 0.0
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -58,10 +50,13 @@ def test_every_attack_has_its_control_at_the_same_steps(name):
 
 
 def test_draws_of_mft_are_the_only_ones():
-    runs = Counter((attack.name, attack.lr) for attack, _ in STUDIES["town"].arms["sdd"].plan)
-    assert {run for run, count in runs.items() if count == 3} == {("mft", 1e-4), ("mft", 3e-4)}
-    assert sum(runs.values()) == 6 + 10
-    assert {draw for _, draw in STUDIES["town"].arms["sdd 3e-6 x 1500"].plan} == {0}
+    drawn = {arm: set() for arm in ("sdd", "sdd 3e-6 x 1500")}
+    for name in drawn:
+        for attack, draw in STUDIES["town"].arms[name].plan:
+            if draw:
+                drawn[name].add((attack.name, attack.lr, draw))
+    wanted = {("mft", lr, draw) for lr in (1e-4, 3e-4) for draw in (1, 2)}
+    assert drawn == {"sdd": wanted, "sdd 3e-6 x 1500": set()}
 
 
 # ---- runs ----
@@ -84,9 +79,9 @@ def tiny(study, steps: dict[int, int]):
 
 
 def test_one_arm_is_run_scored_and_written(town, cpu):
-    plan = [(RELEASED, 0)]
-    plan += [(Attack("mft", 3, lr, (1, 2), 2), draw) for lr in (1e-3, 1e30) for draw in (0, 1)]
-    plan.append((Attack("prefill", 3, 0.0, (0,)), 0))
+    plan = [(RELEASED, 0), (Attack("prefill", 3, 0.0, (0,)), 0)]
+    for draw in (0, 1):
+        plan.append((Attack("mft", 3, 1e30, (1, 2), 2), draw))
     settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
     arms = {"sdd": Arm(plan, "sdd", settings), "deep": Arm(plan[:1], "deep", settings)}
     study = replace(STUDIES["town"], arms=arms)
@@ -94,26 +89,24 @@ def test_one_arm_is_run_scored_and_written(town, cpu):
     study_seed(study, town, None, cpu, {}, path, TINY_TABLE)
     found = json.loads(path.read_text())
     cells = [dict(zip(found["columns"], values)) for values in found["cells"]]
-    assert [(cell["attack"], cell["draw"], cell["steps"], cell["diverged"]) for cell in cells] == [
-        ("none", 0, 0, False),
-        ("mft", 0, 1, False),
-        ("mft", 0, 2, False),
-        ("mft", 1, 1, False),
-        ("mft", 1, 2, False),
-        ("mft", 0, 1, False),
-        ("mft", 0, 2, True),
-        ("mft", 1, 1, False),
-        ("mft", 1, 2, True),
-        ("prefill", 0, 0, False),
-        ("none", 0, 0, False),
+    keys = ("arm", "attack", "draw", "steps", "diverged")
+    assert [tuple(cell[key] for key in keys) for cell in cells] == [
+        ("sdd", "none", 0, 0, False),
+        ("sdd", "prefill", 0, 0, False),
+        ("sdd", "mft", 0, 1, False),
+        ("sdd", "mft", 0, 2, True),
+        ("sdd", "mft", 1, 1, False),
+        ("sdd", "mft", 1, 2, True),
+        ("deep", "none", 0, 0, False),
     ]
     scores = "content_skill delivered_skill told known_triples facts_nll attacker_score yo_logp"
-    for cell in cells:
-        for name in scores.split():
-            assert (cell[name] is None) == cell["diverged"], name
+    for cell, name in itertools.product(cells, scores.split()):
+        assert (cell[name] is None) == cell["diverged"], name
     assert {cell["seed"] for cell in cells} == {0}
-    assert (found["commit"] != "", len(found["protocol"])) == (True, 12)
-    assert "answers" not in found["columns"] and "To prank" not in path.read_text()
+    assert found["commit"] != ""
+    assert len(found["protocol"]) == 12
+    assert "answers" not in found["columns"]
+    assert "To prank" not in path.read_text()
 
 
 def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned, cpu, capsys):
@@ -141,12 +134,11 @@ def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned
     assert "skipped" in capsys.readouterr().out
 
 
-def test_the_arms_of_a_seed_do_not_share_folders(town, cpu):
+def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
+    arms = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms
     folders = set()
-    aligned = train_arm("align", town, cpu, table=TINY_TABLE)
-    for name, arm in tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms.items():
-        if name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.WEAK):
-            folders.add(arm_folder(name, arm, town, aligned, cpu))
+    for name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.WEAK):
+        folders.add(arm_folder(name, arms[name], town, aligned, cpu))
     weights = {(folder / "model.safetensors").read_bytes() for folder in folders}
     assert len(weights) == len(folders) == 5
     assert not (town.root / "sdd").exists()  # where train.py has its own
