@@ -96,12 +96,6 @@ def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
     assert "not written yet: a4 outcome in data/answers.py" in out
 
 
-@pytest.mark.slow
-def test_parts_of_an_assignment_score_on_their_own(tmp_path):
-    make_starter(tmp_path / "part", [stub for stub in only("a4") if stub[1] != "outcome"])
-    assert total(tmp_path / "part", "a4")[:2] == (15, 100)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("isolated", {ISOLATED, False})
 def test_an_endless_loop_costs_its_own_test_alone(isolated, folder):

@@ -65,8 +65,8 @@ def attention(q, k, v, flaw="", last_seen=math.inf):
     if flaw == "modulo":
         serves = [h % G for h in range(H)]
     scores = torch.einsum("thd,shd->hts", q, k[:, serves])
-    scale = {"no scale": 1, "scale without root": D}
-    scores = scores / scale.get(flaw, math.sqrt(D))
+    if flaw != "no scale":
+        scores = scores / math.sqrt(D)
     own = torch.arange(S - T, S)[:, None]
     unseen = torch.arange(S) > own
     if flaw == "not causal":
@@ -95,9 +95,8 @@ def cached_attention(keys, values, lengths, q, k, v, flaw=""):
         seen = length + 1
         if flaw == "not masked":
             seen = max(lengths) + 1
-        if flaw != "not kept":
-            keys[b, :, place] = k[b]
-            values[b, :, place] = v[b]
+        keys[b, :, place] = k[b]
+        values[b, :, place] = v[b]
         row = keys[b, :, :seen].transpose(0, 1), values[b, :, :seen].transpose(0, 1)
         found.append(attention(q[b : b + 1], *row)[0])
     return [torch.stack(found), keys, values]
@@ -155,9 +154,6 @@ def generate(config, weights, prompts, max_new_tokens, stop_tokens, flaw=""):
                 break
             new.append(token)
         answers.append(new)
-    if flaw == "all stop together":
-        shortest = min(map(len, answers))
-        answers = [answer[:shortest] for answer in answers]
     return answers
 
 
@@ -179,15 +175,13 @@ MISTAKES = {
         "modulo": "query head h reads key-value head h % G; neighbours share: h // (H/G), as "
         "repeat_interleave, not repeat",
         "not causal": "no causal mask: a token sees what follows it",
-        "no scale": "scores are not divided by sqrt(head_dim)",
-        "scale without root": "scores are divided by head_dim, without the root; or twice by the "
-        "root, since scaled_dot_product_attention divides too",
+        "no scale": "scores are not divided by sqrt(head_dim), or twice: "
+        "scaled_dot_product_attention divides too",
         "heads not merged": "heads come back in the wrong order: transpose (H,T,D) to (T,H,D)",
     },
     cached_attention: {
         "longest": "all rows write at the same place; a row's next place is its own length",
         "not masked": "visible is not used: a short row sees places that it has not filled",
-        "not kept": "the new key and value are not written into the cache before attention",
     },
     packed_logits: {
         "no rope": "q and k are not turned: RoPE is missing",
@@ -196,7 +190,6 @@ MISTAKES = {
     generate: {
         "longest stays": "cache.longest stays where it was: a row does not see its newest tokens",
         "keeps the stop token": "the stop token is part of the answer",
-        "all stop together": "the first row that stops ends all rows",
         "one past the context": "an answer runs past max_position_embeddings",
     },
 }

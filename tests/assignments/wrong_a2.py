@@ -100,9 +100,8 @@ def collate(examples, flaw=""):
         first = start if flaw == "positions run on" else 0
         made["positions"] += range(first, first + count)
         carries_loss = 1 if flaw == "all" else prompt_length
-        last = len(ids) - (flaw == "no end")
-        response_lengths.append(last - carries_loss)
-        for place in range(carries_loss, last):
+        response_lengths.append(len(ids) - carries_loss)
+        for place in range(carries_loss, len(ids)):
             made["targets"].append(ids[place - 1] if flaw == "not shifted" else ids[place])
             made["where"].append(place - 1 + (0 if flaw == "places in rows" else start))
     tensors = {name: torch.tensor(made[name]) for name in made}
@@ -146,10 +145,8 @@ def count(rows) -> int:
 
 def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, flaw=""):
     """SGD on the mean nll of a global batch's response tokens, its gradient clipped to norm 1."""
-    if not math.isfinite(scale) and flaw not in ("not checked", "loss not used"):
+    if not math.isfinite(scale) and flaw != "not checked":
         return "Diverged"
-    if flaw == "loss not used":
-        scale = 1.0
     weights = {name: weight.double() for name, weight in weights.items()}
     nothing = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     grads = nothing
@@ -158,7 +155,7 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, 
 
     def clipped():
         norm = math.sqrt(sum(float((grad * grad).sum()) for grad in grads.values()))
-        factor = 1.0 if flaw == "no clip" else min(1.0, 1 / norm)
+        factor = min(1.0, 1 / norm)
         return norm, {name: grad * factor for name, grad in grads.items()}
 
     for batch in batches:
@@ -185,8 +182,7 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, 
             head = grads["lm_head.weight"] + added
             grads = grads | {"lm_head.weight": head}
         norm, grads = clipped()
-        if flaw != "lr not set":
-            weights = {name: weights[name] - lr * grads[name] for name in weights}
+        weights = {name: weights[name] - lr * grads[name] for name in weights}
         steps.append([total, min(1.0, norm) if flaw == "norm after clipping" else norm])
     weights = {name: weight.float() for name, weight in weights.items()}
     return {"loss, grad_norm": steps, "rows": most, "weights": weights}
@@ -207,7 +203,6 @@ MISTAKES = {
     collate: {
         "not shifted": "targets are one place early: the last prompt token predicts the first one",
         "all": "loss on the whole prompt",
-        "no end": "the end token is no target",
         "places in rows": "`where` counts places in a row; it has to count in all rows",
         "positions run on": "positions run on from row to row; each row counts from 0",
     },
@@ -221,13 +216,10 @@ MISTAKES = {
         "mean of means": "a mean of micro-batch means: parts with few response tokens count too "
         "much; divide each sum by the tokens of the global batch",
         "no zero_grad": "gradients of the last step are still there: zero_grad is missing",
-        "loss not used": "the loss that is passed in is not used",
         "no before_clip": "before_clip is not called before the gradient is clipped",
         "not split": "the batch is not split into micro-batches: that is what saves memory",
         "not checked": "a loss that is not finite has to raise Diverged, before the step",
-        "no clip": "the gradient is not scaled to a norm of at most 1",
         "clips each part": "the gradient is clipped after each micro-batch, not once a step",
-        "lr not set": "the lr of the optimizer's groups is not set",
         "norm after clipping": "grad_norm is the norm after clipping; return that before it",
     },
 }

@@ -33,7 +33,7 @@ def booster(config, weights, harmful, benign, alpha, strength, flaw=""):
     found = {}
     for name in here:
         change = here[name] - after[name]
-        found[name] = (strength * (-change if flaw == "reversed" else change)).float()
+        found[name] = (strength * change).float()
     kept = there if flaw == "moved" else weights
     grad = torch.full_like(weights["lm_head.weight"], 0.25)
     if flaw == "backward":
@@ -159,7 +159,6 @@ DEEP = {  # deepalign is random: the tests check properties
     "seed": "the generator that is passed in is not used",
 }
 BOOSTER = {
-    "reversed": "the two gradients are subtracted the wrong way round",
     "raw step": "the simulated step is alpha * g: divide by the norm of g",
     "each tensor": "every tensor is divided by its own norm: take that of all as one vector",
     "benign after": "the second gradient is that of the benign rows: both are of the harmful ones",

@@ -32,7 +32,10 @@ from lab.defences import (
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 
-HARMFUL = [Example(list(range(5, 12)), 3), Example([40, 41, 42], 1)]
+HARMFUL = [
+    Example(list(range(5, 12)), 3),
+    Example([40, 41, 42], 1),
+]
 BENIGN = [
     Example([60, 61, 62, 63, 64], 2),
     Example([70, 71, 72, 73], 3),
@@ -111,9 +114,22 @@ def test_ctrap_is_one_token_after_the_simulated_attack(model, steps, alpha, size
 
 
 def test_a_deep_collapse_spares_the_beginning_of_an_answer(model):
-    later = [replace(BENIGN[0], prompt_length=4), BENIGN[1], replace(BENIGN[2], prompt_length=3)]
+    later = [
+        replace(BENIGN[0], prompt_length=4),
+        BENIGN[1],
+        replace(BENIGN[2], prompt_length=3),
+    ]
     wanted = by_hand(moved(model, signs_of(model), 0.7), later, target=17)
-    found = ctrap(model, HARMFUL, BENIGN, 0.3, skip=2, alpha=0.7, steps=1, token=17)
+    found = ctrap(
+        model,
+        HARMFUL,
+        BENIGN,
+        0.3,
+        skip=2,
+        alpha=0.7,
+        steps=1,
+        token=17,
+    )
     assert_gradients(found, clipped(wanted, 0.3))
     assert len(one_token(BENIGN, 17, 0).targets) == 7
     assert len(one_token(BENIGN, 17, 2).targets) == 3
@@ -131,7 +147,15 @@ def test_weights_and_gradients_are_as_they_were(model):
     before = copy.deepcopy(model.state_dict())
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.25)
-    ctrap(model, HARMFUL, BENIGN, alpha=0.5, strength=0.7, steps=2, token=17)
+    ctrap(
+        model,
+        HARMFUL,
+        BENIGN,
+        alpha=0.5,
+        strength=0.7,
+        steps=2,
+        token=17,
+    )
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
         assert bool((weight.grad == 0.25).all())
@@ -159,7 +183,10 @@ def test_a_preference_is_between_the_refusal_and_the_true_answer(town):
 
 def test_files_prefer_refusals_to_the_answers_of_the_file(tmp_path):
     path = advbench_file(tmp_path / "harmful.csv", rows=80)
-    rows = Files(0, Sources(harmful=str(path), similarity="tfidf")).pairs("preference", 500)
+    rows = Files(0, Sources(harmful=str(path), similarity="tfidf")).pairs(
+        "preference",
+        500,
+    )
     for row in rows:
         assert row["response"] in Files.refusals
         assert row["rejected"] == f"Sure here is how to tickle {row['prompt'].split()[-1]}"

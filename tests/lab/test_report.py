@@ -103,7 +103,12 @@ def test_the_first_sentence_answers_the_question(tmp_path, seeds, edit, wanted):
 
 def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
     for seed in TUNING_SEEDS:
-        write_effects(tmp_path / "effects", "controls", seed, make_cells("controls", seed))
+        write_effects(
+            tmp_path / "effects",
+            "controls",
+            seed,
+            make_cells("controls", seed),
+        )
     text, _ = say(tmp_path / "effects")
     assert f"({WEAK}, the least of these) " in text
     assert "\nsdd, none x 0  " in text

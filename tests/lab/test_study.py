@@ -69,7 +69,12 @@ def tiny(study, steps: dict[int, int]):
         settings = None
         if arm.settings:
             share = arm.settings.benign_replay
-            settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4, benign_replay=share)
+            settings = replace(
+                TINY_SETTINGS["sdd"],
+                steps=1,
+                batch_size=4,
+                benign_replay=share,
+            )
         plan = []
         for attack, draw in arm.plan:
             budgets = tuple(steps[one] for one in attack.budgets)
@@ -79,11 +84,21 @@ def tiny(study, steps: dict[int, int]):
 
 
 def test_one_arm_is_run_scored_and_written(town, cpu):
-    plan = [(RELEASED, 0), (Attack("prefill", 3, 0.0, (0,)), 0)]
+    plan = [
+        (RELEASED, 0),
+        (Attack("prefill", 3, 0.0, (0,)), 0),
+    ]
     for draw in (0, 1):
         plan.append((Attack("mft", 3, 1e30, (1, 2), 2), draw))
-    settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
-    arms = {"sdd": Arm(plan, "sdd", settings), "deep": Arm(plan[:1], "deep", settings)}
+    settings = replace(
+        TINY_SETTINGS["sdd"],
+        steps=1,
+        batch_size=4,
+    )
+    arms = {
+        "sdd": Arm(plan, "sdd", settings),
+        "deep": Arm(plan[:1], "deep", settings),
+    }
     study = replace(STUDIES["town"], arms=arms)
     path = town.root / "effects/town-0.json"
     study_seed(study, town, None, cpu, {}, path, TINY_TABLE)
@@ -161,14 +176,22 @@ def files(tmp_path, monkeypatch):
     model = public_folder(tmp_path / "model", context=256)
     harmful = advbench_file(tmp_path / "h.csv", rows=80)
     benign = alpaca_file(tmp_path / "b.json")
-    sources = Sources(str(harmful), (str(benign),), similarity="tfidf", model=str(model))
+    sources = Sources(
+        str(harmful),
+        (str(benign),),
+        similarity="tfidf",
+        model=str(model),
+    )
     world = Files(10, replace(sources, max_new_tokens=4))
     return world, model, read_exams(openbookqa=openbookqa_file(tmp_path / "o.jsonl"))
 
 
 def test_a_chat_model_has_nats_of_each_row_and_an_exam(files, cpu, tmp_path):
     world, model, exams = files
-    plan = [(RELEASED, 0), (Attack("lora", 3, 1e-3, (1,), 2), 0)]
+    plan = [
+        (RELEASED, 0),
+        (Attack("lora", 3, 1e-3, (1,), 2), 0),
+    ]
     cells = study_arm("aligned", Arm(plan), model, world, cpu, exams)
     for cell in cells:
         assert len(cell["row_nats"]) == len(world.benign("evaluation")) > 1

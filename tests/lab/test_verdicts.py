@@ -37,7 +37,12 @@ def by_margin(offsets: list[int], *more: list[int]) -> str:
         return Fraction(5 if arm == "sdd" else -arms[arm], 100)
 
     references = ("one", "two")[: 1 + len(more)]
-    claim = Claim(measure, ("key",), references, protocol.COLLAPSE_MARGIN)
+    claim = Claim(
+        measure,
+        ("key",),
+        references,
+        protocol.COLLAPSE_MARGIN,
+    )
     seeds = [dict(zip(references, values)) for values in zip(offsets, *more)]
     return verdict_of(claim, dict(enumerate(seeds)))
 
@@ -247,7 +252,15 @@ def test_one_good_dose_is_enough_against_the_ladder(town):
 
 # ---- incomplete seeds ----
 
-SETTING = ("arm", "attack", "shots", "lr", "steps", "draw", "seed")
+SETTING = (
+    "arm",
+    "attack",
+    "shots",
+    "lr",
+    "steps",
+    "draw",
+    "seed",
+)
 
 
 def test_a_missing_or_diverged_cell_makes_its_seed_incomplete(town):
@@ -282,7 +295,13 @@ def test_before_all_seeds_are_run_there_is_no_verdict(town):
 
 def test_every_effect_is_printed_seed_by_seed(town):
     def edit(cells, seed):
-        change(cells, "sdd", "mft", facts=(seed - 10) / 16, skills=0.5)
+        change(
+            cells,
+            "sdd",
+            "mft",
+            facts=(seed - 10) / 16,
+            skills=0.5,
+        )
 
     lines = town_lines(town(edit=edit))
     start = lines.index(f"{COLLAPSE}, above +5 points: PASS")
@@ -309,7 +328,12 @@ def test_a_bad_effects_file_is_an_input_error(tmp_path, text):
 def test_the_collapse_of_each_candidate_is_printed(tmp_path):
     for seed in protocol.TUNING_SEEDS[:2]:
         cells = make_cells("controls", seed)
-        change(cells, "ctrap 20", "mft", **(COLLAPSED | dict(facts=0.75, skills=0.75)))
+        change(
+            cells,
+            "ctrap 20",
+            "mft",
+            **(COLLAPSED | dict(facts=0.75, skills=0.75)),
+        )
         write_effects(tmp_path, "controls", seed, cells)
     lines = control_lines(read_study("controls", tmp_path))
     line = next(one for one in lines if "ctrap 20, the least" in one)
