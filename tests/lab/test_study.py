@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from small import TINY_SETTINGS, advbench_file, alpaca_file, openbookqa_file, public_folder
+from synthetic import write_effects
 
 from attack import RELEASED, Attack
 from data.exams import read_exams
@@ -16,6 +17,7 @@ from lab.protocol import LADDER, MATCHED, REPORT_SEEDS, STUDIES, Arm
 from lab.report import main as report
 from lab.study import arm_folder, effects_text, study_arm, study_seed
 from lab.verdicts import read_study
+from nanosdd.device import Compute
 
 TINY_TABLE = {"town": TINY_SETTINGS, "chat": TINY_SETTINGS}
 
@@ -62,48 +64,42 @@ def test_draws_of_mft_are_the_only_ones():
 # ---- runs ----
 
 
+TRAINED = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
+
+
 def tiny(study, steps: dict[int, int]):
     """The same study with few steps in training, and other steps in attacks, {of it: tiny}."""
     arms = {}
     for name, arm in study.arms.items():
-        settings = None
-        if arm.settings:
-            share = arm.settings.benign_replay
-            settings = replace(
-                TINY_SETTINGS["sdd"],
-                steps=1,
-                batch_size=4,
-                benign_replay=share,
-            )
         plan = []
         for attack, draw in arm.plan:
             budgets = tuple(steps[one] for one in attack.budgets)
-            plan.append((replace(attack, shots=min(attack.shots, 3), budgets=budgets), draw))
-        arms[name] = Arm(plan, arm.mode, settings)
+            shots = min(attack.shots, 3)
+            plan.append((replace(attack, shots=shots, budgets=budgets), draw))
+        share = arm.settings.benign_replay if arm.settings else 0.0
+        settings = replace(TRAINED, benign_replay=share)
+        arms[name] = Arm(plan, arm.mode, settings if arm.settings else None)
     return replace(study, arms=arms)
 
 
-def test_one_arm_is_run_scored_and_written(town, cpu):
-    plan = [
-        (RELEASED, 0),
-        (Attack("prefill", 3, 0.0, (0,)), 0),
-    ]
-    for draw in (0, 1):
-        plan.append((Attack("mft", 3, 1e30, (1, 2), 2), draw))
-    settings = replace(
-        TINY_SETTINGS["sdd"],
-        steps=1,
-        batch_size=4,
-    )
-    arms = {
-        "sdd": Arm(plan, "sdd", settings),
-        "deep": Arm(plan[:1], "deep", settings),
-    }
-    study = replace(STUDIES["town"], arms=arms)
-    path = town.root / "effects/town-0.json"
-    study_seed(study, town, None, cpu, {}, path, TINY_TABLE)
+def run_town(study, town, path) -> list[dict]:
+    """Run a study of the town; returns the cells that it writes."""
+    study_seed(study, town, None, Compute(), {}, path, TINY_TABLE)
     found = json.loads(path.read_text())
-    cells = [dict(zip(found["columns"], values)) for values in found["cells"]]
+    assert found["commit"] != ""
+    assert len(found["protocol"]) == 12
+    return [dict(zip(found["columns"], values)) for values in found["cells"]]
+
+
+def test_one_arm_is_run_scored_and_written(town):
+    prefill = Attack("prefill", 3, 0.0, (0,))
+    mft = Attack("mft", 3, 1e30, (1, 2), 2)
+    arms = {
+        "sdd": Arm([(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)], "sdd", TRAINED),
+        "deep": Arm([(RELEASED, 0)], "deep", TRAINED),
+    }
+    path = town.root / "effects/town-0.json"
+    cells = run_town(replace(STUDIES["town"], arms=arms), town, path)
     keys = ("arm", "attack", "draw", "steps", "diverged")
     assert [tuple(cell[key] for key in keys) for cell in cells] == [
         ("sdd", "none", 0, 0, False),
@@ -118,15 +114,14 @@ def test_one_arm_is_run_scored_and_written(town, cpu):
     for cell, name in itertools.product(cells, scores.split()):
         assert (cell[name] is None) == cell["diverged"], name
     assert {cell["seed"] for cell in cells} == {0}
-    assert found["commit"] != ""
-    assert len(found["protocol"]) == 12
-    assert "answers" not in found["columns"]
+    assert "answers" not in cells[0]
     assert "To prank" not in path.read_text()
 
 
 def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned, cpu, capsys):
     mft = Attack("mft", 2, 1e-3, (1,), 2)
-    arm = Arm([(mft, 0), (mft, 1), (Attack("prefill", 2, 0.0, (0,)), 0)])
+    prefill = Attack("prefill", 2, 0.0, (0,))
+    arm = Arm([(mft, 0), (mft, 1), (prefill, 0)])
     store = town.root / "study/sdd.jsonl"
 
     def run():
@@ -188,11 +183,9 @@ def files(tmp_path, monkeypatch):
 
 def test_a_chat_model_has_nats_of_each_row_and_an_exam(files, cpu, tmp_path):
     world, model, exams = files
-    plan = [
-        (RELEASED, 0),
-        (Attack("lora", 3, 1e-3, (1,), 2), 0),
-    ]
-    cells = study_arm("aligned", Arm(plan), model, world, cpu, exams)
+    lora = Attack("lora", 3, 1e-3, (1,), 2)
+    arm = Arm([(RELEASED, 0), (lora, 0)])
+    cells = study_arm("aligned", arm, model, world, cpu, exams)
     for cell in cells:
         assert len(cell["row_nats"]) == len(world.benign("evaluation")) > 1
         assert 0 <= cell["openbookqa"] <= 1
@@ -212,18 +205,14 @@ def test_a_whole_tiny_study_of_a_chat_model(files, cpu, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_tiny_study_of_the_town(town, cpu, tmp_path):
+def test_a_whole_tiny_study_of_the_town(town, tmp_path):
     effects = tmp_path / "effects"
     study = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 2})
-    study_seed(study, town, None, cpu, {}, effects / "town-10.json", TINY_TABLE)
-    found = json.loads((effects / "town-10.json").read_text())
-    steps = found["columns"].index("steps")
-    for values in found["cells"]:
-        values[steps] = {0: 0, 1: 50, 2: 200}[values[steps]]
+    cells = run_town(study, town, effects / "town-10.json")
+    for cell in cells:
+        cell["steps"] = {0: 0, 1: 50, 2: 200}[cell["steps"]]
     for seed in REPORT_SEEDS:  # as if all had been run
-        for values in found["cells"]:
-            values[found["columns"].index("seed")] = seed
-        (effects / f"town-{seed}.json").write_text(json.dumps(found))
+        write_effects(effects, "town", seed, [cell | {"seed": seed} for cell in cells])
     evidence = read_study("town", effects)
     assert list(evidence.seeds) == list(REPORT_SEEDS)
     assert evidence.incomplete == {}
