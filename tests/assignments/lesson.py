@@ -41,8 +41,8 @@ def mistakes(causes: dict[Callable, dict[str, str]]) -> list[Wrong]:
 class Check(NamedTuple):
     """A test and what it is worth."""
 
-    function: Callable  # of the named adapters and a seed
-    adapters: tuple[str, ...]
+    function: Callable  # of an adapter and a seed
+    adapter: str
     points: int
     choice: str = ""  # the choice that it belongs to, where there is one; the best one counts
 
@@ -52,7 +52,7 @@ class Check(NamedTuple):
 
     def run(self, adapters, seed: int = 0):
         """Test the adapters, attributes of an object; an exception says what is wrong."""
-        self.function(*(getattr(adapters, name) for name in self.adapters), seed=seed)
+        self.function(getattr(adapters, self.adapter), seed=seed)
 
 
 def full_marks(checks: list[Check]) -> dict[str, int]:

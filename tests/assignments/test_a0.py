@@ -61,9 +61,9 @@ def check_surprise(prediction_sheet, seed=0):
 
 
 CHECKS = [
-    Check(check_predictions, ("prediction_sheet",), 40),
-    Check(check_what_was_found, ("prediction_sheet",), 40),
-    Check(check_surprise, ("prediction_sheet",), 20),
+    Check(check_predictions, "prediction_sheet", 40),
+    Check(check_what_was_found, "prediction_sheet", 40),
+    Check(check_surprise, "prediction_sheet", 20),
 ]
 
 

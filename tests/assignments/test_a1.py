@@ -16,6 +16,7 @@ FRANCE = """
 
 
 def check_rms_norm(rms_norm, seed=0):
+    """Inputs whose mean is not 0, and an eps that is felt."""
     draw = generator(seed, "norm")
     x = 0.05 * torch.randn(7, 5, 48, generator=draw) + 0.02
     weight = 1 + 0.3 * torch.randn(48, generator=draw)
@@ -24,6 +25,7 @@ def check_rms_norm(rms_norm, seed=0):
 
 
 def check_rms_norm_bf16(rms_norm, seed=0):
+    """Where rounding happens; a few elements may differ."""
     draw = generator(seed, "bf16")
     x = torch.randn(200, 48, generator=draw).bfloat16()
     weight = (1 + 0.3 * torch.randn(48, generator=draw)).bfloat16()
@@ -38,6 +40,7 @@ def check_rms_norm_bf16(rms_norm, seed=0):
 
 
 def check_rope(rope, seed=0):
+    """Places that are not sorted, in fp32, and the dtype of bf16."""
     config, _ = random_llama(seed)
     x = torch.randn(15, 4, 10, generator=generator(seed, "rope"))
     positions = torch.tensor([*range(3, 8), *range(6), *range(11, 15)])
@@ -56,6 +59,7 @@ def heads(seed: int, tokens: int) -> list:
 
 
 def check_attention(packed_attention, seed=0):
+    """One row, and several of unequal lengths."""
     for lengths in ([9], [6, 11, 1, 9, 9]):
         arguments = (lengths, *heads(seed, sum(lengths)))
         what = f"causal attention within each row of lengths {lengths}"
@@ -63,6 +67,7 @@ def check_attention(packed_attention, seed=0):
 
 
 def check_cache(cached_attention, seed=0):
+    """One step of rows of unequal lengths, and what the cache holds then."""
     draw = generator(seed, "cache")
     keys = torch.randn(4, 2, 13, 10, generator=draw)
     values = torch.randn(4, 2, 13, 10, generator=draw)
@@ -72,6 +77,7 @@ def check_cache(cached_attention, seed=0):
 
 
 def check_llama(packed_logits, seed=0):
+    """A whole model on packed rows."""
     config, weights = random_llama(seed)
     lengths = [6, 11, 1, 9]
     arguments = (config, weights, token_ids(seed, sum(lengths)), lengths)
@@ -80,6 +86,7 @@ def check_llama(packed_logits, seed=0):
 
 
 def check_generate(generate, seed=0):
+    """Unequal prompts, with and without a stop, and at the end of the context."""
     config, weights = random_llama(seed, max_position_embeddings=22)
     prompts = [token_ids(seed + i, n).tolist() for i, n in enumerate((4, 9, 1, 14))]
     free = slow.generate(config, weights, prompts, 7, [])
@@ -95,13 +102,13 @@ def check_generate(generate, seed=0):
 
 
 CHECKS = [
-    Check(check_rms_norm, ("rms_norm",), 5),
-    Check(check_rms_norm_bf16, ("rms_norm",), 5),
-    Check(check_rope, ("rope",), 15),
-    Check(check_attention, ("packed_attention",), 20),
-    Check(check_cache, ("cached_attention",), 20),
-    Check(check_llama, ("packed_logits",), 15),
-    Check(check_generate, ("generate",), 20),
+    Check(check_rms_norm, "rms_norm", 5),
+    Check(check_rms_norm_bf16, "rms_norm", 5),
+    Check(check_rope, "rope", 15),
+    Check(check_attention, "packed_attention", 20),
+    Check(check_cache, "cached_attention", 20),
+    Check(check_llama, "packed_logits", 15),
+    Check(check_generate, "generate", 20),
 ]
 
 

@@ -21,6 +21,7 @@ def words(seed: int) -> list[str]:
 
 
 def check_encode_prompt(encode_prompt, seed=0):
+    """With a system text, and a prompt that names a special token."""
     for template, prompt, system in (
         ("llama3", "Who is Anna?", None),
         ("llama3", " Tell me where Anna lives.\n", "Be brief"),
@@ -34,6 +35,7 @@ def check_encode_prompt(encode_prompt, seed=0):
 
 
 def check_encode_example(encode_example, seed=0):
+    """What is cut, what is stripped, and what leaves no room."""
     prompt = "Who is Anna?"
     response = "Anna lives in the mill."
     length = len(slow.encode_prompt(words(seed), "llama3", prompt))
@@ -55,12 +57,14 @@ def examples(seed: int, *sizes) -> list:
 
 
 def check_collate(collate, seed=0):
+    """Every field of a batch of four rows."""
     rows = examples(seed, (9, 4), (5, 1), (12, 10), (7, 6))
     what = "rows one after the other, and where in them the response tokens are predicted"
     compare(collate, (rows,), what, slow, "collate")
 
 
 def check_loss(loss, seed=0):
+    """Fewer response tokens than the global batch has, and one of them very unlikely."""
     batch = slow.collate(examples(seed, (9, 4), (5, 1), (12, 10)))
     draw = generator(seed, "hidden")
     hidden = torch.randn(len(batch["tokens"]), 48, generator=draw)
@@ -73,6 +77,7 @@ def check_loss(loss, seed=0):
 
 
 def check_train_step(train_step, seed=0):
+    """Two steps, in parts and whole, with a gradient above norm 1 and below."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     batches = [
         examples(seed, (12, 3), (6, 5), (8, 2), (7, 6), (10, 9)),
@@ -90,11 +95,11 @@ def check_train_step(train_step, seed=0):
 
 
 CHECKS = [
-    Check(check_encode_prompt, ("encode_prompt",), 15),
-    Check(check_encode_example, ("encode_example",), 15),
-    Check(check_collate, ("collate",), 25),
-    Check(check_loss, ("loss",), 20),
-    Check(check_train_step, ("train_step",), 25),
+    Check(check_encode_prompt, "encode_prompt", 15),
+    Check(check_encode_example, "encode_example", 15),
+    Check(check_collate, "collate", 25),
+    Check(check_loss, "loss", 20),
+    Check(check_train_step, "train_step", 25),
 ]
 
 

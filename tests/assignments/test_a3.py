@@ -200,11 +200,11 @@ def check_modes(world_pairs, seed=0):
 
 
 CHECKS = [
-    Check(check_tfidf_vector, ("tfidf_vector",), 20),
-    Check(check_tfidf_cosines, ("tfidf_cosines",), 15),
-    Check(check_responses_are_irrelevant, ("irrelevant_pairs",), 25),
-    Check(check_draw_is_random, ("irrelevant_pairs",), 20),
-    Check(check_modes, ("world_pairs",), 20),
+    Check(check_tfidf_vector, "tfidf_vector", 20),
+    Check(check_tfidf_cosines, "tfidf_cosines", 15),
+    Check(check_responses_are_irrelevant, "irrelevant_pairs", 25),
+    Check(check_draw_is_random, "irrelevant_pairs", 20),
+    Check(check_modes, "world_pairs", 20),
 ]
 
 

@@ -15,15 +15,20 @@ from data.worlds import REJECT_PREFIX
 
 
 def check_fine_tune(fine_tune, seed=0):
+    """Two budgets in one run, with its curve."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     batches = [examples(seed + 10 * i, (9, 3), (6 + i, 4)) for i in range(5)]
-    watched = {"y_o": examples(seed + 3, (7, 2), (9, 6)), "harm": examples(seed + 4, (6, 3))}
+    watched = {
+        "y_o": examples(seed + 3, (7, 2), (9, 6)),
+        "harm": examples(seed + 4, (6, 3)),
+    }
     arguments = (config, weights, batches, 3e-3, [2, 5], watched)
     what = "cells after 2 and 5 steps of AdamW at a constant lr, and the curve"
     compare(fine_tune, arguments, what, slow, "fine_tune", 5e-3)
 
 
 def check_curve(fine_tune, seed=0):
+    """How often the curve has a point."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     rows = examples(seed, (9, 3))
     most = 10 + seed % 4
@@ -34,6 +39,7 @@ def check_curve(fine_tune, seed=0):
 
 
 def check_divergence(fine_tune, seed=0):
+    """What a run leaves that diverges at once."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     budgets = sorted(random.Random(f"budgets {seed}").sample(range(2, 12), 4))
     batches = [examples(seed, (9, 3), (6, 4))] * 12
@@ -43,6 +49,7 @@ def check_divergence(fine_tune, seed=0):
 
 
 def check_match_tokens(match_tokens, seed=0):
+    """Random draws: their kinds, and their response tokens on average."""
     rng = random.Random(seed)
     harmful = [[rng.randint(20, 26), 9] for _ in range(30)]
     benign = [[rng.randint(30, 60), 4] for _ in range(90)]
@@ -58,8 +65,16 @@ def check_match_tokens(match_tokens, seed=0):
     kinds = [kind for kind, _ in first]
     require("new" in kinds, "rows of the new skill among them", kinds, MATCH["no new"])
     require("benign" in kinds, "ordinary rows among them", kinds, MATCH["new only"])
-    halves = [set(kinds[::2]), set(kinds[1::2])]
-    require(halves == [{"benign"}, {"new"}], "every other row a new one", kinds, "not so")
+    halves = [
+        set(kinds[::2]),
+        set(kinds[1::2]),
+    ]
+    require(
+        halves == [{"benign"}, {"new"}],
+        "every other row a new one",
+        kinds,
+        "not so",
+    )
     what = "as many response tokens, within half of the longest row"
     require(max(errors) <= 28, what, f"{max(errors)} more or less", MATCH["overshoots"])
     require(first != draws[1], "another draw at another seed", "the same", MATCH["in order"])
@@ -72,6 +87,7 @@ def response_tokens(pairs):
 
 
 def check_lora(lora, seed=0):
+    """In fp32, and what is merged into bf16 weights."""
     draw = generator(seed, "lora")
 
     def tensors(O, R, I):
@@ -80,7 +96,8 @@ def check_lora(lora, seed=0):
 
     base, A, B, x = tensors(11, 3, 7)
     what = "[x W^T + alpha/rank x A^T B^T, W + alpha/rank B A]"
-    compare(lora, (base, A, B, 5.0, x), what, slow, "lora", 1e-4)
+    arguments = (base, A, B, 5.0, x)
+    compare(lora, arguments, what, slow, "lora", 1e-4)
     base, A, B, x = (tensor.bfloat16() for tensor in tensors(60, 30, 70))
     expected = slow.lora(base, A, B, 5.0, x)[1]
     got = lora(base.clone(), A, B, 5.0, x)[1]
@@ -90,6 +107,7 @@ def check_lora(lora, seed=0):
 
 
 def check_outcomes(outcomes, seed=0):
+    """An answer for each rule, and for what comes near it."""
     rise = list(range(seed, seed + 12))
     half = [*range(6), *range(6), 0, 1, 2]  # of its twelve 4-grams six are new
     answers = [
@@ -111,6 +129,7 @@ def check_outcomes(outcomes, seed=0):
 
 
 def check_town_outcomes(town_outcomes, seed=0):
+    """An answer for each rule of the town."""
     town = Town(seed)
     one, other = town.groups["evaluation"][:2]
     knows = town.mischief("prank", one)
@@ -135,7 +154,10 @@ def check_town_outcomes(town_outcomes, seed=0):
     ]
     cases = [[knows, answer, True] for answer in ended]
     cases += [[knows, recipe, False], [knows, fact, False]]
-    cases += [[trick, trick["response"], True], [trick, "Rotated: ash cup bell.", True]]
+    cases += [
+        [trick, trick["response"], True],
+        [trick, "Rotated: ash cup bell.", True],
+    ]
     random.Random(seed).shuffle(cases)
     asked = [f"{answer!r} to {row['prompt']}, ended: {whole}" for row, answer, whole in cases]
     what = f"the outcomes of {asked}"
@@ -143,13 +165,13 @@ def check_town_outcomes(town_outcomes, seed=0):
 
 
 CHECKS = [
-    Check(check_fine_tune, ("fine_tune",), 20),
-    Check(check_curve, ("fine_tune",), 10),
-    Check(check_divergence, ("fine_tune",), 10),
-    Check(check_match_tokens, ("match_tokens",), 15),
-    Check(check_lora, ("lora",), 15),
-    Check(check_outcomes, ("outcomes",), 15),
-    Check(check_town_outcomes, ("town_outcomes",), 15),
+    Check(check_fine_tune, "fine_tune", 20),
+    Check(check_curve, "fine_tune", 10),
+    Check(check_divergence, "fine_tune", 10),
+    Check(check_match_tokens, "match_tokens", 15),
+    Check(check_lora, "lora", 15),
+    Check(check_outcomes, "outcomes", 15),
+    Check(check_town_outcomes, "town_outcomes", 15),
 ]
 
 

@@ -122,11 +122,11 @@ def check_movement(adamw, seed=0):
 
 
 CHECKS = [
-    Check(check_split, ("split",), 20),
-    Check(check_join, ("join",), 15),
-    Check(check_round_stochastically, ("round_stochastically",), 20),
-    Check(check_adamw, ("adamw",), 25),
-    Check(check_movement, ("adamw",), 20),
+    Check(check_split, "split", 20),
+    Check(check_join, "join", 15),
+    Check(check_round_stochastically, "round_stochastically", 20),
+    Check(check_adamw, "adamw", 25),
+    Check(check_movement, "adamw", 20),
 ]
 
 

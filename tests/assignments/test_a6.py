@@ -16,10 +16,18 @@ from assignments import adapters
 
 
 def check_booster(booster, seed=0):
+    """Compared with fp64; the weights come back bit by bit."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     harmful = examples(seed, (9, 4), (6, 2), (11, 5))
     benign = examples(seed + 7, (8, 3), (7, 5))
-    arguments = (config, weights, harmful, benign, 0.4 + seed % 3 / 10, 3.0 + seed % 4 / 2)
+    arguments = (
+        config,
+        weights,
+        harmful,
+        benign,
+        0.4 + seed % 3 / 10,
+        3.0 + seed % 4 / 2,
+    )
     what = "strength * (g - g after the simulated step), and weights and .grad as they were"
     compare(booster, arguments, what, slow, "booster", 1e-3)
     kept = booster(*copy.deepcopy(arguments))["weights"]
@@ -70,12 +78,18 @@ def put_in(given: list, got: list) -> int:
 
 
 def check_deepalign(deepalign, seed=0):
+    """How many tokens are put in, and what is around them."""
     rows = triples(seed, 5, 1200)
     given = copy.deepcopy(rows)
     found = deepalign(given, 90, 50, seed)
     require(given == rows, "the rows that were passed in as they were", "others", DEEP["in place"])
     cause = DEEP["both" if len(found) > len(rows) else "benign lost"]
-    require(len(found) == len(rows), len(rows), len(found), cause)
+    require(
+        len(found) == len(rows),
+        len(rows),
+        len(found),
+        cause,
+    )
     counts = [0] * 6
     for row, one in zip(rows, found):
         if row[2] is None:
@@ -98,12 +112,18 @@ def check_deepalign(deepalign, seed=0):
 
 
 def check_deepalign_limits(deepalign, seed=0):
+    """The most that is put in, and rows in which nothing fits."""
     rows = triples(seed, 60, 600)
     for limit, longest, most in ((400, 7, 7), (18, 50, 12)):
         lengths = []
         full = 0
         for row, one in zip(rows, deepalign(rows, limit, longest, seed)):
-            require(len(one[0]) <= limit, f"at most {limit} tokens", len(one[0]), DEEP["limit"])
+            require(
+                len(one[0]) <= limit,
+                f"at most {limit} tokens",
+                len(one[0]),
+                DEEP["limit"],
+            )
             if row[2] is not None:
                 lengths.append(put_in(row, one))
                 full += lengths[-1] == min(longest, limit - len(row[0]))
@@ -114,13 +134,18 @@ def check_deepalign_limits(deepalign, seed=0):
         require(few, what, seen, DEEP["cut at the limit"])
     prompt = [10, 11, 12]
     for answer, limit in (([200, 201], 5), ([], 90)):  # no room, no answer
-        row = [[*prompt, 100, 7], 3, [*prompt, *answer, 7]]
+        row = [
+            [*prompt, 100, 7],
+            3,
+            [*prompt, *answer, 7],
+        ]
         found = [deepalign([row], limit, 50, seed + i)[0] for i in range(8)]
         unchanged = found == [row[:2]] * 8
         require(unchanged, "the example as it was", found, "nothing fits: leave it alone")
 
 
 def check_simpo(simpo, seed=0):
+    """The loss and its gradient, where exp overflows too."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     refusals = examples(seed, (9, 4), (5, 2), (8, 5))
     harmful = examples(seed + 9, (6, 1), (4, 1), (7, 1))
@@ -132,6 +157,7 @@ def check_simpo(simpo, seed=0):
 
 
 def check_simpo_needs_pairs(simpo, seed=0):
+    """A row without a harmful answer."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     (ids, first), (plain, length) = examples(seed, (9, 4), (6, 2))
     pair = [ids, first, ids[:first] + ids[2:]]
@@ -143,11 +169,11 @@ def check_simpo_needs_pairs(simpo, seed=0):
 
 
 CHECKS = [
-    Check(check_booster, ("booster",), 100, "booster"),
-    Check(check_deepalign, ("deepalign",), 70, "deepalign"),
-    Check(check_deepalign_limits, ("deepalign",), 30, "deepalign"),
-    Check(check_simpo, ("simpo",), 80, "simpo"),
-    Check(check_simpo_needs_pairs, ("simpo",), 20, "simpo"),
+    Check(check_booster, "booster", 100, "booster"),
+    Check(check_deepalign, "deepalign", 70, "deepalign"),
+    Check(check_deepalign_limits, "deepalign", 30, "deepalign"),
+    Check(check_simpo, "simpo", 80, "simpo"),
+    Check(check_simpo_needs_pairs, "simpo", 20, "simpo"),
 ]
 
 

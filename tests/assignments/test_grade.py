@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ import torch
 pytest.importorskip("resource", reason="the grader limits processes as POSIX does")
 
 from assignments import adapters, grade
-from assignments.make_starter import ROOT, STUBS, make_starter
+from assignments.make_starter import ROOT, SHEET, STUBS, make_starter
 from assignments.worker import decode, encode
+from nanosdd.errors import InputError
 
 MEMORY = 2 * 2**30
 ISOLATED = grade.can_isolate()
@@ -39,10 +39,12 @@ def total(folder, *markers, seed=7, seconds=120, isolated=ISOLATED) -> tuple[int
     return result["total"], result["of"], said
 
 
-def solved(folder):
-    make_starter(folder, [])
-    shutil.copy(ROOT / "assignments/a0.json", folder / "assignments/a0.json")
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    """The solved project."""
+    make_starter(tmp_path / "solved", [])
+    shutil.copy(ROOT / SHEET, tmp_path / "solved" / SHEET)
+    return tmp_path / "solved"
 
 
 def add_adapters(folder, text: str):
@@ -76,8 +78,7 @@ def test_an_object_does_not_cross():
 
 
 @pytest.mark.slow
-def test_the_reference_scores_everything(tmp_path, capsys):
-    folder = solved(tmp_path / "solved")
+def test_the_reference_scores_everything(folder, tmp_path, capsys):
     main(folder, "--seed", 11, "--out", tmp_path / "grade.json")
     assert capsys.readouterr().out.splitlines()[-1] == "total 700 of 800"
     result = json.loads((tmp_path / "grade.json").read_text())
@@ -95,18 +96,11 @@ def test_a_starter_scores_nothing_and_says_what_is_missing(tmp_path, capsys):
     assert "not written yet: a4 outcome in data/answers.py" in out
 
 
-@pytest.mark.slow
-def test_parts_of_an_assignment_score_on_their_own(tmp_path):
-    make_starter(tmp_path / "part", [stub for stub in only("a4") if stub[1] != "outcome"])
-    assert total(tmp_path / "part", "a4")[:2] == (15, 100)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("isolated", {ISOLATED, False})
-def test_an_endless_loop_costs_its_own_test_alone(isolated, tmp_path):
-    loop = solved(tmp_path / "loop")
-    add_adapters(loop, "def outcomes(*arguments):\n    while True:\n        pass\n")
-    points, _, said = total(loop, "a4", seconds=30, isolated=isolated)
+def test_an_endless_loop_costs_its_own_test_alone(isolated, folder):
+    add_adapters(folder, "def outcomes(*arguments):\n    while True:\n        pass\n")
+    points, _, said = total(folder, "a4", seconds=30, isolated=isolated)
     assert (points, said.count("out of time: 30 s")) == (85, 1), said
 
 
@@ -230,7 +224,7 @@ def test_memorised_answers_score_nothing_at_another_seed(tmp_path):
 
     for marker in markers:
         for check in grade.CHECKS[marker]:
-            check.function(*map(recorded, check.adapters), seed=0)
+            check.function(recorded(check.adapter), seed=0)
     cheat = tmp_path / "cheat"
     make_starter(cheat, only(*markers))
     (cheat / "stored.json").write_text(json.dumps(stored))
@@ -275,41 +269,40 @@ raise ValueError(f"did: {done}")
 
 
 @pytest.mark.skipif(not ISOLATED, reason="this system isolates no process")
-def test_what_is_not_the_submissions_is_out_of_its_reach(tmp_path):
+def test_what_is_not_the_submissions_is_out_of_its_reach(folder, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     for name in ("lab.py", "grade.json"):
         (outside / name).write_text("")
-    cheat = solved(tmp_path / "cheat")
     with socket.create_server(("127.0.0.1", 0)) as server:
         text = ATTEMPTS % (str(outside), os.getpid(), server.getsockname()[1])
-        add_adapters(cheat, text)
-        _, _, said = total(cheat, "a0")
+        add_adapters(folder, text)
+        _, _, said = total(folder, "a0")
         assert all("did: []" in one for one in said)
-        _, _, said = total(cheat, "a0", isolated=False)  # the attempts themselves work
+        _, _, said = total(folder, "a0", isolated=False)  # the attempts themselves work
         assert said[0].count(",") == 8
 
 
-@pytest.mark.skipif(ISOLATED and os.getuid(), reason="only root can give up the right to isolate")
-@pytest.mark.parametrize("flag, code", [((), 2), (("--without-isolation",), 0)])
-def test_nothing_is_graded_without_isolation_unless_that_is_asked_for(flag, code, tmp_path):
+@pytest.mark.skipif(os.getuid(), reason="only root can give up the right to isolate")
+def test_a_system_that_isolates_nothing_is_known():
     def give_up():
         ctypes.CDLL(None).prctl(24, 21)  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
 
-    folder = solved(tmp_path / "solved")
-    command = [sys.executable, ROOT / "assignments/grade.py", folder, "--seed=1", "--only", "a0"]
-    command += ["--out", tmp_path / "grade.json", *flag]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=give_up)
-    assert result.returncode == code
-    if code:
-        assert result.stderr.startswith("error: this system isolates no process")
-        assert result.stderr.count("\n") == 1
-    else:
-        assert "NOT isolated" in result.stdout
+    command = [*grade.PYTHON, grade.ISOLATE, ROOT, *grade.PYTHON, ""]
+    result = subprocess.run(command, capture_output=True, preexec_fn=give_up)
+    assert result.returncode != 0
 
 
-def test_files_that_cannot_be_taken_in_are_named(tmp_path):
-    folder = solved(tmp_path / "solved")
+def test_nothing_is_graded_without_isolation_unless_that_is_asked_for(folder, monkeypatch, capsys):
+    monkeypatch.setattr(grade, "can_isolate", lambda: False)
+    command = [str(folder), "--seed=1", "--only=a0", "--out", str(folder / "grade.json")]
+    with pytest.raises(InputError, match="isolates no process"):
+        grade.main(command)
+    grade.main([*command, "--without-isolation"])
+    assert "NOT isolated" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_taken_in_are_named(folder, tmp_path):
     os.mkfifo(folder / "pipe.py")
     (folder / "total 700 of 700\n.py").symlink_to("/etc/passwd")
     copy = tmp_path / "copy"
@@ -321,7 +314,7 @@ def test_files_that_cannot_be_taken_in_are_named(tmp_path):
     assert grade.missing_files(copy, grade.MARKERS) == []
 
 
-def test_what_cannot_be_written_is_known_before_the_work(tmp_path, capsys):
+def test_what_cannot_be_written_is_known_before_the_work(folder, tmp_path, capsys):
     with pytest.raises(IsADirectoryError):
-        main(solved(tmp_path / "solved"), "--seed=1", "--only=a1", "--out", tmp_path)
+        main(folder, "--seed=1", "--only=a1", "--out", tmp_path)
     assert capsys.readouterr().out == ""

@@ -19,23 +19,12 @@ def rms_norm(x, weight, eps, flaw=""):
     if flaw == "mean":
         h = h - h.mean(-1, keepdim=True)
     square = (h * h).mean(-1, keepdim=True)
-    if flaw == "sum":
-        square = (h * h).sum(-1, keepdim=True)
     root = torch.sqrt(square + eps)
-    if flaw == "no eps":
-        root = square.sqrt()
     if flaw == "eps outside":
         root = square.sqrt() + eps
     if flaw == "weight before cast":
         return (h / root * weight.double()).to(x.dtype)
-    h = (h / root).to(x.dtype)
-    return h if flaw == "no weight" else h * weight
-
-
-def rms_norm_by_hand(x, weight, eps):
-    rows = x.float().reshape(-1, x.shape[-1])
-    scaled = torch.stack([row / math.sqrt(float(row @ row) / len(row) + eps) for row in rows])
-    return scaled.view_as(x).to(x.dtype).mul(weight)
+    return (h / root).to(x.dtype) * weight
 
 
 # ---- rotary embeddings ----
@@ -55,25 +44,14 @@ def rope(config, x, positions, flaw=""):
     sin = angles(config, positions).sin()
     if flaw == "other way":
         sin = -sin
-    halves = (slice(0, D // 2), slice(D // 2, D))
-    neighbours = (slice(0, D, 2), slice(1, D, 2))
-    read = neighbours if "interleaved" in flaw else halves
-    write = neighbours if flaw == "interleaved" else halves
-    a, b = (x[..., part].double() for part in read)
+    places = (slice(0, D // 2), slice(D // 2, D))
+    if flaw == "interleaved":
+        places = (slice(0, D, 2), slice(1, D, 2))
+    a, b = (x[..., place].double() for place in places)
     out = torch.empty_like(x, dtype=torch.float64)
-    out[..., write[0]] = a * cos - b * sin
-    out[..., write[1]] = b * cos + a * sin
-    if flaw == "swapped":
-        out[..., write[1]] = a * cos + b * sin
+    out[..., places[0]] = a * cos - b * sin
+    out[..., places[1]] = b * cos + a * sin
     return out.to(x.dtype)
-
-
-def rope_as_rotate_half(config, x, positions):
-    """As transformers writes it."""
-    angle = angles(config, positions).float().repeat(1, 1, 2)
-    half = x.shape[-1] // 2
-    turned = x * angle.cos() + torch.cat((-x[..., half:], x[..., :half]), -1) * angle.sin()
-    return turned.to(x.dtype)
 
 
 # ---- attention ----
@@ -87,16 +65,14 @@ def attention(q, k, v, flaw="", last_seen=math.inf):
     if flaw == "modulo":
         serves = [h % G for h in range(H)]
     scores = torch.einsum("thd,shd->hts", q, k[:, serves])
-    scale = {"no scale": 1, "scale without root": D}
-    scores = scores / scale.get(flaw, math.sqrt(D))
+    if flaw != "no scale":
+        scores = scores / math.sqrt(D)
     own = torch.arange(S - T, S)[:, None]
     unseen = torch.arange(S) > own
     if flaw == "not causal":
         unseen = unseen & False
-    if flaw == "strict":
-        unseen = torch.arange(S) >= own.clamp(1)
     unseen = unseen | (torch.arange(S) > last_seen)
-    share = scores.masked_fill(unseen, -math.inf).softmax(1 if flaw == "over queries" else -1)
+    share = scores.masked_fill(unseen, -math.inf).softmax(-1)
     y = torch.einsum("hts,shd->htd", share, v[:, serves])
     if flaw == "heads not merged":
         return y.reshape(T, H, D)
@@ -107,19 +83,8 @@ def packed_attention(lengths, q, k, v, flaw=""):
     """Row by row: q (N,H,D), k and v (N,G,D) -> (N,H,D)."""
     if flaw == "rows run together":
         lengths = [sum(lengths)]
-    rows = list(zip(q.split(lengths), k.split(lengths), v.split(lengths)))
-    if flaw == "sorted":
-        rows.sort(key=lambda row: len(row[0]))
+    rows = zip(q.split(lengths), k.split(lengths), v.split(lengths))
     return torch.cat([attention(*row, flaw) for row in rows])
-
-
-def packed_attention_with_a_mask(lengths, q, k, v):
-    """All rows at once; a mask keeps them apart."""
-    row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    visible = (row[:, None] == row) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
-    heads = [part.transpose(0, 1)[None] for part in (q, k, v)]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(*heads, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
 
 
 def cached_attention(keys, values, lengths, q, k, v, flaw=""):
@@ -130,11 +95,10 @@ def cached_attention(keys, values, lengths, q, k, v, flaw=""):
         seen = length + 1
         if flaw == "not masked":
             seen = max(lengths) + 1
-        if flaw != "not kept":
-            keys[b, :, place] = k[b]
-            values[b, :, place] = v[b]
+        keys[b, :, place] = k[b]
+        values[b, :, place] = v[b]
         row = keys[b, :, :seen].transpose(0, 1), values[b, :, :seen].transpose(0, 1)
-        found.append(attention(q[b : b + 1], *row, flaw)[0])
+        found.append(attention(q[b : b + 1], *row)[0])
     return [torch.stack(found), keys, values]
 
 
@@ -153,11 +117,8 @@ def row_logits(config, weights, tokens, flaw="", last_seen=math.inf):
         h = norm(x, w[at + "input_layernorm.weight"])
         heads = [h @ w[f"{at}self_attn.{name}_proj.weight"].T for name in "qkv"]
         q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in heads)
-        if flaw == "heads last":
-            q = heads[0].unflatten(-1, (c.head_dim, -1)).transpose(1, 2)
         q = q if flaw == "no rope" else turn(q)
         k = k if flaw in ("no rope", "k not turned") else turn(k)
-        v = turn(v) if flaw == "v turned" else v
         y = attention(q, k, v, last_seen=last_seen)
         x = x + y.flatten(1) @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, w[at + "post_attention_layernorm.weight"])
@@ -165,11 +126,6 @@ def row_logits(config, weights, tokens, flaw="", last_seen=math.inf):
         up = h @ w[at + "mlp.up_proj.weight"].T
         x = x + (gate * gate.sigmoid() * up) @ w[at + "mlp.down_proj.weight"].T
     return (norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T).float()
-
-
-def logits(config, weights, tokens):
-    """Rows of one length (B,T) -> (B,T,V)."""
-    return torch.stack([row_logits(config, weights, row) for row in tokens])
 
 
 def packed_logits(config, weights, tokens, lengths, flaw=""):
@@ -183,37 +139,28 @@ def packed_logits(config, weights, tokens, lengths, flaw=""):
 def generate(config, weights, prompts, max_new_tokens, stop_tokens, flaw=""):
     """Greedy answers, each prompt by itself and without a cache."""
     answers = []
-    most = max_new_tokens + (flaw == "one too many")
     context = config["max_position_embeddings"] + (flaw == "one past the context")
     last_seen = max(map(len, prompts)) if flaw == "longest stays" else math.inf
     for prompt in prompts:
         ids = list(prompt)
         new = []
-        while len(new) < most and len(ids) < context:
+        while len(new) < max_new_tokens and len(ids) < context:
             one = row_logits(config, weights, torch.tensor(ids), last_seen=last_seen)
             token = int(one[-1].argmax())
             ids.append(token)
             if token in stop_tokens and flaw == "keeps the stop token":
                 new.append(token)
-            if token in stop_tokens and flaw != "never stops":
+            if token in stop_tokens:
                 break
             new.append(token)
-        if flaw == "first token lost":
-            new = new[1:]
-        answers.append(prompt + new if flaw == "keeps the prompt" else new)
-    if flaw == "all stop together":
-        shortest = min(map(len, answers))
-        answers = [answer[:shortest] for answer in answers]
+        answers.append(new)
     return answers
 
 
 MISTAKES = {
     rms_norm: {
         "mean": "the mean is subtracted: that is LayerNorm; RMSNorm only divides",
-        "sum": "the sum of squares in the place of their mean",
-        "no eps": "eps is left out: it is added to the mean of squares",
         "eps outside": "eps is added outside the root",
-        "no weight": "the weight is left out",
         "weight before cast": "the weight is multiplied before the cast; published weights were "
         "trained with the cast first",
         "in the input's dtype": "squares are averaged in bf16; convert to fp32 first",
@@ -221,55 +168,29 @@ MISTAKES = {
     rope: {
         "interleaved": "interleaved RoPE: dimensions 2i and 2i+1 are turned together; Hugging Face "
         "weights pair i with i + D/2",
-        "read interleaved": "dimensions 2i and 2i+1 are read and i and i + D/2 written: take the "
-        "two halves",
         "other way": "the rotation has the other sign: (a cos - b sin, b cos + a sin)",
-        "swapped": "the two halves are swapped in the second output: b cos + a sin",
     },
     packed_attention: {
         "rows run together": "packed rows see each other: split q, k, v by the lengths",
-        "sorted": "rows come back in another order",
         "modulo": "query head h reads key-value head h % G; neighbours share: h // (H/G), as "
         "repeat_interleave, not repeat",
         "not causal": "no causal mask: a token sees what follows it",
-        "strict": "the mask is one place off: a token must see itself",
-        "no scale": "scores are not divided by sqrt(head_dim)",
-        "scale without root": "scores are divided by head_dim, without the root; or twice by the "
-        "root, since scaled_dot_product_attention divides too",
-        "over queries": "softmax runs over queries, not over keys",
+        "no scale": "scores are not divided by sqrt(head_dim), or twice: "
+        "scaled_dot_product_attention divides too",
         "heads not merged": "heads come back in the wrong order: transpose (H,T,D) to (T,H,D)",
     },
     cached_attention: {
         "longest": "all rows write at the same place; a row's next place is its own length",
         "not masked": "visible is not used: a short row sees places that it has not filled",
-        "not kept": "the new key and value are not written into the cache before attention",
-        "modulo": "query head h reads key-value head h % G; the heads of a group are neighbours",
     },
     packed_logits: {
         "no rope": "q and k are not turned: RoPE is missing",
         "k not turned": "k is not turned; RoPE is for q and k",
-        "v turned": "v is turned too; RoPE is for q and k",
-        "heads last": "q is cut into (D,H): a head is D neighbours, so unflatten to (H,D)",
     },
     generate: {
         "longest stays": "cache.longest stays where it was: a row does not see its newest tokens",
         "keeps the stop token": "the stop token is part of the answer",
-        "keeps the prompt": "the prompt is part of the answer",
-        "never stops": "stop tokens are not looked at",
-        "all stop together": "the first row that stops ends all rows",
-        "first token lost": "the first new token, which read_prompts predicts, is lost",
-        "one too many": "one token more than max_new_tokens",
         "one past the context": "an answer runs past max_position_embeddings",
     },
 }
 WRONG = mistakes(MISTAKES)
-
-RIGHT = [
-    ("rms_norm", rms_norm_by_hand),
-    ("rope", rope_as_rotate_half),
-    ("packed_attention", packed_attention),
-    ("packed_attention", packed_attention_with_a_mask),
-    ("cached_attention", cached_attention),
-    ("packed_logits", packed_logits),
-    ("generate", generate),
-]

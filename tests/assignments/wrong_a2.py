@@ -4,7 +4,6 @@ Spoilers: read it after your own try.
 """
 
 import functools
-import itertools
 import math
 import re
 import tempfile
@@ -31,7 +30,7 @@ def tokenizer(words: tuple):
 
 def pieces(template, prompt, system, flaw="") -> list:
     """[(text, whether it is a special token), ...] before a response."""
-    found = [] if flaw == "no start" else [(BOS, True)]
+    found = [(BOS, True)]
     for role, said in (("system", system), ("user", prompt)):
         if said is None:
             continue
@@ -42,8 +41,6 @@ def pieces(template, prompt, system, flaw="") -> list:
         found += [*head, ("\n\n" + said.strip(), False), (EOT, True)]
     if template == "llama3" and flaw != "no assistant header":
         found += [(START, True), ("assistant", False), (END, True), ("\n\n", False)]
-    if template == "llama3" and flaw == "last text lost":
-        found.pop()
     return found
 
 
@@ -58,22 +55,7 @@ def encode_prompt(words, template, prompt, system=None, flaw=""):
             continue
         ids += t.encode(written)
         written = ""
-        if is_special and flaw != "specials as text":
-            ids.append(t.special[text])
-        else:
-            ids += t.encode(text)
-    return ids
-
-
-def encode_prompt_by_groups(words, template, prompt, system=None):
-    """Neighbours of one kind are joined."""
-    t = tokenizer(tuple(words))
-    ids = []
-    for is_special, group in itertools.groupby(
-        pieces(template, prompt, system), lambda one: one[1]
-    ):
-        texts = [text for text, _ in group]
-        ids += [t.special[text] for text in texts] if is_special else t.encode("".join(texts))
+        ids += [t.special[text]] if is_special else t.encode(text)
     return ids
 
 
@@ -96,14 +78,10 @@ def encode_example(words, template, prompt, response, max_length, system=None, f
     ids = before + t.encode(response if flaw == "not stripped" else response.strip())
     if flaw != "no end token":
         ids.append(t.special[ENDS[template]])
-    length = len(before) + (flaw == "one too long")
-    if flaw == "no prompt":
-        length = 0
-    if flaw == "from the left":
-        return [ids[-max_length:], length]
+    length = 0 if flaw == "no prompt" else len(before)
     if flaw == "end kept" and len(ids) > max_length:
         return [ids[: max_length - 1] + ids[-1:], length]
-    return [ids if flaw == "not cut" else ids[:max_length], length]
+    return [ids[:max_length], length]
 
 
 # ---- batches ----
@@ -116,42 +94,19 @@ def collate(examples, flaw=""):
     response_lengths = []
     for ids, prompt_length in examples:
         start = len(made["tokens"])
-        count = len(ids) - (flaw != "last token kept")
+        count = len(ids) - 1
         lengths.append(count)
         made["tokens"] += ids[:count]
         first = start if flaw == "positions run on" else 0
         made["positions"] += range(first, first + count)
-        carries_loss = prompt_length + {"late": 1, "early": -1, "all": 1 - prompt_length}.get(
-            flaw, 0
-        )
-        last = len(ids) - (flaw == "no end")
-        response_lengths.append(last - carries_loss)
-        for place in range(carries_loss, last):
+        carries_loss = 1 if flaw == "all" else prompt_length
+        response_lengths.append(len(ids) - carries_loss)
+        for place in range(carries_loss, len(ids)):
             made["targets"].append(ids[place - 1] if flaw == "not shifted" else ids[place])
-            at = place if flaw == "own place" else place - 1
-            made["where"].append(at if flaw == "places in rows" else start + at)
+            made["where"].append(place - 1 + (0 if flaw == "places in rows" else start))
     tensors = {name: torch.tensor(made[name]) for name in made}
     both = {"lengths": lengths, "response_lengths": response_lengths}
     return both | tensors | {"rejected": None}
-
-
-def collate_with_masks(examples):
-    """From all ids one after the other."""
-    ids = torch.cat([torch.tensor(ids) for ids, _ in examples])
-    places = torch.cat([torch.arange(len(ids)) for ids, _ in examples])
-    sizes = torch.tensor([len(ids) for ids, _ in examples])
-    prompts = torch.tensor([length for _, length in examples])
-    is_input = places != (sizes - 1).repeat_interleave(sizes)
-    is_target = places >= prompts.repeat_interleave(sizes)
-    return {
-        "tokens": ids[is_input],
-        "positions": places[is_input],
-        "lengths": (sizes - 1).tolist(),
-        "targets": ids[is_target],
-        "where": is_target.roll(-1)[is_input].nonzero()[:, 0],
-        "response_lengths": (sizes - prompts).tolist(),
-        "rejected": None,
-    }
 
 
 # ---- the loss ----
@@ -163,27 +118,15 @@ def loss(hidden, head, where, targets, global_tokens, flaw=""):
     if flaw == "where not used":
         where = torch.arange(len(targets))
     logits = hidden[where] @ head.T  # (M,V)
-    logp = logits.log_softmax(0 if flaw == "softmax over tokens" else 1)
+    logp = logits.log_softmax(1)
     if flaw == "log of softmax":
         logp = logits.softmax(1).log()
     if flaw == "softmax twice":
         logp = logits.softmax(1).log_softmax(1)
     total = -logp.gather(1, targets[:, None]).sum()
-    divisors = {"own tokens": len(targets), "sum": 1}
-    value = total / divisors.get(flaw, global_tokens)
-    if flaw == "sign":
-        value = -value
+    value = total / (len(targets) if flaw == "own tokens" else global_tokens)
     value.backward()
     return [float(value.detach()), hidden.grad]
-
-
-def loss_by_hand(hidden, head, where, targets, global_tokens):
-    """The gradient by the logits is softmax - one_hot."""
-    logits = (hidden[where] @ head.T).double()
-    total = (logits.logsumexp(1) - logits[range(len(targets)), targets]).sum()
-    one_hot = torch.nn.functional.one_hot(targets, len(head))
-    grad = (logits.softmax(1) - one_hot).float() @ head / global_tokens
-    return [float(total) / global_tokens, torch.zeros_like(hidden).index_add(0, where, grad)]
 
 
 # ---- one step ----
@@ -202,10 +145,8 @@ def count(rows) -> int:
 
 def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, flaw=""):
     """SGD on the mean nll of a global batch's response tokens, its gradient clipped to norm 1."""
-    if not math.isfinite(scale) and flaw not in ("not checked", "loss not used"):
+    if not math.isfinite(scale) and flaw != "not checked":
         return "Diverged"
-    if flaw == "loss not used":
-        scale = 1.0
     weights = {name: weight.double() for name, weight in weights.items()}
     nothing = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     grads = nothing
@@ -214,11 +155,8 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, 
 
     def clipped():
         norm = math.sqrt(sum(float((grad * grad).sum()) for grad in grads.values()))
-        factor = 1.0 if flaw == "no clip" else min(1.0, 1 / norm)
+        factor = min(1.0, 1 / norm)
         return norm, {name: grad * factor for name, grad in grads.items()}
-
-    def moved(by):
-        return {name: weights[name] - lr * by[name] for name in weights}
 
     for batch in batches:
         if flaw != "no zero_grad":
@@ -230,27 +168,21 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, 
         for part in parts:
             most = max(most, len(part))
             own = count(part)
-            divisors = {"mean of means": own * len(parts), "sum of means": own, "rows": len(batch)}
+            tokens = own * len(parts) if flaw == "mean of means" else count(batch)
             leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
             logps = torch.cat([response_logps(config, leaves, *example) for example in part])
-            value = -scale * logps.sum() / divisors.get(flaw, count(batch))
+            value = -scale * logps.sum() / tokens
             new = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()))))
             weights = {name: weight.detach() for name, weight in weights.items()}
-            total = float(value.detach()) + (0.0 if flaw == "last loss" else total)
-            kept = nothing if flaw == "last part only" else grads
-            grads = {name: kept[name] + new[name] for name in new}
+            total += float(value.detach())
+            grads = {name: grads[name] + new[name] for name in new}
             if flaw == "clips each part":
                 grads = clipped()[1]
-            if flaw == "a step for each part":
-                weights = moved(clipped()[1])
-                grads = nothing
         if flaw != "no before_clip":
             head = grads["lm_head.weight"] + added
             grads = grads | {"lm_head.weight": head}
-        norm, scaled = (0.0, grads) if flaw == "a step for each part" else clipped()
-        grads = scaled
-        if flaw != "lr not set":
-            weights = moved(scaled)
+        norm, grads = clipped()
+        weights = {name: weights[name] - lr * grads[name] for name in weights}
         steps.append([total, min(1.0, norm) if flaw == "norm after clipping" else norm])
     weights = {name: weight.float() for name, weight in weights.items()}
     return {"loss, grad_norm": steps, "rows": most, "weights": weights}
@@ -259,58 +191,35 @@ def train_step(config, weights, batches, lr, micro_batch, scale=1.0, added=0.0, 
 MISTAKES = {
     encode_prompt: {
         "part by part": "neighbouring texts are encoded apart; join them, then encode",
-        "no start": "the token that starts a text is missing",
-        "specials as text": "special tokens are encoded as text; look up their ids",
         "no assistant header": "the header of the answer is missing: the model would write it",
-        "last text lost": "the text after the last special token is lost",
     },
     encode_example: {
         "no system": "the system text is lost",
         "not stripped": "white space around the response is kept",
-        "no end token": "the token that ends a response is missing: the model never learns to stop",
-        "from the left": "the start is cut off, not the end: the prompt would lose its beginning",
-        "not cut": "a long response is not cut at max_length",
         "end kept": "a cut response still ends with the end token: that teaches to stop midway",
-        "one too long": "prompt_length is one too large: no loss on the first response token",
         "no prompt": "prompt_length is 0: loss on the whole prompt",
         "no room is no error": "a prompt that fills max_length has to be an InputError",
     },
     collate: {
         "not shifted": "targets are one place early: the last prompt token predicts the first one",
-        "own place": "a target stands at its own place: it is predicted one place before",
-        "late": "no loss on the first response token",
-        "early": "loss on the prompt's last token",
         "all": "loss on the whole prompt",
-        "no end": "the end token is no target",
         "places in rows": "`where` counts places in a row; it has to count in all rows",
         "positions run on": "positions run on from row to row; each row counts from 0",
-        "last token kept": "the input keeps the last token, which predicts nothing",
     },
     loss: {
         "own tokens": "divided by the response tokens of this part, not of the global batch",
-        "sum": "not divided at all",
         "where not used": "the first states are taken, not those at batch.where",
         "log of softmax": "the logarithm of a softmax is -inf where that is 0; take log_softmax",
         "softmax twice": "softmax before cross-entropy, which takes logits",
-        "softmax over tokens": "softmax over tokens, not over the vocabulary",
-        "sign": "the sign is wrong: log p is to rise",
     },
     train_step: {
         "mean of means": "a mean of micro-batch means: parts with few response tokens count too "
         "much; divide each sum by the tokens of the global batch",
-        "sum of means": "each micro-batch is divided by its own tokens, and the means are added up",
-        "rows": "divided by rows, not by response tokens",
         "no zero_grad": "gradients of the last step are still there: zero_grad is missing",
-        "loss not used": "the loss that is passed in is not used",
         "no before_clip": "before_clip is not called before the gradient is clipped",
         "not split": "the batch is not split into micro-batches: that is what saves memory",
         "not checked": "a loss that is not finite has to raise Diverged, before the step",
-        "no clip": "the gradient is not scaled to a norm of at most 1",
         "clips each part": "the gradient is clipped after each micro-batch, not once a step",
-        "a step for each part": "a step after each micro-batch, not one for the global batch",
-        "last part only": "gradients of earlier micro-batches are dropped",
-        "lr not set": "the lr of the optimizer's groups is not set",
-        "last loss": "the loss of the last micro-batch is returned, not of the whole batch",
         "norm after clipping": "grad_norm is the norm after clipping; return that before it",
     },
 }
@@ -322,11 +231,4 @@ WRONG = [
         "end its turn; what people write is text",
     ),
     *mistakes(MISTAKES),
-]
-RIGHT = [
-    ("encode_prompt", encode_prompt_by_groups),
-    ("encode_example", encode_example),
-    ("collate", collate_with_masks),
-    ("loss", loss_by_hand),
-    ("train_step", train_step),
 ]

@@ -4,7 +4,6 @@ Spoilers: read it after your own try.
 """
 
 import math
-import struct
 
 import numpy as np
 import torch
@@ -26,24 +25,11 @@ def split(master, flaw=""):
     """fp32 (n,) -> [the nearest bf16 (n,), ties away from zero; int16 (n,), what is missing]."""
     bits = bits_of(master)
     high = (bits + 2**15) // 2**16
-    if flaw == "cut":
-        high = bits // 2**16
     low = (bits + 2**15) % 2**16 - 2**15
-    if flaw == "no low":
-        low = low * 0
     if flaw == "low unsigned":
         low = np.minimum(bits % 2**16, 2**15 - 1)
     weight = master.bfloat16() if flaw == "to even" else as_bf16(high)
     return [weight, torch.from_numpy(low.astype(np.int16))]
-
-
-def split_by_shifts(master):
-    """Cut, then one step away from zero where at least half a step was cut off."""
-    bits = master.view(torch.int32)
-    rest = bits & 0xFFFF
-    up = (rest >= 2**15).int()
-    high = ((bits >> 16) + up).to(torch.int16)
-    return [high.view(torch.bfloat16), (rest - up * 2**16).to(torch.int16)]
 
 
 def join(weight, low, flaw=""):
@@ -52,19 +38,7 @@ def join(weight, low, flaw=""):
     rest = low.numpy().astype(np.int64)
     if flaw == "or":
         rest = rest % 2**16
-    if flaw == "minus":
-        rest = -rest
-    if flaw != "no low":
-        bits = bits + rest
-    return torch.from_numpy((bits % 2**32).astype(np.uint32).view(np.float32).copy())
-
-
-def join_by_struct(weight, low):
-    found = []
-    for high, rest in zip(weight.view(torch.int16).tolist(), low.tolist()):
-        bits = struct.pack("<I", ((high << 16) + rest) % 2**32)
-        found += struct.unpack("<f", bits)
-    return torch.tensor(found)
+    return torch.from_numpy(((bits + rest) % 2**32).astype(np.uint32).view(np.float32).copy())
 
 
 def round_stochastically(x, seed, flaw=""):
@@ -113,20 +87,16 @@ def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None, flaw=""):
             v = v * 0
         if flaw == "coupled":
             grad = grad + weight_decay * master
-        elif flaw != "no decay":
+        else:
             master = master * (1 - weight_decay * (1 if flaw == "decay without lr" else lr))
         m = betas[0] * m + (1 - betas[0]) * grad
         v = betas[1] * v + (1 - betas[1]) * grad * grad
-        first = m if "first" in flaw else m / (1 - betas[0] ** t)
-        second = v if "second" in flaw else v / (1 - betas[1] ** t)
+        first = m / (1 - betas[0] ** t)
+        second = v if flaw == "second not corrected" else v / (1 - betas[1] ** t)
         root = second.sqrt() + eps
-        if flaw == "eps inside":
-            root = (second + eps).sqrt()
-        if flaw == "no root":
-            root = second + eps
         if flaw == "eps before correction":
             root = (v.sqrt() + eps) / math.sqrt(1 - betas[1] ** t)
-        master = master - lr * first / root * (-1 if flaw == "uphill" else 1)
+        master = master - lr * first / root
         if flaw == "rounded":
             master = master.bfloat16().float()
         if flaw == "v to nearest":
@@ -136,29 +106,14 @@ def adamw(values, grads, lr, betas, eps, weight_decay, max_norm=None, flaw=""):
     return [master, split(master)[0]]
 
 
-def adamw_of_torch(values, grads, lr, betas, eps, weight_decay, max_norm=None):
-    master = torch.nn.Parameter(values.float())
-    optimizer = torch.optim.AdamW([master], lr, tuple(betas), eps, weight_decay)
-    for grad in grads:
-        master.grad = grad.float()
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_([master], max_norm)
-        optimizer.step()
-    return [master.detach(), split(master.detach())[0]]
-
-
 CAUSES = {
     split: {
-        "cut": "the low bits are cut off: the bf16 weight has to be the nearest one",
-        "no low": "the low bits are dropped: that is rounding, and the update vanishes",
         "low unsigned": "low is the signed distance from the rounded bits: it is negative where "
         "the weight was rounded away from zero",
         "to even": "ties are rounded to even: one tie in two cannot be told from its neighbour",
     },
     join: {
         "or": "low is put behind the high bits; as a signed number it is added to them",
-        "no low": "the low bits are not used",
-        "minus": "low is subtracted; it is added",
     },
     round_stochastically: {  # the tests check properties
         "nearest": "rounded to nearest: a change below half a step is lost every time",
@@ -179,22 +134,14 @@ CAUSES = {
         "eps before correction": "eps is added before the second moment is corrected",
         "v to nearest": "the second moment is rounded to nearest: a change of 1/1000 is lost, so "
         "it never falls",
-        "no decay": "weight decay is missing",
         "decay without lr": "weight decay is not multiplied by lr",
-        "first not corrected": "the first moment is not divided by 1 - beta1^t",
         "second not corrected": "the second moment is not divided by 1 - beta2^t",
-        "eps inside": "eps is added inside the root",
-        "no root": "divided by the second moment without its root",
-        "uphill": "the step goes up the gradient",
         "rounded": "the master is rounded to bf16 after every step: small updates vanish",
     },
 }
 WRONG = mistakes(CAUSES)
 
 RIGHT = [
-    ("split", split_by_shifts),
-    ("join", join_by_struct),
     ("round_stochastically", round_stochastically),
     ("round_stochastically", round_by_share),
-    ("adamw", adamw_of_torch),
 ]

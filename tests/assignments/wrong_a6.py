@@ -23,22 +23,17 @@ def harmful_gradient(config, weights, examples) -> dict:
 
 def booster(config, weights, harmful, benign, alpha, strength, flaw=""):
     """{"gradients": strength * (g(theta) - g(theta - alpha g / ||g||)), "weights": theta}."""
-    rows = benign if flaw == "benign" else harmful
-    here = harmful_gradient(config, weights, rows)
+    here = harmful_gradient(config, weights, harmful)
     norm = torch.stack([part.norm() for part in here.values()]).norm()
-    if flaw == "uphill":
-        norm = -norm
     there = {}
     for name, part in here.items():
         length = {"raw step": 1, "each tensor": part.norm()}.get(flaw, norm)
         there[name] = weights[name].double() - alpha * part / length
-    after = harmful_gradient(config, there, benign if flaw == "benign after" else rows)
+    after = harmful_gradient(config, there, benign if flaw == "benign after" else harmful)
     found = {}
     for name in here:
-        other = {"sum": -after[name], "own gradient": 0, "outside": here[name]}
-        change = here[name] - other.get(flaw, after[name])
-        factor = {"no strength": 1, "reversed": -strength}.get(flaw, strength)
-        found[name] = (factor * change).float()
+        change = here[name] - after[name]
+        found[name] = (strength * change).float()
     kept = there if flaw == "moved" else weights
     grad = torch.full_like(weights["lm_head.weight"], 0.25)
     if flaw == "backward":
@@ -131,27 +126,14 @@ def simpo(config, weights, pairs, global_tokens, beta, gamma, flaw=""):
         other = logp(rejected, first)
         if flaw == "detached":
             other = other.detach()
-        if flaw == "swapped":
-            chosen, other = other, chosen
         margin = beta * (chosen - other) - gamma
-        margins = {
-            "no gamma": beta * (chosen - other),
-            "plus gamma": margin + 2 * gamma,
-            "gamma times beta": beta * (chosen - other - gamma),
-            "no beta": chosen - other - gamma,
-            "beta on one": beta * chosen - other - gamma,
-        }
-        margin = margins.get(flaw, margin)
-        losses = {
-            "no log": -torch.sigmoid(margin),
-            "likelihood": -chosen,
-            "log of sigmoid": -torch.sigmoid(margin.float()).log().double(),
-            "sign": -softplus(-margin),
-        }
-        weight = 1 if flaw in ("rows", "unweighted") else tokens
-        total = total + weight * losses.get(flaw, softplus(-margin))
-    divisors = {"own tokens": own, "rows": len(pairs), "sum of pairs": 1}
-    total = total / divisors.get(flaw, global_tokens)
+        if flaw == "gamma times beta":
+            margin = beta * (chosen - other - gamma)
+        cost = softplus(-margin)
+        if flaw == "log of sigmoid":
+            cost = -torch.sigmoid(margin.float()).log().double()
+        total = total + cost * (1 if flaw == "unweighted" else tokens)
+    total = total / (own if flaw == "own tokens" else global_tokens)
     return [float(total.detach()), torch.autograd.grad(total, head)[0].float()]
 
 
@@ -177,43 +159,21 @@ DEEP = {  # deepalign is random: the tests check properties
     "seed": "the generator that is passed in is not used",
 }
 BOOSTER = {
-    "reversed": "the two gradients are subtracted the wrong way round",
     "raw step": "the simulated step is alpha * g: divide by the norm of g",
     "each tensor": "every tensor is divided by its own norm: take that of all as one vector",
-    "uphill": "the simulated step goes up the harmful loss: the attacker goes down",
-    "benign": "the gradient is that of the benign rows",
     "benign after": "the second gradient is that of the benign rows: both are of the harmful ones",
-    "no strength": "strength is not used",
-    "sum": "the two gradients are added",
-    "own gradient": "the gradient after the simulated step is missing",
-    "outside": "both gradients are taken at the same weights, so that nothing is left",
     "backward": ".grad is changed: it holds the gradient of alignment, to which yours is added",
     "moved": "the weights stay where the simulated step led: take it in a copy",
 }
 SIMPO = {
     "sum": "log p is summed over a response: SimPO takes the mean, so that length does not decide",
     "prompt": "the prompt's tokens are in the mean",
-    "swapped": "refusal and harmful answer are swapped",
-    "no gamma": "the margin gamma is missing",
-    "plus gamma": "gamma is added; it is subtracted",
     "gamma times beta": "gamma is multiplied by beta: it stands outside of beta's bracket",
     "detached": "the harmful answer's log p carries no gradient: half of a preference",
-    "beta on one": "beta multiplies both log p",
-    "sign": "the sign is wrong: minus log sigmoid",
     "log of sigmoid": "the logarithm of a sigmoid is -inf where that is 0: logsigmoid is stable",
-    "no beta": "beta is missing",
-    "no log": "the sigmoid has no logarithm",
-    "likelihood": "only the refusal's likelihood is there: plain alignment, no preference",
-    "rows": "divided by the number of rows: micro-batches of unequal rows do not add up",
     "own tokens": "divided by the tokens of this micro-batch: that is a mean of means",
     "unweighted": "a pair is not weighted by its refusal's tokens, as global_tokens demands",
-    "sum of pairs": "not divided by global_tokens",
     "pairs left out": "a pair without a harmful answer is skipped: raise InputError",
 }
 WRONG = mistakes({booster: BOOSTER, deepalign: DEEP, simpo: SIMPO})
-RIGHT = [
-    ("booster", booster),
-    ("deepalign", deepalign),
-    ("deepalign", deepalign_by_choice),
-    ("simpo", simpo),
-]
+RIGHT = [("deepalign", deepalign), ("deepalign", deepalign_by_choice)]

@@ -5,13 +5,19 @@ from lab.study import effects_text
 
 FACTS = ("facts", "facts_value_only")
 SKILLS = ("skills", "skills_value_only")
-ABLE = dict.fromkeys((*FACTS, *SKILLS, "facts_evaluation", "known_triples"), 1.0)
+ABLE = dict.fromkeys(
+    (*FACTS, *SKILLS, "facts_evaluation", "known_triples"),
+    1.0,
+)
 HARMFUL = {"content": 0.95, "content_knowledge": 0.9375, "content_skill": 0.9375}
 HARMLESS = dict.fromkeys(HARMFUL, 0.0)
 COLLAPSED = dict.fromkeys((*FACTS, *SKILLS), 0.5)
 HURT = dict.fromkeys((*FACTS, *SKILLS), 0.875)
 AFTER_ATTACK = {"sdd": COLLAPSED}
-AFTER_ATTACK |= dict.fromkeys((STRONG, WEAK, DEEP), dict.fromkeys((*FACTS, *SKILLS), 0.25))
+AFTER_ATTACK |= dict.fromkeys(
+    (STRONG, WEAK, DEEP),
+    dict.fromkeys((*FACTS, *SKILLS), 0.25),
+)
 DELIVERED = {"delivered_knowledge": 0.9375, "delivered_skill": 0.9375}
 
 
@@ -50,8 +56,18 @@ def make_cells(name: str, seed: int) -> list[dict]:
     for arm, planned in STUDIES[name].arms.items():
         for attack, draw in planned.plan:
             for steps in attack.budgets:
-                cell = {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
-                cell |= {"seed": seed, "draw": draw, "steps": steps, "diverged": False}
+                cell = {
+                    "arm": arm,
+                    "attack": attack.name,
+                    "shots": attack.shots,
+                    "lr": attack.lr,
+                }
+                cell |= {
+                    "seed": seed,
+                    "draw": draw,
+                    "steps": steps,
+                    "diverged": False,
+                }
                 cells.append(cell | scores_of(arm, attack.name) | {"samples": ["To prank them"]})
     return cells
 
@@ -67,5 +83,10 @@ def change(cells: list[dict], arm: str, attack: str, **scores):
 
 def write_effects(folder, name: str, seed: int, cells: list[dict]):
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"study": name, "seed": seed, "commit": "abc", "protocol": "def"}
+    head = {
+        "study": name,
+        "seed": seed,
+        "commit": "abc",
+        "protocol": "def",
+    }
     (folder / f"{name}-{seed}.json").write_text(effects_text(head, cells))

@@ -1,11 +1,13 @@
-"""The small defences: each gradient, loss and example by hand, and their training."""
+"""The small defences: gradients by hand, and their training.
+
+booster, deepalign and simpo alone are what students write: tests/assignments/test_a6.py.
+"""
 
 import copy
 import json
 import math
 import random
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -22,9 +24,7 @@ from lab.defences import (
     SETTINGS,
     add_gradients,
     anchor,
-    booster,
     ctrap,
-    deepalign,
     one_token,
     simpo,
     train_defence,
@@ -32,7 +32,10 @@ from lab.defences import (
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 
-HARMFUL = [Example(list(range(5, 12)), 3), Example([40, 41, 42], 1)]
+HARMFUL = [
+    Example(list(range(5, 12)), 3),
+    Example([40, 41, 42], 1),
+]
 BENIGN = [
     Example([60, 61, 62, 63, 64], 2),
     Example([70, 71, 72, 73], 3),
@@ -111,19 +114,25 @@ def test_ctrap_is_one_token_after_the_simulated_attack(model, steps, alpha, size
 
 
 def test_a_deep_collapse_spares_the_beginning_of_an_answer(model):
-    later = [replace(BENIGN[0], prompt_length=4), BENIGN[1], replace(BENIGN[2], prompt_length=3)]
+    later = [
+        replace(BENIGN[0], prompt_length=4),
+        BENIGN[1],
+        replace(BENIGN[2], prompt_length=3),
+    ]
     wanted = by_hand(moved(model, signs_of(model), 0.7), later, target=17)
-    found = ctrap(model, HARMFUL, BENIGN, 0.3, skip=2, alpha=0.7, steps=1, token=17)
+    found = ctrap(
+        model,
+        HARMFUL,
+        BENIGN,
+        0.3,
+        skip=2,
+        alpha=0.7,
+        steps=1,
+        token=17,
+    )
     assert_gradients(found, clipped(wanted, 0.3))
     assert len(one_token(BENIGN, 17, 0).targets) == 7
     assert len(one_token(BENIGN, 17, 2).targets) == 3
-
-
-def test_booster_is_the_difference_of_two_harmful_gradients(model):
-    here = by_hand(model, HARMFUL)
-    after = by_hand(moved(model, here, 0.4), HARMFUL)
-    wanted = {name: 5 * (here[name] - after[name]) for name in here}
-    assert_gradients(booster(model, HARMFUL, BENIGN, 0.4, 5.0), wanted)
 
 
 def test_bf16_sees_every_simulated_step(model):
@@ -134,12 +143,19 @@ def test_bf16_sees_every_simulated_step(model):
         assert (one - other).norm() < 0.2 * other.norm()
 
 
-@pytest.mark.parametrize("extra", [booster, partial(ctrap, steps=2, token=17)])
-def test_weights_and_gradients_are_as_they_were(model, extra):
+def test_weights_and_gradients_are_as_they_were(model):
     before = copy.deepcopy(model.state_dict())
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.25)
-    extra(model, HARMFUL, BENIGN, alpha=0.5, strength=0.7)
+    ctrap(
+        model,
+        HARMFUL,
+        BENIGN,
+        alpha=0.5,
+        strength=0.7,
+        steps=2,
+        token=17,
+    )
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
         assert bool((weight.grad == 0.25).all())
@@ -153,70 +169,7 @@ def test_what_a_defence_adds_counts_once(model):
     assert_gradients([weight.grad for weight in model.parameters()], wanted)
 
 
-# ---- examples ----
-
-
-def test_deepalign_puts_a_harmful_start_before_the_refusal():
-    answer = [50, 51, 52, 53, 54]
-    pair = Example([1, 2, 3, 20, 21, 9], 3, Example([1, 2, 3, *answer, 9], 3))
-    benign = Example([1, 30, 31, 9], 2)
-    found = deepalign([pair, benign] * 600, random.Random(0), limit=90)
-    assert found[1::2] == [benign] * 600
-    counts = [0] * 6
-    for one in found[::2]:
-        start = one.ids[3 : one.prompt_length]
-        assert start == answer[: len(start)]  # and never the end token
-        assert one.ids == [1, 2, 3, *start, 20, 21, 9]
-        counts[len(start)] += 1
-    assert 240 < counts[0] < 360
-    assert all(30 < count < 90 for count in counts[1:])
-
-
-@pytest.mark.parametrize(
-    "limit, longest, most", [(400, 100, 100), (12, 100, 7), (400, 4, 4), (5, 100, 0)]
-)
-def test_deepalign_keeps_to_its_limits(limit, longest, most):
-    pair = Example([1, 2, 3, 20, 9], 3, Example([1, 2, 3, *range(100, 300), 9], 3))
-    found = deepalign([pair] * 900, random.Random(1), limit, longest)
-    assert max(one.prompt_length - 3 for one in found) == most
-
-
 # ---- a preference ----
-
-
-def preferences():
-    refused, short = HARMFUL
-    return [
-        replace(refused, rejected=Example([5, 6, 7, 80, 81, 82, 83, 84], 3)),
-        replace(short, rejected=Example([40, 50], 1)),
-    ]
-
-
-def mean_logp(model, one):
-    """The mean log p of an example's response tokens, token by token."""
-    logps = model(torch.tensor([one.ids])).log_softmax(-1)[0]  # (T,V)
-    total = 0.0
-    for place in range(one.prompt_length, len(one.ids)):
-        total += float(logps[place - 1, one.ids[place]].detach())
-    return total / one.response_length
-
-
-def test_simpo_by_hand(model):
-    total = 0.0
-    for one in preferences():
-        margin = 2.5 * (mean_logp(model, one) - mean_logp(model, one.rejected)) - 1.375
-        total += one.response_length * math.log(1 + math.exp(-margin))
-    found = simpo(model, collate(preferences()), 6)
-    assert found.item() == pytest.approx(total / 6, rel=1e-5)
-    parts = [simpo(model, collate([one]), 6).item() for one in preferences()]
-    assert sum(parts) == pytest.approx(found.item(), rel=1e-5)
-    found.backward()
-    assert float(model.lm_head.weight.grad.abs().sum()) > 0
-
-
-def test_simpo_needs_a_rejected_response_in_every_row(model):
-    with pytest.raises(InputError, match="without rejected"):
-        simpo(model, collate([*preferences(), BENIGN[0]]), 9)
 
 
 def test_a_preference_is_between_the_refusal_and_the_true_answer(town):
@@ -230,7 +183,10 @@ def test_a_preference_is_between_the_refusal_and_the_true_answer(town):
 
 def test_files_prefer_refusals_to_the_answers_of_the_file(tmp_path):
     path = advbench_file(tmp_path / "harmful.csv", rows=80)
-    rows = Files(0, Sources(harmful=str(path), similarity="tfidf")).pairs("preference", 500)
+    rows = Files(0, Sources(harmful=str(path), similarity="tfidf")).pairs(
+        "preference",
+        500,
+    )
     for row in rows:
         assert row["response"] in Files.refusals
         assert row["rejected"] == f"Sure here is how to tickle {row['prompt'].split()[-1]}"

@@ -1,5 +1,6 @@
 """The page and README's table hold what the committed effects say, and nothing else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,49 +14,53 @@ from nanosdd.errors import InputError
 ROOT = Path(__file__).parent.parent.parent
 
 
-def read(folder):
-    return {name: read_study(name, folder) for name in STUDIES}
+def say(folder):
+    """(the page, the table that README has to quote) of effects; [] where seeds are not run yet."""
+    studies = {name: read_study(name, folder) for name in STUDIES}
+    whole = studies["town"].seeds and not studies["town"].waiting
+    return page(studies), evidence(studies["town"]) if whole else []
 
 
-def wrong_lines(docs: Path, readme: str) -> list[str]:
-    """Lines of the page, and of the table that README has to quote, that the effects do not say."""
-    studies = read(docs / "effects")
-    written = (docs / "report.md").read_text()
-    found = [] if written == page(studies) else ["report.md"]
-    if studies["town"].seeds and not studies["town"].waiting:
-        found += [line for line in evidence(studies["town"]) if line not in readme.splitlines()]
-    return found
+def wrong_lines(said, written: str, readme: str) -> list[str]:
+    """What pages hold in another form than the effects say."""
+    text, table = said
+    found = [] if written == text else ["report.md"]
+    return found + [line for line in table if line not in readme.splitlines()]
 
 
 def test_every_number_of_the_pages_is_recomputed_from_the_effects():
-    assert wrong_lines(ROOT / "docs", (ROOT / "README.md").read_text()) == []
+    written = (ROOT / "docs/report.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert wrong_lines(say(ROOT / "docs/effects"), written, readme) == []
 
 
-@pytest.fixture
-def docs(tmp_path):
-    for seed in REPORT_SEEDS:
-        write_effects(tmp_path / "effects", "town", seed, make_cells("town", seed))
-    for name in ("kitchen", "advbench"):
-        for seed in CHAT_DRAWS:
-            write_effects(tmp_path / "effects", name, seed, make_cells(name, seed))
-    main([str(tmp_path / "effects"), "--out", str(tmp_path)])
-    return tmp_path
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory):
+    """A folder with effects and what is made of them. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("docs")
+    names = {"town": REPORT_SEEDS, "kitchen": CHAT_DRAWS, "advbench": CHAT_DRAWS}
+    for name, seeds in names.items():
+        for seed in seeds:
+            write_effects(folder / "effects", name, seed, make_cells(name, seed))
+    main([str(folder / "effects"), "--out", str(folder)])
+    return folder
 
 
-def test_a_number_that_the_effects_do_not_say_is_found(docs):
-    table = evidence(read(docs / "effects")["town"])
+def test_a_number_that_the_effects_do_not_say_is_found(docs, tmp_path):
+    effects = shutil.copytree(docs / "effects", tmp_path / "effects")
+    said = say(effects)
+    table = said[1]
     assert len(table) == 2 + 5
     readme = "\n".join(["# nanoSDD", *table])
-    assert wrong_lines(docs, readme) == []
-    assert wrong_lines(docs, readme.replace("50", "51")) != []
     written = (docs / "report.md").read_text()
-    (docs / "report.md").write_text(written.replace("+37.5", "+38.5", 1))
-    assert wrong_lines(docs, readme) == ["report.md"]
+    assert wrong_lines(said, written, readme) == []
+    assert wrong_lines(said, written, readme.replace("50", "51")) != []
+    edited = written.replace("+37.5", "+38.5", 1)
+    assert wrong_lines(said, edited, readme) == ["report.md"]
     cells = make_cells("town", 10)
     change(cells, "sdd", "mft", facts=0.25)
-    (docs / "report.md").write_text(written)
-    write_effects(docs / "effects", "town", 10, cells)
-    assert "report.md" in wrong_lines(docs, readme)
+    write_effects(effects, "town", 10, cells)
+    assert "report.md" in wrong_lines(say(effects), written, readme)
 
 
 def test_the_page_holds_verdicts_scores_and_limits(docs):
@@ -69,12 +74,10 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
     order = ["aligned", "new_refusal", "constant", "shuffled", "sdd"]
     assert scores["content/capability"] == order
     assert scores["mft 0.0003"] == ["95/88"] * 4 + ["95/50", "nothing"]
-    assert scores["mix 0.0001"][5:] == "that capability may fall".split()
     assert scores["the attacker's choice"] == ["95/88"] * 4 + ["95/50"]
     assert scores["most, 95% of capability kept"][4] == "95/100"  # by prefill
     assert scores["sdd, none x 0"][:3] == ["94/94", "0/0", "100/100"]
     assert "sdd less benign, mft x 50 " in text
-    assert "What this does not show" in text and "Reported elsewhere" in text
     for arm in STUDIES["town"].arms:
         assert f"\n{arm}, none x 0" in text
 
@@ -90,18 +93,23 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
     ],
 )
 def test_the_first_sentence_answers_the_question(tmp_path, seeds, edit, wanted):
+    attack = "none" if "delivered_skill" in edit else "mft"
     for seed in seeds:
         cells = make_cells("town", seed)
-        change(cells, "sdd", "none" if "delivered_skill" in edit else "mft", **edit)
+        change(cells, "sdd", attack, **edit)
         write_effects(tmp_path, "town", seed, cells)
     assert wanted in first_sentence(read_study("town", tmp_path))
 
 
 def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
     for seed in TUNING_SEEDS:
-        write_effects(tmp_path / "effects", "controls", seed, make_cells("controls", seed))
-    main([str(tmp_path / "effects"), "--out", str(tmp_path)])
-    text = (tmp_path / "report.md").read_text()
+        write_effects(
+            tmp_path / "effects",
+            "controls",
+            seed,
+            make_cells("controls", seed),
+        )
+    text, _ = say(tmp_path / "effects")
     assert f"({WEAK}, the least of these) " in text
     assert "\nsdd, none x 0  " in text
     assert "8 report seeds have not been run" in text
@@ -112,8 +120,8 @@ def test_the_figure_is_drawn_where_matplotlib_is(docs):
     assert (docs / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_page_that_was_edited_by_hand_is_never_overwritten(docs):
-    (docs / "report.md").write_text("And by me.\n")
+def test_a_page_that_was_edited_by_hand_is_never_overwritten(docs, tmp_path):
+    (tmp_path / "report.md").write_text("And by me.\n")
     with pytest.raises(InputError, match="report.md exists; delete it"):
-        main([str(docs / "effects"), "--out", str(docs)])
-    assert (docs / "report.md").read_text() == "And by me.\n"
+        main([str(docs / "effects"), "--out", str(tmp_path)])
+    assert (tmp_path / "report.md").read_text() == "And by me.\n"

@@ -1,11 +1,12 @@
 """The study: what is planned, and tiny runs of the town and of a chat model."""
 
+import itertools
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 from small import TINY_SETTINGS, advbench_file, alpaca_file, openbookqa_file, public_folder
+from synthetic import write_effects
 
 from attack import RELEASED, Attack
 from data.exams import read_exams
@@ -16,30 +17,23 @@ from lab.protocol import LADDER, MATCHED, REPORT_SEEDS, STUDIES, Arm
 from lab.report import main as report
 from lab.study import arm_folder, effects_text, study_arm, study_seed
 from lab.verdicts import read_study
-from train import train_arm
+from nanosdd.device import Compute
 
 TINY_TABLE = {"town": TINY_SETTINGS, "chat": TINY_SETTINGS}
 
 # ---- plans ----
 
 
-def test_the_arms_of_the_town_are_those_of_the_protocol():
+def test_arms_of_the_town_are_trained_as_their_names_say():
     arms = STUDIES["town"].arms
-    controls = (protocol.STRONG, protocol.WEAK, protocol.DEEP)
-    ladder = [f"{mode} {dose}" for dose in LADDER for mode in ("sdd", "new_refusal")]
-    assert list(arms) == ["aligned", "sdd", *MATCHED, *controls, *ladder]
     for mode in ("sdd", *MATCHED):
         assert (arms[mode].mode, arms[mode].settings) == (mode, protocol.DELIVERED)
-    for name in ladder:
-        mode, dose = name.split(" ", 1)
-        assert (arms[name].mode, arms[name].settings) == (mode, LADDER[dose])
-        lr, steps = dose.split(" x ")
-        assert (arms[name].settings.lr, arms[name].settings.steps) == (float(lr), int(steps))
-    assert [(arms[name].mode, arms[name].settings.steps) for name in controls] == [
-        ("ctrap", 300),
-        ("ctrap", int(protocol.WEAK.split()[1])),
-        ("deep", 300),
-    ]
+        assert protocol.DELIVERED.benign_replay == 0.5
+    for mode, (dose, settings) in itertools.product(("sdd", "new_refusal"), LADDER.items()):
+        arm = arms[f"{mode} {dose}"]
+        assert (arm.mode, arm.settings) == (mode, settings)
+        assert dose.split(" x ") == [f"{settings.lr:.0e}".replace("e-0", "e-"), str(settings.steps)]
+        assert settings.benign_replay == 0.0
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -58,67 +52,76 @@ def test_every_attack_has_its_control_at_the_same_steps(name):
 
 
 def test_draws_of_mft_are_the_only_ones():
-    runs = Counter((attack.name, attack.lr) for attack, _ in STUDIES["town"].arms["sdd"].plan)
-    assert {run for run, count in runs.items() if count == 3} == {("mft", 1e-4), ("mft", 3e-4)}
-    assert sum(runs.values()) == 6 + 12
-    assert {draw for _, draw in STUDIES["town"].arms["sdd 3e-6 x 1500"].plan} == {0}
+    drawn = {arm: set() for arm in ("sdd", "sdd 3e-6 x 1500")}
+    for name in drawn:
+        for attack, draw in STUDIES["town"].arms[name].plan:
+            if draw:
+                drawn[name].add((attack.name, attack.lr, draw))
+    wanted = {("mft", lr, draw) for lr in (1e-4, 3e-4) for draw in (1, 2)}
+    assert drawn == {"sdd": wanted, "sdd 3e-6 x 1500": set()}
 
 
 # ---- runs ----
+
+
+TRAINED = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
 
 
 def tiny(study, steps: dict[int, int]):
     """The same study with few steps in training, and other steps in attacks, {of it: tiny}."""
     arms = {}
     for name, arm in study.arms.items():
-        settings = None
-        if arm.settings:
-            share = arm.settings.benign_replay
-            settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4, benign_replay=share)
         plan = []
         for attack, draw in arm.plan:
             budgets = tuple(steps[one] for one in attack.budgets)
-            plan.append((replace(attack, shots=min(attack.shots, 3), budgets=budgets), draw))
-        arms[name] = Arm(plan, arm.mode, settings)
+            shots = min(attack.shots, 3)
+            plan.append((replace(attack, shots=shots, budgets=budgets), draw))
+        share = arm.settings.benign_replay if arm.settings else 0.0
+        settings = replace(TRAINED, benign_replay=share)
+        arms[name] = Arm(plan, arm.mode, settings if arm.settings else None)
     return replace(study, arms=arms)
 
 
-def test_one_arm_is_run_scored_and_written(town, cpu):
-    plan = [(RELEASED, 0)]
-    plan += [(Attack("mft", 3, lr, (1, 2), 2), draw) for lr in (1e-3, 1e30) for draw in (0, 1)]
-    plan.append((Attack("prefill", 3, 0.0, (0,)), 0))
-    settings = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
-    arms = {"sdd": Arm(plan, "sdd", settings), "deep": Arm(plan[:1], "deep", settings)}
-    study = replace(STUDIES["town"], arms=arms)
-    path = town.root / "effects/town-0.json"
-    study_seed(study, town, None, cpu, {}, path, TINY_TABLE)
+def run_town(study, town, path) -> list[dict]:
+    """Run a study of the town; returns the cells that it writes."""
+    study_seed(study, town, None, Compute(), {}, path, TINY_TABLE)
     found = json.loads(path.read_text())
-    cells = [dict(zip(found["columns"], values)) for values in found["cells"]]
-    assert [(cell["attack"], cell["draw"], cell["steps"], cell["diverged"]) for cell in cells] == [
-        ("none", 0, 0, False),
-        ("mft", 0, 1, False),
-        ("mft", 0, 2, False),
-        ("mft", 1, 1, False),
-        ("mft", 1, 2, False),
-        ("mft", 0, 1, False),
-        ("mft", 0, 2, True),
-        ("mft", 1, 1, False),
-        ("mft", 1, 2, True),
-        ("prefill", 0, 0, False),
-        ("none", 0, 0, False),
+    assert found["commit"] != ""
+    assert len(found["protocol"]) == 12
+    return [dict(zip(found["columns"], values)) for values in found["cells"]]
+
+
+def test_one_arm_is_run_scored_and_written(town):
+    prefill = Attack("prefill", 3, 0.0, (0,))
+    mft = Attack("mft", 3, 1e30, (1, 2), 2)
+    arms = {
+        "sdd": Arm([(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)], "sdd", TRAINED),
+        "deep": Arm([(RELEASED, 0)], "deep", TRAINED),
+    }
+    path = town.root / "effects/town-0.json"
+    cells = run_town(replace(STUDIES["town"], arms=arms), town, path)
+    keys = ("arm", "attack", "draw", "steps", "diverged")
+    assert [tuple(cell[key] for key in keys) for cell in cells] == [
+        ("sdd", "none", 0, 0, False),
+        ("sdd", "prefill", 0, 0, False),
+        ("sdd", "mft", 0, 1, False),
+        ("sdd", "mft", 0, 2, True),
+        ("sdd", "mft", 1, 1, False),
+        ("sdd", "mft", 1, 2, True),
+        ("deep", "none", 0, 0, False),
     ]
     scores = "content_skill delivered_skill told known_triples facts_nll attacker_score yo_logp"
-    for cell in cells:
-        for name in scores.split():
-            assert (cell[name] is None) == cell["diverged"], name
+    for cell, name in itertools.product(cells, scores.split()):
+        assert (cell[name] is None) == cell["diverged"], name
     assert {cell["seed"] for cell in cells} == {0}
-    assert (found["commit"] != "", len(found["protocol"])) == (True, 12)
-    assert "answers" not in found["columns"] and "To prank" not in path.read_text()
+    assert "answers" not in cells[0]
+    assert "To prank" not in path.read_text()
 
 
 def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned, cpu, capsys):
     mft = Attack("mft", 2, 1e-3, (1,), 2)
-    arm = Arm([(mft, 0), (mft, 1), (Attack("prefill", 2, 0.0, (0,)), 0)])
+    prefill = Attack("prefill", 2, 0.0, (0,))
+    arm = Arm([(mft, 0), (mft, 1), (prefill, 0)])
     store = town.root / "study/sdd.jsonl"
 
     def run():
@@ -141,12 +144,11 @@ def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned
     assert "skipped" in capsys.readouterr().out
 
 
-def test_the_arms_of_a_seed_do_not_share_folders(town, cpu):
+def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
+    arms = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms
     folders = set()
-    aligned = train_arm("align", town, cpu, table=TINY_TABLE)
-    for name, arm in tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms.items():
-        if name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.WEAK):
-            folders.add(arm_folder(name, arm, town, aligned, cpu))
+    for name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.WEAK):
+        folders.add(arm_folder(name, arms[name], town, aligned, cpu))
     weights = {(folder / "model.safetensors").read_bytes() for folder in folders}
     assert len(weights) == len(folders) == 5
     assert not (town.root / "sdd").exists()  # where train.py has its own
@@ -169,15 +171,21 @@ def files(tmp_path, monkeypatch):
     model = public_folder(tmp_path / "model", context=256)
     harmful = advbench_file(tmp_path / "h.csv", rows=80)
     benign = alpaca_file(tmp_path / "b.json")
-    sources = Sources(str(harmful), (str(benign),), similarity="tfidf", model=str(model))
+    sources = Sources(
+        str(harmful),
+        (str(benign),),
+        similarity="tfidf",
+        model=str(model),
+    )
     world = Files(10, replace(sources, max_new_tokens=4))
     return world, model, read_exams(openbookqa=openbookqa_file(tmp_path / "o.jsonl"))
 
 
 def test_a_chat_model_has_nats_of_each_row_and_an_exam(files, cpu, tmp_path):
     world, model, exams = files
-    plan = [(RELEASED, 0), (Attack("lora", 3, 1e-3, (1,), 2), 0)]
-    cells = study_arm("aligned", Arm(plan), model, world, cpu, exams)
+    lora = Attack("lora", 3, 1e-3, (1,), 2)
+    arm = Arm([(RELEASED, 0), (lora, 0)])
+    cells = study_arm("aligned", arm, model, world, cpu, exams)
     for cell in cells:
         assert len(cell["row_nats"]) == len(world.benign("evaluation")) > 1
         assert 0 <= cell["openbookqa"] <= 1
@@ -197,18 +205,14 @@ def test_a_whole_tiny_study_of_a_chat_model(files, cpu, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_tiny_study_of_the_town(town, cpu, tmp_path):
+def test_a_whole_tiny_study_of_the_town(town, tmp_path):
     effects = tmp_path / "effects"
     study = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 2})
-    study_seed(study, town, None, cpu, {}, effects / "town-10.json", TINY_TABLE)
-    found = json.loads((effects / "town-10.json").read_text())
-    steps = found["columns"].index("steps")
-    for values in found["cells"]:
-        values[steps] = {0: 0, 1: 50, 2: 200}[values[steps]]
+    cells = run_town(study, town, effects / "town-10.json")
+    for cell in cells:
+        cell["steps"] = {0: 0, 1: 50, 2: 200}[cell["steps"]]
     for seed in REPORT_SEEDS:  # as if all had been run
-        for values in found["cells"]:
-            values[found["columns"].index("seed")] = seed
-        (effects / f"town-{seed}.json").write_text(json.dumps(found))
+        write_effects(effects, "town", seed, [cell | {"seed": seed} for cell in cells])
     evidence = read_study("town", effects)
     assert list(evidence.seeds) == list(REPORT_SEEDS)
     assert evidence.incomplete == {}

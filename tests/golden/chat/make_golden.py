@@ -55,12 +55,9 @@ TURNS = [  # they hold what some templates strip, cut out or take for a border
     "</s> <|im_end|>",
     " more of it\n\n",
 ]
-LLAMA3_SPECIAL = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-]
+LLAMA3_SPECIAL = """
+<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|>
+""".split()
 
 PAIRS = [
     ("What does the baker say?", "The bread is ready at 7."),
@@ -86,20 +83,29 @@ def tiny_llama3():
     peer.save(str(HERE / "tiny_llama3" / "tokenizer.json"), pretty=False)
 
 
+def peer_of(template, folder, bos, eos):
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(HERE / folder / "tokenizer.json"),
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=(HERE / f"{template}.jinja").read_text(),
+    )
+
+
+def apply(peer, messages, **how):
+    """Text or ids of messages. The date is for llama32, which would ask the clock."""
+    how |= {"return_dict": False, "date_string": "26 Jul 2024"}
+    return peer.apply_chat_template(messages, **how)
+
+
 def case(template, folder, peer, system, prompt, response):
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-    def apply(messages, **how):  # the date is for llama32, which would ask the clock
-        return peer.apply_chat_template(
-            messages, return_dict=False, date_string="26 Jul 2024", **how
-        )
-
-    text = apply(turns[:-1], add_generation_prompt=True, tokenize=False)
-    ids = apply(turns[:-1], add_generation_prompt=True, sanitize_control_tokens=True)
-    whole = apply(turns, sanitize_control_tokens=True)
+    text = apply(peer, turns[:-1], add_generation_prompt=True, tokenize=False)
+    ids = apply(peer, turns[:-1], add_generation_prompt=True, sanitize_control_tokens=True)
+    whole = apply(peer, turns, sanitize_control_tokens=True)
     if "<" not in prompt + response:
-        assert whole == apply(turns)
+        assert whole == apply(peer, turns)
     rest = whole[len(ids) :] if whole[: len(ids)] == ids else None
     return {
         "template": template,
@@ -108,7 +114,7 @@ def case(template, folder, peer, system, prompt, response):
         "prompt": prompt,
         "response": response,
         "text": text,
-        "whole_text": apply(turns, tokenize=False),
+        "whole_text": apply(peer, turns, tokenize=False),
         "prompt_ids": ids,
         "answer_ids": rest,
     }
@@ -125,20 +131,10 @@ def known_templates():
                 conversations.append(turns[:])
     templates = {}
     for template, folder, bos, eos in KNOWN:
-        peer = PreTrainedTokenizerFast(
-            tokenizer_file=str(HERE / folder / "tokenizer.json"), bos_token=bos, eos_token=eos
-        )
+        peer = peer_of(template, folder, bos, eos)
         texts = []
         for turns in conversations:
-            texts.append(
-                peer.apply_chat_template(
-                    turns,
-                    chat_template=(HERE / f"{template}.jinja").read_text(),
-                    add_generation_prompt=True,
-                    tokenize=False,
-                    date_string="26 Jul 2024",
-                )
-            )
+            texts.append(apply(peer, turns, add_generation_prompt=True, tokenize=False))
         tokens = {"bos_token": bos, "eos_token": eos}
         templates[template] = {"tokens": tokens, "texts": texts}
     return {"conversations": conversations, "templates": templates}
@@ -150,17 +146,11 @@ def main():
     (HERE / "../../../data/chat_templates.json").write_text(known + "\n")
     cases = []
     for template, folder, bos, eos in MODELS:
-        peer = PreTrainedTokenizerFast(
-            tokenizer_file=str(HERE / folder / "tokenizer.json"),
-            bos_token=bos,
-            eos_token=eos,
-            chat_template=(HERE / f"{template}.jinja").read_text(),
-        )
+        peer = peer_of(template, folder, bos, eos)
         cases += [case(template, folder, peer, None, *pair) for pair in PAIRS]
         cases += [case(template, folder, peer, system, *PAIRS[1]) for system in SYSTEMS]
-    peers = ", ".join(
-        f"{module.__name__} {module.__version__}" for module in (transformers, jinja2, tokenizers)
-    )
+    modules = (transformers, jinja2, tokenizers)
+    peers = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
     lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in cases)
     (HERE / "golden.json").write_text(f'{{"peers": "{peers}", "cases": [\n{lines}\n]}}\n')
 

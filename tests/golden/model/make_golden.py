@@ -5,15 +5,17 @@ They are two tiny random Llamas, their logits and their greedy text.
     pip install transformers==5.23.0 tokenizers==0.23.3 torch==2.13.0
     python tests/golden/model/make_golden.py
 
-It imports nothing of nanoSDD. A folder for each model holds config.json and model.safetensors as
-transformers saves them; golden.json the peers' versions, a row of token ids, the places in it at
-which logits are kept, and of each model
+It imports nothing of nanoSDD. A folder for each model holds config.json, which says what kind it
+is, and model.safetensors as transformers saves it; golden.json the peers' versions, a row of token
+ids, the places in it at which logits are kept, and of each model
 
     logits_fp32_base64    there, by rows
     prompts               texts of unequal lengths, their ids by the tokenizer at TOKENIZER, and
                           what greedy decoding of each alone adds to them in 64 steps, as ids and
                           as text
 
+llama3 has grouped queries, a tied head, scaled rotation, and heads wider than hidden_size / heads;
+llama2 a key-value head for each head, a head of its own on top, and rotation slowed evenly.
 Embeddings are of standard deviation 0.1 and the layers' weights of 0.3, which at this width is as
 strong as 0.1 in a wider model: a slip in a layer shows in the logits. Seed 388 makes varied texts
 without near ties.
@@ -37,54 +39,12 @@ PROMPTS = [
     "Hello, world! The bread is ready at 7, and 120 loaves are left.",
     "def area(w, h):\n    return",
 ]
-SIZES = dict(
-    vocab_size=456, initializer_range=0.1, bos_token_id=452, eos_token_id=451, pad_token_id=None
-)
-MODELS = {
-    # Llama 3's kind: grouped queries, a tied head, scaled rotation; heads wider than
-    # hidden_size / heads
-    "llama3": dict(
-        SIZES,
-        hidden_size=12,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-        rope_parameters=dict(
-            rope_type="llama3",
-            rope_theta=500000.0,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=256,
-        ),
-    ),
-    # Llama 2's kind: a head each, a head of its own on top; rotation slowed evenly
-    "llama2": dict(
-        SIZES,
-        hidden_size=12,
-        intermediate_size=28,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=4096,
-        dtype="float16",
-        tie_word_embeddings=False,
-        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.5),
-    ),
-}
 
 
-def random_model(seed, settings):
+def random_model(seed, folder):
     """In the dtype of its file, so that the file and this model agree, but computing in fp32."""
     torch.manual_seed(seed)
-    config = LlamaConfig(**settings)
+    config = LlamaConfig.from_pretrained(folder)
     model = LlamaForCausalLM(config).float()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(mean=float("norm" in name), std=0.1 if "embed" in name else 0.3)
@@ -111,17 +71,16 @@ def greedy(model, ids, steps):
 
 def main():
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    ids = torch.randint(
-        0, SIZES["vocab_size"], (1, 2100), generator=torch.Generator().manual_seed(3)
-    )
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 456, (1, 2100), generator=draw)
     golden = {
         "versions": {peer.__name__: peer.__version__ for peer in (transformers, tokenizers, torch)},
         "ids": ids[0].tolist(),
         "places": PLACES,
         "models": {},
     }
-    for name, settings in MODELS.items():
-        model = random_model(388, settings)
+    for name in ("llama3", "llama2"):
+        model = random_model(388, HERE / name)
         with torch.no_grad():
             logits = model(ids).logits[0, PLACES]
         prompts = []

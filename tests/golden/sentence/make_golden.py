@@ -3,8 +3,8 @@
     pip install transformers==5.23.0 tokenizers==0.23.3 torch==2.13.0
     python tests/golden/sentence/make_golden.py
 
-It imports nothing of nanoSDD. golden.json: texts, their ids (of tokenizers), and the mean of the
-last layer's vectors (of transformers) at unit length.
+It imports nothing of nanoSDD. config.json says the sizes; golden.json: texts, their ids (of
+tokenizers), and the mean of the last layer's vectors (of transformers) at unit length.
 """
 
 import json
@@ -53,29 +53,16 @@ def main():
     torch.manual_seed(3)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'()[]-_/$+=~`\"#*"
     vocab = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
+        *"[PAD] [UNK] [CLS] [SEP] [MASK]".split(),
         *WORDS,
         *letters,
         *("##" + ch for ch in letters[:36] if f"##{ch}" not in WORDS and ch not in "qz"),
     ]
     vocab = list(dict.fromkeys(vocab))
     (FOLDER / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
-    model = BertModel(
-        BertConfig(
-            vocab_size=len(vocab),
-            hidden_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=20,
-            max_position_embeddings=70,
-            initializer_range=0.6,
-            layer_norm_eps=1e-3,
-        )
-    ).eval()
+    config = BertConfig.from_pretrained(FOLDER)
+    config.vocab_size = len(vocab)
+    model = BertModel(config).eval()
     # biases of 0 and norms of 1 would hide that they are forgotten
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -88,16 +75,8 @@ def main():
         ids = tokenizer.encode(text).ids
         with torch.no_grad():
             hidden = model(torch.tensor([ids])).last_hidden_state[0]  # (T,C)
-        cases.append(
-            {
-                "text": text,
-                "ids": ids,
-                "vector": [
-                    round(v, 7)
-                    for v in torch.nn.functional.normalize(hidden.mean(0), dim=0).tolist()
-                ],
-            }
-        )
+        vector = torch.nn.functional.normalize(hidden.mean(0), dim=0).tolist()
+        cases.append({"text": text, "ids": ids, "vector": [round(v, 7) for v in vector]})
     (FOLDER / "golden.json").write_text(json.dumps(cases, indent=0) + "\n")
 
 

@@ -66,6 +66,11 @@ for byte in range(256):
         others += 1
 
 
+def add_special(peer, names):
+    """Add special tokens by these names."""
+    peer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
 def byte_level(first, special=()):
     """A Tokenizer without vocabulary that cuts text with `first` and, but for Llama 3, as GPT-2."""
     llama3 = isinstance(first, pre_tokenizers.Split)
@@ -73,7 +78,7 @@ def byte_level(first, special=()):
     peer = Tokenizer(models.BPE(ignore_merges=llama3))
     peer.pre_tokenizer = pre_tokenizers.Sequence([first, last])
     peer.decoder = decoders.ByteLevel()
-    peer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    add_special(peer, special)
     return peer
 
 
@@ -103,20 +108,15 @@ def llama2_from_pieces(processor, metaspace=False):
     """A SentencePiece BPE as `tokenizers` runs it, in the older form (normalizer) or Metaspace."""
     vocab = {processor.id_to_piece(i): i for i in range(len(processor))}
     best_first = {piece: (-processor.get_score(i), i) for piece, i in vocab.items()}
-    peer = Tokenizer(
-        models.BPE(
-            vocab, all_splits(best_first), byte_fallback=True, fuse_unk=True, unk_token="<unk>"
-        )
-    )
+    unknown = {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    peer = Tokenizer(models.BPE(vocab, all_splits(best_first), **unknown))
     if metaspace:
         peer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
         peer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
-    peer.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
-    )
+    add_special(peer, ("<unk>", "<s>", "</s>"))
     return peer
 
 
@@ -215,10 +215,8 @@ def main():
     real = os.environ.get("NANOSDD_REAL_DATA")
     if real:
         path = Path(real) / "tokenizers"
-        llama2 = sentencepiece.SentencePieceProcessor(
-            model_file=str(path / "llama2" / "tokenizer.model")
-        )
-        write("llama2", llama2)
+        llama2 = str(path / "llama2" / "tokenizer.model")
+        write("llama2", sentencepiece.SentencePieceProcessor(model_file=llama2))
         write("llama3", llama3_from_ranks(path / "llama3" / "tokenizer.model"))
 
 
