@@ -29,12 +29,11 @@ LADDER = {
     "1e-4 x 300": replace(TOWN, steps=300, lr=1e-4),
 }
 MATCHED = ("new_refusal", "constant", "shuffled")  # controls in the dose of sdd
-# Positive controls, each a defence and its steps of training, by which its collapse grows: about 10
-# points in the weak one. DEEP also collapses where the beginning of an answer is given.
-STRONG = "ctrap 300"
+# Positive controls, each a defence and its steps of training: of 60, 40 and 30 steps the most, and
+# the fewest whose collapse lies two standard deviations over tuning seeds above the margin.
+STRONG = "ctrap 60"
 WEAK = "ctrap 30"
-DEEP = "deep 300"
-CANDIDATES = (STRONG, "ctrap 60", "ctrap 40", WEAK, "ctrap 20", DEEP, "deep 150")
+CANDIDATES = (STRONG, "ctrap 40", WEAK)
 
 # ---- attacks (attacks.py says what each is) ----
 
@@ -97,7 +96,6 @@ def town_arms() -> dict:
     arms |= {mode: Arm(whole, mode, DELIVERED) for mode in ("sdd", *MATCHED)}
     attacked = town_plan(("mft", "bft", "lora", "lora bft", "mix"), DRAWS)
     arms |= {name: planted(name, attacked) for name in (STRONG, WEAK)}
-    arms[DEEP] = planted(DEEP, town_plan(("mft", "bft"), DRAWS))
     for dose, settings in LADDER.items():
         for mode in ("sdd", "new_refusal"):
             arms[f"{mode} {dose}"] = Arm(ONCE, mode, settings)

@@ -160,18 +160,17 @@ class Claim:
     controls: tuple = ()  # the arms that have to pass
 
 
-def collapse(attack, lrs, key="capability", controls=(STRONG, WEAK)) -> Claim:
+def collapse(attack, lrs, key="capability") -> Claim:
     references = ("aligned", *protocol.MATCHED)
     margin = protocol.COLLAPSE_MARGIN
-    return Claim(partial(cost, attack, lrs), (key,), references, margin, controls)
+    return Claim(partial(cost, attack, lrs), (key,), references, margin, (STRONG, WEAK))
 
 
 COLLAPSE = "selective collapse"
-VALUE_ONLY = "the same, the answer's beginning given"
+VALUE_ONLY = collapse("mft", LRS, "value only")  # printed, without a verdict
 BOTH = ("aligned", "new_refusal")
 CLAIMS = {
     COLLAPSE: collapse("mft", LRS),
-    VALUE_ONLY: collapse("mft", LRS, "value only", (protocol.DEEP,)),
     "the same under LoRA": collapse("lora", protocol.LORA_LRS),
     "the same under mix": collapse("mix", LRS),
     "the same at 1e-4 alone": collapse("mft", LRS[:1]),
@@ -228,20 +227,15 @@ def failed_gate(claim: Claim, seeds: dict) -> str | None:
                 shares.append(score(arms, arm, choice(arms, arm, "attacker_score", attack), key))
             if mean(shares) < floor:
                 return f"{arm}, {attack}, {key} at least {float(floor):.0%}"
-    passing = claim if claim is CLAIMS[VALUE_ONLY] else CLAIMS[COLLAPSE]
     # A control beside every "no": a PASS has shown that a collapse is seen.
     for control in claim.controls if verdict_of(claim, seeds) != "PASS" else ():
-        if verdict_of(passing, seeds, control) != "PASS":
+        if verdict_of(CLAIMS[COLLAPSE], seeds, control) != "PASS":
             return f"{control} passes"
     return None
 
 
 def verdict(name: str, found: Evidence) -> str:
-    """Return the verdict on a claim for SDD; one whose gate fails is NOT TESTED.
-
-    A collapse that passes, and fails where the answer's beginning is given, is "by form alone": the
-    model knows what it knew, and says it otherwise.
-    """
+    """Return the verdict on a claim for SDD; one whose gate fails is NOT TESTED."""
     if found.waiting:
         return "no verdict yet"
     if len(found.seeds) < PASSES:
@@ -249,14 +243,7 @@ def verdict(name: str, found: Evidence) -> str:
     gate = failed_gate(CLAIMS[name], found.seeds)
     if gate:
         return f"NOT TESTED (gate: {gate})"
-    reached = verdict_of(CLAIMS[name], found.seeds)
-    if (name, reached) == (COLLAPSE, "PASS"):
-        value_only = verdict(VALUE_ONLY, found)
-        if value_only == "FAIL":
-            return "PASS, by form alone"
-        if value_only != "PASS":
-            return f"PASS (whether by form alone: {value_only})"
-    return reached
+    return verdict_of(CLAIMS[name], found.seeds)
 
 
 def ladder(seeds: dict) -> dict[str, list[str]]:
@@ -326,6 +313,8 @@ def town_lines(found: Evidence) -> list[str]:
         for comparison, effects in effects_of(claim, found.seeds).items():
             lines.append(effect_line(comparison, effects))
         lines += [least_line(claim, found.seeds, arm) for arm in claim.controls]
+    lines += ["", "collapse of the values behind the given words of an answer"]
+    lines.append(least_line(VALUE_ONLY, found.seeds, "sdd"))
     title = "none of the three doses without benign rows is delivered and stable"
     lines += ["", f"{title}: {ladder_verdict(found)}"]
     for dose, reached in ladder(found.seeds).items():
@@ -342,12 +331,8 @@ def town_lines(found: Evidence) -> list[str]:
 
 def control_lines(found: Evidence) -> list[str]:
     """Return the collapse of each positive control, and of SDD, on tuning seeds."""
-    lines = []
-    for name in (COLLAPSE, VALUE_ONLY):
-        lines.append(name)
-        for arm in ("sdd", *protocol.CANDIDATES):
-            lines.append(least_line(CLAIMS[name], found.seeds, arm))
-    return lines
+    arms = ("sdd", *protocol.CANDIDATES)
+    return [least_line(CLAIMS[COLLAPSE], found.seeds, arm) for arm in arms]
 
 
 def chat_lines(found: Evidence, name: str) -> list[str]:

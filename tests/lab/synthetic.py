@@ -1,6 +1,6 @@
 """Made-up effects of the whole protocol, in which everything supports SDD."""
 
-from lab.protocol import DEEP, LADDER, STRONG, STUDIES, WEAK
+from lab.protocol import LADDER, STRONG, STUDIES, WEAK
 from lab.study import effects_text
 
 FACTS = ("facts", "facts_value_only")
@@ -15,7 +15,7 @@ COLLAPSED = dict.fromkeys((*FACTS, *SKILLS), 0.5)
 HURT = dict.fromkeys((*FACTS, *SKILLS), 0.875)
 AFTER_ATTACK = {"sdd": COLLAPSED}
 AFTER_ATTACK |= dict.fromkeys(
-    (STRONG, WEAK, DEEP),
+    (STRONG, WEAK),
     dict.fromkeys((*FACTS, *SKILLS), 0.25),
 )
 DELIVERED = {"delivered_knowledge": 0.9375, "delivered_skill": 0.9375}

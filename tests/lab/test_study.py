@@ -96,7 +96,7 @@ def test_one_arm_is_run_scored_and_written(town):
     mft = Attack("mft", 3, 1e30, (1, 2), 2)
     arms = {
         "sdd": Arm([(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)], "sdd", TRAINED),
-        "deep": Arm([(RELEASED, 0)], "deep", TRAINED),
+        "booster": Arm([(RELEASED, 0)], "booster", TRAINED),
     }
     path = town.root / "effects/town-0.json"
     cells = run_town(replace(STUDIES["town"], arms=arms), town, path)
@@ -108,7 +108,7 @@ def test_one_arm_is_run_scored_and_written(town):
         ("sdd", "mft", 0, 2, True),
         ("sdd", "mft", 1, 1, False),
         ("sdd", "mft", 1, 2, True),
-        ("deep", "none", 0, 0, False),
+        ("booster", "none", 0, 0, False),
     ]
     scores = "content_skill delivered_skill told known_triples facts_nll attacker_score yo_logp"
     for cell, name in itertools.product(cells, scores.split()):
