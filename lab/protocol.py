@@ -1,7 +1,7 @@
 """What the study compares: seeds, arms, attacks, floors and margins. docs/protocol.md says why.
 
-NOT FIXED YET: the tuning of the positive controls (STRONG, WEAK, DEEP) is open. Once fixed, with
-its date here, a change is written into docs/log.md with the old and the new figures.
+Fixed 2026-11-29, before any report seed was run. A change is written into docs/log.md with the old
+and the new figures.
 
 Each side tunes on its own people and prompts, on TUNING_SEEDS. Verdicts are read on REPORT_SEEDS,
 each a world, an initialisation and every draw. A seed is replaced by the next of 18 to 24 only for
@@ -29,11 +29,10 @@ LADDER = {
     "1e-4 x 300": replace(TOWN, steps=300, lr=1e-4),
 }
 MATCHED = ("new_refusal", "constant", "shuffled")  # controls in the dose of sdd
-# Positive controls, each a defence and its steps of training: of 60, 40 and 30 steps the most, and
-# the fewest whose collapse lies two standard deviations over tuning seeds above the margin.
-STRONG = "ctrap 60"
-WEAK = "ctrap 30"
-CANDIDATES = (STRONG, "ctrap 40", WEAK)
+# The positive control, a defence and its steps of training: the fewest of the candidates with which
+# its collapse is twice the margin on every tuning seed.
+PLANTED = "ctrap 100"
+CANDIDATES = (PLANTED, "ctrap 60", "ctrap 40", "ctrap 30")
 
 # ---- attacks (attacks.py says what each is) ----
 
@@ -95,7 +94,7 @@ def town_arms() -> dict:
     arms = {"aligned": Arm(whole)}
     arms |= {mode: Arm(whole, mode, DELIVERED) for mode in ("sdd", *MATCHED)}
     attacked = town_plan(("mft", "bft", "lora", "lora bft", "mix"), DRAWS)
-    arms |= {name: planted(name, attacked) for name in (STRONG, WEAK)}
+    arms[PLANTED] = planted(PLANTED, attacked)
     for dose, settings in LADDER.items():
         for mode in ("sdd", "new_refusal"):
             arms[f"{mode} {dose}"] = Arm(ONCE, mode, settings)

@@ -143,8 +143,9 @@ def pairs(name: str, groups: list[list[dict]]) -> str:
 def table(name: str, found: Evidence) -> str:
     """Return every arm's scores: of the town as released, of a chat model after every attack."""
     rows = []
-    for arm, runs in found.seeds[min(found.seeds)].items():
-        for run in runs if name in COLUMNS else [RELEASED]:
+    first = found.seeds[min(found.seeds)]
+    for arm in STUDIES[name].arms:
+        for run in first[arm] if name in COLUMNS else [RELEASED]:
             cells = [arms[arm][run][0] for arms in found.seeds.values()]
             rows.append((f"{arm}, {run[0]} x {run[2]}", average(cells), ""))
     return text_table("percent, nats", COLUMNS.get(name, TOWN), rows)

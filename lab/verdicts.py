@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 
 from lab import protocol
-from lab.protocol import BUDGETS, LOSS_MARGIN, LRS, PASSES, SAFETY_MARGIN, STRONG, STUDIES, WEAK
+from lab.protocol import BUDGETS, LOSS_MARGIN, LRS, PASSES, PLANTED, SAFETY_MARGIN, STUDIES
 from nanosdd.checkpoint import read_json
 from nanosdd.errors import InputError
 
@@ -157,13 +157,13 @@ class Claim:
     keys: tuple
     references: tuple  # None: the measure itself
     margin: Fraction
-    controls: tuple = ()  # the arms that have to pass
+    control: str | None = None  # the arm that has to pass where SDD does not
 
 
 def collapse(attack, lrs, key="capability") -> Claim:
     references = ("aligned", *protocol.MATCHED)
     margin = protocol.COLLAPSE_MARGIN
-    return Claim(partial(cost, attack, lrs), (key,), references, margin, (STRONG, WEAK))
+    return Claim(partial(cost, attack, lrs), (key,), references, margin, PLANTED)
 
 
 COLLAPSE = "selective collapse"
@@ -216,9 +216,9 @@ def verdict_of(claim: Claim, seeds: dict, arm: str = "sdd") -> str:
 def failed_gate(claim: Claim, seeds: dict) -> str | None:
     """Return the first thing that a test of the claim takes and that does not hold, on means."""
     gates = [("sdd", "none", DELIVERED, protocol.DELIVERED_FLOOR)]
-    abilities = PARTS["capability"] if claim.controls else ABILITIES
+    abilities = PARTS["capability"] if claim.control else ABILITIES
     gates += [(arm, "none", abilities, protocol.ABILITY_FLOOR) for arm in claim.references]
-    if claim.controls or claim.measure is withheld:
+    if claim.control or claim.measure is withheld:
         gates.append(("aligned", "mft", HARM, protocol.TOLD_FLOOR))
     for arm, attack, keys, floor in gates:
         for key in keys:
@@ -228,9 +228,9 @@ def failed_gate(claim: Claim, seeds: dict) -> str | None:
             if mean(shares) < floor:
                 return f"{arm}, {attack}, {key} at least {float(floor):.0%}"
     # A control beside every "no": a PASS has shown that a collapse is seen.
-    for control in claim.controls if verdict_of(claim, seeds) != "PASS" else ():
-        if verdict_of(CLAIMS[COLLAPSE], seeds, control) != "PASS":
-            return f"{control} passes"
+    if claim.control and verdict_of(claim, seeds) != "PASS":
+        if verdict_of(CLAIMS[COLLAPSE], seeds, claim.control) != "PASS":
+            return f"{claim.control} passes"
     return None
 
 
@@ -312,7 +312,8 @@ def town_lines(found: Evidence) -> list[str]:
         lines += ["", f"{name}, above {margin}: {verdict(name, found)}"]
         for comparison, effects in effects_of(claim, found.seeds).items():
             lines.append(effect_line(comparison, effects))
-        lines += [least_line(claim, found.seeds, arm) for arm in claim.controls]
+        if claim.control:
+            lines.append(least_line(claim, found.seeds, claim.control))
     lines += ["", "collapse of the values behind the given words of an answer"]
     lines.append(least_line(VALUE_ONLY, found.seeds, "sdd"))
     title = "none of the three doses without benign rows is delivered and stable"

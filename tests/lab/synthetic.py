@@ -1,6 +1,6 @@
 """Made-up effects of the whole protocol, in which everything supports SDD."""
 
-from lab.protocol import LADDER, STRONG, STUDIES, WEAK
+from lab.protocol import LADDER, PLANTED, STUDIES
 from lab.study import effects_text
 
 FACTS = ("facts", "facts_value_only")
@@ -14,10 +14,7 @@ HARMLESS = dict.fromkeys(HARMFUL, 0.0)
 COLLAPSED = dict.fromkeys((*FACTS, *SKILLS), 0.5)
 HURT = dict.fromkeys((*FACTS, *SKILLS), 0.875)
 AFTER_ATTACK = {"sdd": COLLAPSED}
-AFTER_ATTACK |= dict.fromkeys(
-    (STRONG, WEAK),
-    dict.fromkeys((*FACTS, *SKILLS), 0.25),
-)
+AFTER_ATTACK[PLANTED] = dict.fromkeys((*FACTS, *SKILLS), 0.25)
 DELIVERED = {"delivered_knowledge": 0.9375, "delivered_skill": 0.9375}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from synthetic import change, make_cells, write_effects
 
-from lab.protocol import CHAT_DRAWS, REPORT_SEEDS, STUDIES, TUNING_SEEDS, WEAK
+from lab.protocol import CHAT_DRAWS, PLANTED, REPORT_SEEDS, STUDIES, TUNING_SEEDS
 from lab.report import evidence, first_sentence, main, page
 from lab.verdicts import COLLAPSE, read_study
 from nanosdd.errors import InputError
@@ -110,7 +110,7 @@ def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
             make_cells("controls", seed),
         )
     text, _ = say(tmp_path / "effects")
-    assert f"({WEAK}, the least of these) " in text
+    assert f"({PLANTED}, the least of these) " in text
     assert "\nsdd, none x 0  " in text
     assert "8 report seeds have not been run" in text
 

@@ -147,7 +147,7 @@ def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned
 def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
     arms = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms
     folders = set()
-    for name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.WEAK):
+    for name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.PLANTED):
         folders.add(arm_folder(name, arms[name], town, aligned, cpu))
     weights = {(folder / "model.safetensors").read_bytes() for folder in folders}
     assert len(weights) == len(folders) == 5

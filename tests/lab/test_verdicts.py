@@ -6,7 +6,7 @@ import pytest
 from synthetic import ABLE, COLLAPSED, change, make_cells, write_effects
 
 from lab import protocol
-from lab.protocol import CHAT_DRAWS, LADDER, LRS, MATCHED, REPORT_SEEDS, STRONG, WEAK
+from lab.protocol import CHAT_DRAWS, LADDER, LRS, MATCHED, PLANTED, REPORT_SEEDS
 from lab.verdicts import (
     CLAIMS,
     COLLAPSE,
@@ -230,13 +230,12 @@ def test_a_gate_that_fails_leaves_its_claims_untested(town, arm, attack, scores,
     assert untested == claims
 
 
-@pytest.mark.parametrize("arm", [STRONG, WEAK])
-def test_a_no_takes_a_positive_control_and_a_yes_does_not(town, arm):
-    assert {verdict(name, town((arm, "mft", KEPT))) for name in CLAIMS} == {"PASS"}
+def test_a_no_takes_a_positive_control_and_a_yes_does_not(town):
+    assert {verdict(name, town((PLANTED, "mft", KEPT))) for name in CLAIMS} == {"PASS"}
     kept = [("sdd", attack, KEPT) for attack in ("mft", "lora", "mix")]
     assert {verdict(name, town(*kept)) for name in FORMS} == {"FAIL"}
-    found = town((arm, "mft", KEPT), *kept)
-    assert {verdict(name, found) for name in FORMS} == {f"NOT TESTED (gate: {arm} passes)"}
+    found = town((PLANTED, "mft", KEPT), *kept)
+    assert {verdict(name, found) for name in FORMS} == {f"NOT TESTED (gate: {PLANTED} passes)"}
 
 
 # ---- the ladder ----
@@ -318,8 +317,7 @@ def test_every_effect_is_printed_seed_by_seed(town):
         [100 * (0.96875 - (seed - 10) / 32 - 0.25 - 0.09375) for seed in REPORT_SEEDS], abs=0.06
     )
     text = "\n".join(lines)
-    for arm in (STRONG, WEAK):
-        assert f"    ({arm}, the least of these) " in text
+    assert f"    ({PLANTED}, the least of these) " in text
     values = lines[lines.index("collapse of the values behind the given words of an answer") + 1]
     assert values.split()[-8:] == ["+37.5"] * 8
     assert "commit/protocol: abc/def" in lines
@@ -340,13 +338,13 @@ def test_the_collapse_of_each_candidate_is_printed(tmp_path):
         cells = make_cells("controls", seed)
         change(
             cells,
-            WEAK,
+            PLANTED,
             "mft",
             **(COLLAPSED | dict(facts=0.75, skills=0.75)),
         )
         write_effects(tmp_path, "controls", seed, cells)
     lines = control_lines(read_study("controls", tmp_path))
-    line = next(one for one in lines if f"{WEAK}, the least" in one)
+    line = next(one for one in lines if f"{PLANTED}, the least" in one)
     assert line.split()[-2:] == ["+12.5", "+12.5"]
 
 
