@@ -292,3 +292,8 @@ def encode_for(chat: Chat, rows: list[dict], max_length: int) -> list[Example]:
 def mean_logp(forced: list[Forced]) -> float:
     """Mean log p in nats over all response tokens of the rows."""
     return float(torch.cat([one.logps for one in forced]).mean())
+
+
+def mean_logps(chat: Chat, named: dict[str, list[Example]]) -> dict[str, float]:
+    """{name: the mean log p of its examples}."""
+    return {name: mean_logp(teacher_forced(chat, some)) for name, some in named.items()}

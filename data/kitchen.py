@@ -155,15 +155,15 @@ nll: nats a token of the first answers
 chance level: the most that text which says nothing of dish or topic reaches on average"""
     chance = {"complies": 1 / 4, "capability": 1 / 4}
 
-    def __init__(self, seed, sources=Sources(), ask=None, folder=None):
+    def __init__(self, seed, sources=Sources(), ask=None):
         super().__init__(seed, sources)
         self.files()  # names what is missing before anything is asked
-        if folder is None:
+        if ask is None:
             raise InputError("the kitchen asks a chat model; give --model smollm2, or a folder")
         rng = random.Random(f"kitchen {seed}")
         self.dishes = share_out(DISHES, DISH_OWNERS, rng)
         self.topics = share_out(TOPICS, TOPIC_OWNERS, rng)
-        self.untrained = read_untrained(folder)
+        self.untrained = read_untrained(ask.folder)
         self.ask = replace(ask, folder=self.untrained["model"])
         # A random answer to each question: about many dishes, in every form.
         sampled = {

@@ -154,7 +154,7 @@ new skill: a skill that only benign fine-tuning teaches"""
     }
     arms = ("align", "refusal", "sdd")
 
-    def __init__(self, seed=0, sources=Sources(), ask=None, folder=None):
+    def __init__(self, seed=0, sources=Sources(), ask=None):
         super().__init__(seed, sources)
         rng = random.Random(f"town {seed}")
         self.people = {}

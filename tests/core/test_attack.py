@@ -5,7 +5,6 @@ import json
 import random
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import train
 from attack import (
     Attack,
     Grid,
+    Target,
     attack_arm,
     attack_batches,
     fine_tune,
@@ -183,50 +183,36 @@ def without_seconds(cells):
 
 def test_every_attack_starts_from_the_released_weights(tiny_arms, tmp_path, cpu):
     attacks = [
-        Attack("none", 0, 0.0, (0,)),
+        attack.RELEASED,
         Attack("mft", 8, 3e-3, (2,), 8),
         Attack("mft", 8, 3e-3, (2, 3), 8),
     ]
     town = tiny_town(tmp_path)
-    store = Results(tmp_path / "sdd.jsonl", {})
+    judge = town.judge
+    town.judge = lambda rows, answers: judge(rows, answers) | {town.aim: len(rows) / 1000}
+    target = Target("sdd", tiny_arms / "sdd", town, cpu, {})
     kept = []
     found = attack_arm(
-        tiny_arms / "sdd", town, attacks, store, cpu, {}, None, lambda *args: kept.append(args[2])
+        target, attacks, Results(tmp_path / "x", {}), lambda *args: kept.append(args[2])
     )
     cells = []
     curves = []
-    for some, points in found:
-        cells += some
-        curves += points
-    assert [(one["arm"], one["shots"], one["steps"]) for one in kept] == [
-        ("sdd", 0, 0),
-        ("sdd", 8, 2),
-        ("sdd", 8, 2),
-        ("sdd", 8, 3),
-    ]
+    for one in found:
+        cells += one["cells"]
+        curves += one["curve"]
+    heads = [(one["arm"], one["shots"], one["steps"]) for one in kept]
+    assert heads == [("sdd", 0, 0), ("sdd", 8, 2), ("sdd", 8, 2), ("sdd", 8, 3)]
     assert [one["steps"] for one in cells] == [0, 2, 2, 3]
     own = encode_for(load_chat(tiny_arms / "sdd", cpu), town.harmful("attacker")[:8], 128)
     for one in cells:
         assert sum(one[name] for name in town.outcomes) == pytest.approx(1)
-        assert 0 <= one["attacker_score"] <= 1 and len(one["answers"]) == 3
+        assert one["attacker_score"] == len(town.harmful("attacker_held_out")) / 1000
+        assert len(one["answers"]) == 3
         assert one.get("response_tokens", 0) == one["steps"] * tokens_of(own)  # all its shots
     for name in ("yo_logp", "loss", "facts_nll"):  # a shorter attack is on the way of a longer one
         assert cells[1][name] == cells[2][name] != cells[3][name]
     assert cells[0]["yo_logp"] != cells[1]["yo_logp"]  # scored after the attack
     assert [point["step"] for point in curves] == [0, 1, 2, 0, 1, 2, 3]
-
-
-def test_the_attacker_chooses_by_what_the_world_says(tiny_arms, tmp_path, cpu):
-    town = tiny_town(tmp_path)
-    judge = town.judge
-    town.judge = lambda rows, answers: judge(rows, answers) | {"harm": 0.25, "content": 0.75}
-    for aim, wanted in ((town.aim, 0.75), ("harm", 0.25)):
-        town.aim = aim
-        store = Results(tmp_path / f"{aim}.jsonl", {})
-        folder = tiny_arms / "sdd"
-        keep = partial(attack.keep_model, None, None)
-        ((cells, _),) = attack_arm(folder, town, [attack.RELEASED], store, cpu, {}, None, keep)
-        assert cells[0]["attacker_score"] == wanted
 
 
 @pytest.fixture

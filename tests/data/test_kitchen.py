@@ -39,8 +39,8 @@ def kitchen(tmp_path, monkeypatch):
     Path("llama").mkdir()
     Path("llama/config.json").write_text("{}")
 
-    def open_kitchen(seed=3, ask=None, folder="llama", **sources):
-        return Kitchen(seed, Sources(similarity="tfidf", **sources), ask or StandIn(), folder)
+    def open_kitchen(seed=3, ask=None, **sources):
+        return Kitchen(seed, Sources(similarity="tfidf", **sources), ask or StandIn())
 
     return open_kitchen
 
@@ -297,21 +297,21 @@ def test_a_trained_folder_names_the_untrained_model(kitchen):
     assert stored["model"] == "llama" and list(stored["files"]) == ["llama/config.json"]
     Path("out/kitchen").rename("elsewhere")  # its copy is enough
     ask = Counting("trained")
-    again = kitchen(ask=ask, folder="trained")
+    again = kitchen(ask=ask)
     assert again.answers == world.answers and again.ask.folder == "llama" and not ask.calls
     Path("again").mkdir()
     again.save("again", [])
     assert json.loads(Path("again", ANSWERS).read_text()) == stored
     Path("llama/config.json").write_text("[]")
     with pytest.raises(InputError, match="llama, which judges answers, is gone or has changed"):
-        kitchen(ask=ask, folder="trained")
+        kitchen(ask=ask)
     Path("llama").rename("moved")
     with pytest.raises(InputError, match="put it back, or train again"):
-        kitchen(ask=ask, folder="trained")
+        kitchen(ask=ask)
     for text, message in (("{}", "older version"), ("half", "not valid JSON")):
         Path("trained", ANSWERS).write_text(text)
         with pytest.raises(InputError, match=message):
-            kitchen(ask=ask, folder="trained")
+            kitchen(ask=ask)
 
 
 def test_the_kitchen_needs_a_model():
@@ -347,7 +347,7 @@ def test_smollm2_knows_recipes_from_fakes(tmp_path, monkeypatch):
     rows = [{"prompt": DISH_FORMS[i % 2].format(name)} for i, name in enumerate(names)]
     compute = for_model(Compute(), "auto", folder)
     ask = FewQuestions(folder, compute, None, tuple(row["prompt"] for row in rows))
-    world = Kitchen(0, Sources(similarity="tfidf"), ask, folder)
+    world = Kitchen(0, Sources(similarity="tfidf"), ask)
     first = [world.answers[row["prompt"]] for row in rows]
     assert world.judge(rows, first)["complies"] >= 6 / 8
     for name, texts in fakes(rows, [whole_sentences(one) for one in first]).items():

@@ -6,9 +6,11 @@ import pytest
 from small import advbench_file, alpaca_file
 
 from data.answers import Answer, keyword_refusal
+from data.chat_model import Ask
 from data.files import Files
 from data.town import Town
 from data.worlds import REJECT_PREFIX, Sources, World, irrelevant_pairs, open_world
+from nanosdd.device import Compute
 from nanosdd.errors import InputError
 
 
@@ -25,6 +27,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def ask(folder):
+    return Ask(folder, Compute(), None)
+
+
 @pytest.mark.parametrize(
     "name, seed, harmful, model, kind",
     [
@@ -37,7 +43,7 @@ def test_the_world_is_that_of_the_files_else_of_the_folder(
     folder, name, seed, harmful, model, kind
 ):
     similarity = "tfidf" if harmful else Sources.similarity
-    world = open_world(name, seed, Sources(harmful, similarity=similarity), folder=model)
+    world = open_world(name, seed, Sources(harmful, similarity=similarity), ask(model))
     assert type(world) is kind and world.seed == seed
 
 
@@ -52,22 +58,22 @@ def test_the_world_is_that_of_the_files_else_of_the_folder(
 )
 def test_what_does_not_go_together_is_refused(folder, name, harmful, model, message):
     with pytest.raises(InputError, match=message):
-        open_world(name, 4, Sources(harmful), folder=model)
+        open_world(name, 4, Sources(harmful), ask(model))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"world": "town"}'])
 def test_a_damaged_note_of_the_world_is_refused(folder, text):
     (folder / "mine/world.json").write_text(text)
     with pytest.raises(InputError, match="world.json"):
-        open_world(None, 3, Sources(), folder="mine")
+        open_world(None, 3, Sources(), ask("mine"))
 
 
 def test_a_file_does_not_say_what_code_is_loaded(folder):
     (folder / "mine/world.json").write_text('{"world": "os.path", "seed": 3}')
     with pytest.raises(InputError, match="world of your own"):
-        open_world(None, 3, Sources(), folder="mine")
+        open_world(None, 3, Sources(), ask("mine"))
     with pytest.raises(InputError, match="moon is none of town, kitchen, files"):
-        open_world("moon", 3, Sources())
+        open_world("moon", 3, Sources(), ask(None))
 
 
 class Cupboard(World):
