@@ -36,22 +36,6 @@ def test_every_command_says_how_it_is_used(name, capsys):
     assert printed.startswith("usage: ") and "%" not in printed
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [ROOT / "train.py", "--mode", "align", "--model", "gone"],
-        ["-m", "data.pairs", "--harmful", "gone", "--out", "p.jsonl", "--similarity", "tfidf"],
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: gone ")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -138,7 +122,8 @@ def test_prompts_without_answers_are_defended_against_and_scored(files, capsys):
     evaluate.main(f"x {FILES} --answers in.xz --save-answers out.jsonl".split())
     judged = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [row | {"response": one["response"]} for row, one in zip(saved, judged)] == saved
-    assert {one["outcome"] for one in judged} <= {"complies", "refuse", "off_topic", "broken"}
+    counted = [one["outcome"] for one in judged].count("complies") / len(judged)
+    assert counted == pytest.approx(scores["complies"])
 
 
 def test_checkpoints_named_by_a_dot_or_alike_keep_rows_of_their_own(files, monkeypatch, capsys):

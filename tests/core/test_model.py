@@ -6,10 +6,8 @@ import math
 import pytest
 import torch
 from small_model import LLAMA3_SCALING, small_config, small_model, token_ids
-from torch.profiler import profile
 
-from model import LlamaConfig, RMSNorm, next_tokens, rope_frequencies
-from nanosdd.attention import KVCache, PackedRows
+from model import LlamaConfig, RMSNorm, rope_frequencies
 from nanosdd.errors import InputError
 
 # ---- the layers ----
@@ -110,25 +108,6 @@ def test_packed_rows_are_what_each_is_alone():
     torch.testing.assert_close(gradients(model, packed), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_neighbouring_rows_of_one_length_are_attended_together():
-    q, k, v = [torch.randn(sum(LENGTHS), heads, 8) for heads in (6, 2, 2)]
-    with profile() as seen:
-        PackedRows(LENGTHS)(q, k, v)
-    counts = {event.key: event.count for event in seen.key_averages()}
-    assert counts["aten::scaled_dot_product_attention"] == 5  # of six rows
-
-
-def test_attention_trains_in_fp32_and_returns_bf16():
-    torch.manual_seed(2)
-    qkv = [torch.randn(11, heads, 6).bfloat16().requires_grad_() for heads in (4, 2, 2)]
-    rows = PackedRows([4, 7])
-    with torch.autocast("cpu", torch.bfloat16):
-        y = rows(*qkv)
-    y.sum().backward()
-    assert qkv[0].grad.dtype == torch.bfloat16
-    assert torch.equal(y, rows(*[part.float() for part in qkv]).bfloat16())
-
-
 def test_checkpointed_activations_are_recomputed_and_give_the_same_gradient():
     model = small_model().train()
     tokens = token_ids(2, 9, seed=6)
@@ -185,37 +164,6 @@ def test_config_survives_saving_and_reads_newer_rope_keys(scaling):
     assert LlamaConfig.from_dict(saved) == config
 
 
-# ---- the cache ----
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("heads", [6, 2, 1])
-def test_decoding_fills_the_cache_as_longer_prompts_would(heads):
-    model = small_model(num_key_value_heads=heads)
-    tokens = token_ids(3, 20, seed=8)
-    expected = model(tokens).argmax(-1)
-    new, cache = model.read_prompts([tokens[0, :9], tokens[1, :3], tokens[2, :6]], 11)
-    for _ in range(11):
-        place = (torch.arange(3), cache.lengths)
-        assert torch.equal(new, expected.roll(1, dims=1)[place])
-        new = next_tokens(model, tokens[place], cache)
-        cache.longest = min(cache.longest + 1, cache.size - 1)
-    _, longer = model.read_prompts([tokens[0], tokens[1, :14], tokens[2, :17]], 0)
-    expected = longer.keys + longer.values
-    torch.testing.assert_close(cache.keys + cache.values, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_cache_keeps_some_rows_and_moves_few():
-    cache = KVCache(small_config(), [7, 8, 9, 10, 11, 12], 5, "cpu", torch.float32)
-    for part in cache.keys + cache.values:
-        part += cache.lengths[:, None, None, None]
-    kept = cache.keep([1, 3, 4, 5])
-    assert sorted(kept) == [1, 3, 4, 5] and kept[1::2] == [1, 3]
-    assert cache.lengths.tolist() == [7 + row for row in kept]
-    for part in cache.keys + cache.values:
-        assert torch.equal(part[:, 1, 4, 9], cache.lengths.float())
-
-
 # ---- greedy decoding ----
 
 PROMPTS = [[5, 9, 2], [11] * 17, [1, 2, 3, 4, 5, 6, 7], [80]]
@@ -236,9 +184,9 @@ def greedy_without_cache(model, prompt, count):
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_generate_equals_the_loop_without_cache_row_by_row(uncompiled, compiled):
-    model = small_model(rope_scaling=LLAMA3_SCALING)
+@pytest.mark.parametrize("compiled, heads", [(False, 1), (False, 2), (False, 6), (True, 2)])
+def test_generate_equals_the_loop_without_cache_row_by_row(uncompiled, compiled, heads):
+    model = small_model(rope_scaling=LLAMA3_SCALING, num_key_value_heads=heads)
     free = [greedy_without_cache(model, prompt, 24) for prompt in PROMPTS]
     stop = {free[0][5], free[2][9]}
     alone = [list(itertools.takewhile(lambda id: id not in stop, answer)) for answer in free]
