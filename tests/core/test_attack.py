@@ -127,13 +127,14 @@ def test_choices_by_hand():
     assert not any(one["chosen"] for one in cells[7:10])  # no other one takes its place
 
 
-@pytest.mark.parametrize("other", [{"draw": 1}, {"seed": 1}, {"arm": "aligned"}])
-def test_each_arm_seed_and_draw_has_a_choice_of_its_own(other):
-    cells = [cell("mft", 10, 5, lr, score) for lr, score in ((1e-4, 0.5), (3e-4, 0.4))]
-    cells += [cell("mft", 10, 5, lr, score, **other) for lr, score in ((1e-4, 0.1), (3e-4, 0.2))]
-    cells += [cell("bft", 10, 5, lr, 0.0, **other) for lr in (1e-4, 3e-4)]
-    mark_choices(cells)
-    assert [one["chosen"] for one in cells] == [True, False, False, True, False, True]
+def test_each_arm_seed_and_draw_has_a_choice_of_its_own():
+    for other in {"draw": 1}, {"seed": 1}, {"arm": "aligned"}:
+        scores = (("mft", 0.5), ("mft", 0.4), ("bft", 0), ("bft", 0))
+        cells = [cell(name, 10, 5, i % 2, score) for i, (name, score) in enumerate(scores)]
+        cells.append(cell("mft", 10, 5, 0, 0.1, **other))
+        cells.append(cell("mft", 10, 5, 1, 0.2, **other))
+        mark_choices(cells)
+        assert [i for i, one in enumerate(cells) if one["chosen"]] == [0, 2, 5]
 
 
 def test_the_table_shows_the_choice_and_the_worst_case():
@@ -244,12 +245,7 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
         ("mft", 4, 1e30, 3, 0, True),
         ("bft", 4, 1e30, 3, 0, True),
     ]
-    outcomes = ("complies", "refuse", "off_topic", "broken")
-    for one in first:
-        assert not (one["diverged"] and one["chosen"])
-        if not one["diverged"]:
-            assert sum(one[name] for name in outcomes) == pytest.approx(1)
-            assert one["capability"] > 0
+    assert not any(one["diverged"] and one["chosen"] for one in first)
     results = Path("out/attack/results.json").read_text()
     assert list(json.loads(results)) == ["settings", "made", "cells"]
     table = Path("out/attack/table.txt").read_text()
@@ -324,10 +320,8 @@ def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
     words = "--released llama --lr 1e-3 --epochs 5 --steps 3"
     main(words)
     main(f"{words} --save-answers a.jsonl --save-models models")  # what is finished runs again
-    lines = Path("a.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    names = ["arm", "attack", "shots", "lr", "draw", "seed", "steps", "prompt", "response"]
-    assert list(rows[0]) == names
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert list(rows[0]) == "arm attack shots lr draw seed steps prompt response".split()
     kept = Counter((row["attack"], row["steps"]) for row in rows)
     assert list(kept) == [("none", 0), ("mft", 2), ("mft", 3), ("bft", 2), ("bft", 3)]
     asked = Files(0, Sources("h.csv", similarity="tfidf")).harmful("evaluation")
@@ -337,18 +331,12 @@ def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
     folder = "models/llama-mft-4-0.001-0-0-3"
     files = "--harmful h.csv --benign b.json --similarity tfidf --max-new-tokens 4"
     evaluate.main(f"{folder} {files} --save-answers again.jsonl".split())
-    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
-    own = [row for row in rows if (row["attack"], row["steps"]) == ("mft", 3)]
-    assert [row["response"] for row in again] == [row["response"] for row in own]
+    again = [json.loads(line)["response"] for line in Path("again.jsonl").read_text().splitlines()]
+    own = [row["response"] for row in rows if (row["attack"], row["steps"]) == ("mft", 3)]
+    assert again == own
     scores = json.loads(Path(folder, "metrics.json").read_text())
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
     assert scores["benign_nll"] == pytest.approx(cells[2]["benign_nll"], rel=1e-5)
-    inside = Path(attack.__file__).parent / "answers.jsonl"
-    with pytest.raises(InputError, match="lies in the repository"):
-        main(f"{words} --save-answers {inside}")
-    with pytest.raises(InputError, match="a.jsonl exists; .*name a new file"):
-        main(f"{words} --save-answers a.jsonl")
-    assert Path("a.jsonl").read_text().splitlines() == lines and not inside.exists()
 
 
 def test_no_answer_to_a_harmful_prompt_is_shown_or_kept(main, capfd):

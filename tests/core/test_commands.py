@@ -122,6 +122,7 @@ def test_prompts_without_answers_are_defended_against_and_scored(files, capsys):
     evaluate.main(f"x {FILES} --answers in.xz --save-answers out.jsonl".split())
     judged = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [row | {"response": one["response"]} for row, one in zip(saved, judged)] == saved
+    assert all(-1 <= one["cosine"] <= 1 for one in judged)
     counted = [one["outcome"] for one in judged].count("complies") / len(judged)
     assert counted == pytest.approx(scores["complies"])
 
@@ -131,19 +132,15 @@ def test_checkpoints_named_by_a_dot_or_alike_keep_rows_of_their_own(files, monke
         shutil.copytree("llama", name)
     exam = ["--openbookqa", str(openbookqa_file(files / "o.jsonl"))]
     evaluate.main(["one/sdd", "two/sdd", *exam])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "OpenBookQA" in line] == [
-        *["one/sdd"] * 2,
-        *["two/sdd"] * 2,
-    ]
+    named = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "QA" in line}
+    assert named == {"one/sdd", "two/sdd"}
     monkeypatch.chdir("one/sdd")
     evaluate.main([".", *exam])
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(". ")]
+    assert "\n. " in capsys.readouterr().out
     words = f"{FILES} --max-new-tokens 2 --shots 4 --steps 1 --epochs 0 --out ../../attack"
     words = words.replace("h.csv", "../../h.csv").replace("b.json", "../../b.json")
     attack.main(["--released", ".", *words.split()])
     assert "\nsdd  none " in capsys.readouterr().out
-    assert [path.name for path in (files / "attack/seed0").iterdir()] == ["sdd.jsonl"]
     with pytest.raises(InputError, match="two --released folders have one name"):
         attack.main(["--released", ".", "../../two/sdd", *words.split()])
 
@@ -208,26 +205,22 @@ class Fruit(World):
 """
 
 
-def test_a_world_of_ones_own_goes_through_the_commands(files, monkeypatch, capsys):
+def test_a_world_of_ones_own_is_one_file(files, monkeypatch, capsys):
+    """test_readme.py attacks one."""
     Path("fruit.py").write_text(FRUIT)
     monkeypatch.syspath_prepend(str(files))
-    train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
+    words = "--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split()
+    train.main(words)
     assert {path.name for path in Path("out/llama/fruit").iterdir()} == {"aligned", "sdd"}
     samples = Path("out/llama/fruit/sdd/samples.txt").read_text()
     assert samples.count("prompt: How do I juggle") == 2
-    words = "--world fruit.Fruit --released out/llama/fruit/aligned out/llama/fruit/sdd --shots 2"
-    attack.main(f"{words} --steps 2 --epochs 0".split())
     evaluate.main("out/llama/fruit/sdd --world fruit.Fruit".split())
-    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
-    metrics = json.loads(Path("out/llama/fruit/sdd/metrics.json").read_text())
-    assert [one["arm"] for one in cells] == ["aligned"] * 3 + ["sdd"] * 3
-    assert cells[3]["capability"] == pytest.approx(metrics["capability"])
     assert "true answer; a refusal" in capsys.readouterr().out  # the legend
     with pytest.raises(InputError, match="a world of your own"):
         evaluate.main(["out/llama/fruit/sdd"])
     Path("fruit.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
     with pytest.raises(InputError, match="code of fruit changed"):
-        train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
+        train.main(words)
 
 
 WITHOUT = """

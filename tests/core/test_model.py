@@ -1,80 +1,15 @@
-"""The Llama against a slow reference, and against itself packed, cached and decoding."""
+"""The Llama packed, cached and decoding. Its logits: test_parity.py."""
 
 import itertools
-import math
 
 import pytest
 import torch
 from small_model import LLAMA3_SCALING, small_config, small_model, token_ids
 
-from model import LlamaConfig, RMSNorm, rope_frequencies
+from model import LlamaConfig, RMSNorm
 from nanosdd.errors import InputError
 
 # ---- the layers ----
-
-
-def reference_rope(x, theta):
-    """Dimensions i and i + D/2 of x (T,H,D) are a complex number that turns with the position."""
-    T, _, D = x.shape
-    angles = torch.outer(torch.arange(T).double(), theta ** (-2 / D * torch.arange(D // 2)))
-    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angles)[:, None]
-    return torch.cat([turned.real, turned.imag], dim=-1)
-
-
-def reference_logits(model, ids):
-    """One row in fp64, with none of the model's functions: (T,V)."""
-    config = model.config
-    T = len(ids)
-    group = config.num_attention_heads // config.num_key_value_heads
-    visible = torch.ones(T, T).tril().log()  # 0 or -inf
-
-    def times(x, layer):
-        return x @ layer.weight.double().T
-
-    def norm(x, layer):
-        return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * layer.weight
-
-    x = model.model.embed_tokens.weight[ids].double()
-    for block in model.model.layers:
-        h = norm(x, block.input_layernorm)
-        attention = block.self_attn
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        q, k, v = [times(h, layer).view(T, -1, config.head_dim) for layer in projections]
-        q = reference_rope(q, config.rope_theta)
-        k = reference_rope(k, config.rope_theta).repeat_interleave(group, dim=1)
-        v = v.repeat_interleave(group, dim=1)
-        scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(config.head_dim) + visible
-        y = torch.einsum("hts,shd->thd", scores.softmax(-1), v)
-        x = x + times(y.flatten(1), attention.o_proj)
-        h = norm(x, block.post_attention_layernorm)
-        gate = times(h, block.mlp.gate_proj)
-        x = x + times(gate * gate.sigmoid() * times(h, block.mlp.up_proj), block.mlp.down_proj)
-    return times(norm(x, model.model.norm), model.lm_head)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tied", [False, True])
-def test_logits_equal_the_reference(tied):
-    model = small_model(tie_word_embeddings=tied, rope_theta=500.0)
-    tokens = token_ids(3, 13, seed=3)
-    for row, logits in zip(tokens, model(tokens), strict=True):
-        expected = reference_logits(model, row)
-        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-KEEP = (32 / 4 / (2 * math.pi) - 1) / 3  # pair 1 turns 1.273 times in the original context of 32
-
-
-@pytest.mark.parametrize(
-    "scaling, expected",
-    [
-        ({"rope_type": "linear", "factor": 2.5}, [0.4, 0.1, 0.025]),
-        (LLAMA3_SCALING, [1.0, KEEP / 4 + (1 - KEEP) / 32, 1 / 128]),  # kept, blended, slowed
-    ],
-)
-def test_rope_scaling_by_hand(scaling, expected):
-    config = small_config(head_dim=6, rope_theta=64.0, rope_scaling=scaling)
-    torch.testing.assert_close(rope_frequencies(config), torch.tensor(expected))
 
 
 def test_norm_is_fp32_then_cast_then_weighted():

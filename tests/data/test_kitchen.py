@@ -22,7 +22,6 @@ from data.kitchen import (
     SAMPLES,
     TOPICS,
     Kitchen,
-    content_words,
     judged_by,
     whole_sentences,
     without_name,
@@ -131,19 +130,12 @@ def test_outcomes_by_rule(kitchen):
     for cut in (True, False):  # one that was cut is judged as far as it goes
         answers = [Answer([1, 2], text, cut) for text in texts]
         assert world.judge(rows, answers)["complies"] == 1
-    outcomes = {}
     for name, made in fakes(rows, texts).items():
         scores = world.judge(rows, list(map(ended, made)))
-        outcomes[name] = [key for key in world.outcomes if scores[key]]
-        assert sum(scores[key] for key in world.outcomes) == 1
-    assert outcomes.pop("other") == ["off_topic"]  # fluent, and about another dish
-    assert set(map(tuple, outcomes.values())) == {("useless",)}
-    answers = [
-        Answer([3, 4], REFUSAL, True),
-        Answer([], "", True),
-        Answer([7] * 30, texts[2], False),
-        ended(f"I can’t say. {texts[3]}"),
-    ]
+        # That about another dish is fluent.
+        assert scores["off_topic" if name == "other" else "useless"] == 1
+    made = [REFUSAL, "", f"I can’t say. {texts[3]}"]
+    answers = [*map(ended, made), Answer([7] * 30, texts[3], False)]
     scores = world.judge(rows, answers)
     assert scores["refuse"] == scores["broken"] == 0.5 and scores["cut"] == 0.25
 
@@ -183,13 +175,12 @@ def test_the_three_others_are_fixed_and_share_no_word():
         (alone, answer), *blind = judged_by(question, ended(f"So: {name}"))
         assert alone == question and answer.text == f"So: {name}"
         assert {one.text for _, one in blind} == {f"So: the {kind}"}
-        names = [QUESTIONS[asked][1] for asked, _ in blind]
-        assert names[0] == name and len(set(names)) == 4
         assert blind == judged_by(question, ended(f"So: {name}"))[1:]
-        for asked, _ in blind[1:]:
-            other = QUESTIONS[asked]
-            assert other[0] == kind and other[2] == form
-            assert not set(other[1].lower().split()) & set(name.lower().split())
+        others = [QUESTIONS[asked] for asked, _ in blind]
+        assert {(one[0], one[2]) for one in others} == {(kind, form)}
+        names = [one[1] for one in others]
+        assert names[0] == name and len(set(names)) == 4
+        assert not set(" ".join(names[1:]).lower().split()) & set(name.lower().split())
 
 
 @pytest.mark.parametrize(
@@ -207,10 +198,6 @@ def test_the_three_others_are_fixed_and_share_no_word():
 )
 def test_the_name_is_replaced_with_article_and_plural(name, text, expected):
     assert without_name(text, name, "dish") == expected
-
-
-def test_content_words_are_words_that_say_something():
-    assert content_words("You can make it: the Soup, the soup's salt") == {"soup", "salt"}
 
 
 def test_capability_is_the_share_of_good_answers_to_topics(kitchen):
@@ -235,13 +222,9 @@ def test_answers_from_elsewhere(kitchen):
     rows = [{"prompt": one, "response": recipe(one), "id": 7} for one in questions]
     found = world.judge_answers(rows, str.split)
     assert [one["outcome"] for one in found] == ["complies"] * 2
-    assert found[0].items() >= rows[0].items()
-    assert {"content_words", "nats", "share"} <= found[0].keys()
-    for bad in ({"prompt": "Hello?"}, {"prompt": questions[0]}, {"prompt": []}, 3):
-        row = bad if bad == 3 else {"response": "x"} | bad
-        row = {"prompt": questions[0]} if bad == {"prompt": questions[0]} else row
-        with pytest.raises(InputError, match="a prompt of the world kitchen"):
-            world.judge_answers([*rows, row], str.split)
+    assert {"id", "content_words", "nats", "share"} <= found[0].keys()
+    with pytest.raises(InputError, match="a prompt of the world kitchen"):
+        world.judge_answers([*rows, {"prompt": "Hello?", "response": "x"}], str.split)
 
 
 # ---- the model's own answers ----
