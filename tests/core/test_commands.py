@@ -207,19 +207,19 @@ class Fruit(World):
 
 def test_a_world_of_ones_own_is_one_file(files, monkeypatch, capsys):
     """test_readme.py attacks one."""
-    Path("fruit.py").write_text(FRUIT)
+    Path("orchard.py").write_text(FRUIT)
     monkeypatch.syspath_prepend(str(files))
-    words = "--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split()
+    words = "--mode sdd --world orchard.Fruit --model llama --steps 2 --batch-size 2".split()
     train.main(words)
     assert {path.name for path in Path("out/llama/fruit").iterdir()} == {"aligned", "sdd"}
     samples = Path("out/llama/fruit/sdd/samples.txt").read_text()
     assert samples.count("prompt: How do I juggle") == 2
-    evaluate.main("out/llama/fruit/sdd --world fruit.Fruit".split())
+    evaluate.main("out/llama/fruit/sdd --world orchard.Fruit".split())
     assert "true answer; a refusal" in capsys.readouterr().out  # the legend
     with pytest.raises(InputError, match="a world of your own"):
         evaluate.main(["out/llama/fruit/sdd"])
-    Path("fruit.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
-    with pytest.raises(InputError, match="code of fruit changed"):
+    Path("orchard.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
+    with pytest.raises(InputError, match="code of orchard changed"):
         train.main(words)
 
 

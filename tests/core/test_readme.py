@@ -1,11 +1,10 @@
 """The examples of README.md's section "Change it" run as they stand."""
 
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,26 +20,20 @@ COMMAND = re.search(r"```\npython (.*?)#.*\n```", SECTION)[1].split()
 
 
 @pytest.fixture
-def run(tiny_arms, tmp_path):
-    """A function that runs python on some words in a folder with all examples and tiny models."""
+def folder(tiny_arms, tmp_path, monkeypatch):
+    """The working folder, with all examples and tiny models."""
     shutil.copytree(tiny_arms, tmp_path / "out/seed0")
     public_folder(tmp_path / "smollm2")
     for file, text in EXAMPLES.items():  # one may import another
         (tmp_path / file).write_text(text)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-
-    def run(*words):
-        words = [sys.executable, *words]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return tmp_path
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, run):
-    folder = run(name)
+def test_an_example_runs(name, folder):
+    runpy.run_path(name, run_name="__main__")
     if name == "dpo.py":
         lines = (folder / "out/dpo/train_log.jsonl").read_text().splitlines()
         first, *_, last = map(json.loads, lines)
@@ -49,8 +42,9 @@ def test_an_example_runs(name, run):
         assert 0 <= first["accuracy"] <= last["accuracy"] <= 1
 
 
-def test_the_command_of_a_world_of_ones_own_runs(run):
-    folder = run(ROOT / COMMAND[0], *COMMAND[1:], "--device", "cpu")
+def test_the_command_of_a_world_of_ones_own_runs(folder):
+    script, *words = COMMAND
+    import_module(script.removesuffix(".py")).main([*words, "--device", "cpu"])
     results = json.loads((folder / "out/smollm2/fruit/attack/results.json").read_text())
     assert results["settings"]["shots"] == [1]
     found = [(one["arm"], one["attack"]) for one in results["cells"]]
