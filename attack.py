@@ -38,7 +38,6 @@ from pathlib import Path
 from data.answers import Answer
 from data.chat import Example, draw_batches, read_chat
 from data.chat_model import (
-    Ask,
     Chat,
     answer,
     encode_for,
@@ -47,10 +46,11 @@ from data.chat_model import (
     model_folder,
     save_chat,
     untrained_folder,
+    world_of,
 )
 from data.exams import read_exams
 from data.sources import read_rows
-from data.worlds import MAX_PAIRS, World, command_parser, flag, named_in, open_world, sources_of
+from data.worlds import MAX_PAIRS, World, command_parser, flag, named_in
 from eval import (
     add_exam_arguments,
     answer_rows,
@@ -456,8 +456,7 @@ def main(argv=None):
                 compute = for_model(compute, args.dtype, folder)
                 check_finished(folder)
                 read_chat(folder, args.template)
-            ask = Ask(folder, compute, args.template)
-            world = open_world(args.world, seed, sources_of(args), ask)
+            world = world_of(args, seed, compute, folder)
             grid = Grid(**world.settings.get("attack", {}) | named_in(args, Grid))
             check_rows(world, grid)
             worlds.append((world, {arm: folder} if arm else None))

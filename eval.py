@@ -18,7 +18,6 @@ from statistics import fmean
 
 from data.answers import Answer, keyword_refusal
 from data.chat_model import (
-    Ask,
     Chat,
     Forced,
     answer,
@@ -28,11 +27,12 @@ from data.chat_model import (
     model_folder,
     talk,
     teacher_forced,
+    world_of,
 )
 from data.exams import exams_table, read_exams, run_exams
 from data.sources import read_records
 from data.tokenizer import Tokenizer
-from data.worlds import command_parser, open_world, read_world, sources_of
+from data.worlds import command_parser, read_world
 from nanosdd.checkpoint import read_json
 from nanosdd.device import add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
@@ -201,19 +201,18 @@ def main(argv=None):
         metrics = read_json(path) if path.is_file() else {}
         if not exams or of_world:
             seed = read_world(folder).get("seed", 0)
-            ask = Ask(folder, compute, args.template)
-            world = open_world(args.world, seed, sources_of(args), ask)
+            world = world_of(args, seed, compute, folder)
             if args.answers:
                 saved += world.judge_answers([*read_records(args.answers)], chat.tokenizer.encode)
                 continue
             prompts = scored_prompts(world)
             given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens, args.harmful)))
-            saved += answer_rows(world, given, {"model": str(folder)})
+            saved += answer_rows(world, given, {"model": folder})
             metrics |= score(chat, world, given)
-            table.append((str(folder), metrics, ""))
+            table.append((folder, metrics, ""))
         if exams:
-            results[str(folder)] = run_exams(chat, exams, max_new_tokens)
-            metrics |= results[str(folder)]
+            results[folder] = run_exams(chat, exams, max_new_tokens)
+            metrics |= results[folder]
         try:
             write_text(path, json.dumps(metrics, indent=1) + "\n")
         except OSError as error:

@@ -26,7 +26,7 @@ the run depends on. A finished run is reused while that is the same, an interrup
 import math
 import random
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -34,7 +34,6 @@ import torch
 
 from data.chat import Example, collate, draw_batches
 from data.chat_model import (
-    Ask,
     Chat,
     answer,
     encode_for,
@@ -43,6 +42,7 @@ from data.chat_model import (
     new_chat,
     save_chat,
     untrained_folder,
+    world_of,
 )
 from data.worlds import (
     GIVEN_PAIRS,
@@ -50,8 +50,6 @@ from data.worlds import (
     command_parser,
     flag,
     named_in,
-    open_world,
-    sources_of,
 )
 from model import Llama
 from nanosdd import device
@@ -141,7 +139,7 @@ SETTINGS = {  # by world (any other: "chat"), then by mode (any other: "sdd")
 
 def settings_of(world, mode: str, table=SETTINGS) -> Settings:
     """The settings of a mode in a world."""
-    own = table[world.name if world.name in table else "chat"]
+    own = table.get(world.name) or table["chat"]
     return replace(own.get(mode, own["sdd"]), **world.settings.get(mode, {}))
 
 
@@ -386,14 +384,13 @@ def main(argv=None):
             find = untrained_folder if args.out is None else model_folder
             model = find(args.model)
         compute = device.for_model(compute, args.dtype, model)
-    ask = Ask(model, compute, args.template)
-    world = open_world(args.world, args.seed, sources_of(args), ask)
+    world = world_of(args, args.seed, compute, model)
     settings = replace(settings_of(world, args.mode), **named_in(args, Settings))
     out = folder_of(world, args.mode) if args.out is None else args.out
     start = model
     parent = STARTS_FROM[args.mode]
     try:
-        with redirect_stdout(None) if rank_and_world_size()[0] else nullcontext():  # rank 0 speaks
+        with redirect_stdout(None if rank_and_world_size()[0] else sys.stdout):  # rank 0 speaks
             if args.dry_run:
                 return dry_run(load_or_new(model, world, compute), world, args.mode, settings)
             # --model with --out: this mode alone, from that very model.
