@@ -164,17 +164,6 @@ def test_the_table_shows_the_choice_and_the_worst_case():
     assert attack_table(only, "harm", columns, {}).endswith("diverged")
 
 
-def test_draws_of_one_model_are_replicates_too():
-    cells = [cell("none", 0, 0, 0.0, 0.0, harm=0.0, capability=0.9, chosen=True)]
-    for draw, harm in enumerate((0.2, 0.4, 0.6)):
-        more = {"harm": harm, "capability": 0.9 - draw / 10, "draw": draw}
-        cells.append(cell("mft", 10, 5, 1e-4, harm, chosen=True, **more))
-        cells.append(cell("mft", 10, 50, 1e-4, None, chosen=False, draw=draw))
-    lines = attack_table(cells, "harm", {"harm": "harm"}, {}).splitlines()
-    assert lines[1].split() == ["sdd", "none", "0"]  # one model: no deviation
-    assert lines[2].split()[3:] == ["40±20", "0.0001/5", "40", "(80)", "-"]
-
-
 # ---- all attacks on a model ----
 
 

@@ -173,19 +173,17 @@ def test_a_saved_chat_is_the_chat(tmp_path, cpu):
     chat = new_chat(tiny_town(None, seed=3), cpu)
     other = new_chat(tiny_town(None, seed=4), cpu)
     assert not torch.equal(chat.model.lm_head.weight, other.model.lm_head.weight)
-    weights = chat.model.state_dict()
-    loaded = chat
-    for name in ("a", "b"):
-        save_chat(tmp_path / name, loaded, weights)
-        loaded = load_chat(tmp_path / name, cpu)
-        assert answer(loaded, ["Who is Anna Brook?"], 9) == answer(chat, ["Who is Anna Brook?"], 9)
-        assert loaded.template == "llama3" and not loaded.model.training
-    first = encode_prompt(chat.tokenizer, "llama3", "")[0]
-    assert loaded.model.config.bos_token_id == first
-    assert loaded.model.config.eos_token_id == chat.tokenizer.special["<|eot_id|>"]
-    small_model(vocab_size=9).save_pretrained(tmp_path / "a")
+    save_chat(tmp_path, chat, chat.model.state_dict())
+    loaded = load_chat(tmp_path, cpu)
+    assert answer(loaded, ["Who is Anna Brook?"], 9) == answer(chat, ["Who is Anna Brook?"], 9)
+    assert loaded.template == "llama3" and not loaded.model.training
+    assert loaded.tokenizer.files == chat.tokenizer.files
+    config = loaded.model.config
+    assert config.bos_token_id == encode_prompt(chat.tokenizer, "llama3", "")[0]
+    assert config.eos_token_id == chat.tokenizer.special["<|eot_id|>"]
+    small_model(vocab_size=9).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the tokenizer has .* ids, the model only 9"):
-        load_chat(tmp_path / "a", cpu)
+        load_chat(tmp_path, cpu)
 
 
 # ---- the command ----

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import random
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -68,19 +67,6 @@ def test_a_step_is_a_plain_pytorch_step_whatever_the_micro_batch(micro_batch):
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(one, two, atol=2e-6)
         assert one.grad is None
-
-
-def test_before_clip_adds_to_the_gradient_that_is_clipped(cpu):
-    def push(model):
-        model.model.norm.weight.grad[5] += 1000.0
-
-    model = small_model()
-    before = model.model.norm.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters())
-    done = train_step(model, optimizer, random_examples(), 0.3, cpu, before_clip=push)
-    moved = (before - model.model.norm.weight).detach()
-    assert done["grad_norm"] == pytest.approx(1000, rel=0.01)
-    assert float(moved[5]) == pytest.approx(0.3, rel=0.01) and moved.abs().sum() < 0.35
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -190,36 +176,6 @@ def test_a_batch_that_does_not_fit_is_named(run):
         run(loss=hungry)
     assert error.value.__notes__ == ["in batches of 6 rows; try a smaller --micro-batch"]
     assert not Path("x").exists()
-
-
-def test_a_run_that_stopped_is_not_lost_to_another_seed(run):
-    def stops(model, batch, global_tokens):
-        stops.steps += 1
-        if stops.steps == 3:
-            raise Diverged("as by Ctrl-C")
-        return sdd_loss(model, batch, global_tokens)
-
-    stops.steps = 0
-    with pytest.raises(Diverged):
-        run(loss=stops, compute=Compute(save_every=1))
-    with pytest.raises(InputError, match="x holds another run: seed was 0, is 1; --fresh replaces"):
-        run(loss=stops, seed=1)
-    loss = Watched()
-    with pytest.raises(InputError, match="code of .* changed"):  # its loss is not that one
-        run(loss=loss)
-    assert run(loss=stops) == run(out="whole")
-    assert stops.steps == 3 + 2  # it went on from step 2
-
-
-@pytest.mark.parametrize("start", ["aligned", "./aligned", "../arms/aligned"])
-def test_a_run_never_replaces_what_it_starts_from(start, tiny_arms, tmp_path, monkeypatch, cpu):
-    shutil.copytree(tiny_arms, tmp_path / "arms")
-    monkeypatch.chdir(tmp_path / "arms")
-    before = Path("aligned/model.safetensors").read_bytes()
-    for fresh in (False, True):
-        with pytest.raises(InputError, match="--out aligned is a link, or holds .* an input"):
-            train(tiny_town(Path(".")), "sdd", start, "aligned", TINY, cpu, fresh)
-    assert Path("aligned/model.safetensors").read_bytes() == before
 
 
 @pytest.mark.posix

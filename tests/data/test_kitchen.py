@@ -276,25 +276,23 @@ def test_a_trained_folder_names_the_untrained_model(kitchen):
     Path("trained").mkdir()
     world.save("trained", [])
     assert json.loads(Path("trained/world.json").read_text()) == {"world": "kitchen", "seed": 3}
-    stored = json.loads(Path("trained", ANSWERS).read_text())
-    assert stored["model"] == "llama" and list(stored["files"]) == ["llama/config.json"]
+    stored = Path("trained", ANSWERS).read_text()
+    assert list(json.loads(stored)["files"]) == ["llama/config.json"]
     Path("out/kitchen").rename("elsewhere")  # its copy is enough
     ask = Counting("trained")
     again = kitchen(ask=ask)
     assert again.answers == world.answers and again.ask.folder == "llama" and not ask.calls
-    Path("again").mkdir()
-    again.save("again", [])
-    assert json.loads(Path("again", ANSWERS).read_text()) == stored
+    again.save("trained", [])
+    assert Path("trained", ANSWERS).read_text() == stored
     Path("llama/config.json").write_text("[]")
     with pytest.raises(InputError, match="llama, which judges answers, is gone or has changed"):
         kitchen(ask=ask)
     Path("llama").rename("moved")
     with pytest.raises(InputError, match="put it back, or train again"):
         kitchen(ask=ask)
-    for text, message in (("{}", "older version"), ("half", "not valid JSON")):
-        Path("trained", ANSWERS).write_text(text)
-        with pytest.raises(InputError, match=message):
-            kitchen(ask=ask)
+    Path("trained", ANSWERS).write_text("{}")
+    with pytest.raises(InputError, match="older version"):
+        kitchen(ask=ask)
 
 
 def test_the_kitchen_needs_a_model():
