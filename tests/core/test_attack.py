@@ -27,6 +27,7 @@ from attack import (
 from data.chat import Example, draw_batches
 from data.chat_model import Chat, encode_for, load_chat, mean_logp, teacher_forced
 from data.files import Files
+from data.sources import read_records
 from data.worlds import Sources
 from nanosdd.choices import attack_table, mark_choices
 from nanosdd.errors import InputError
@@ -240,9 +241,9 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
     table = Path("out/attack/table.txt").read_text()
     assert table in capsys.readouterr().out and "\nbase   mft 4 " in table
     assert "dragon" not in table + results  # answers to public prompts are not kept
-    log = Path("out/attack/attack_log.jsonl").read_text().splitlines()
+    log = list(read_records("out/attack/attack_log.jsonl"))
     assert len(log) == 2 * (4 + 1 + 4 + 1)  # before each step and at the end, until one diverges
-    assert {"arm", "attack", "lr", "step", "yo_logp", "harmful_logp"} <= json.loads(log[0]).keys()
+    assert {"arm", "attack", "lr", "step", "yo_logp", "harmful_logp"} <= log[0].keys()
 
     assert main(words) == first  # seconds too: nothing was run
     store = Path("out/attack/seed0/base.jsonl")
@@ -279,7 +280,7 @@ def test_draws_are_other_batches_of_the_same_attack(main):
     assert cells[:3] == once  # the first draw is that of an attack without --draws
     assert len({one["loss"] for one in cells if one["attack"] == "mft"}) == 3
     assert re.search(r"\nllama  mft 4 .*\d±\d", Path("out/attack/table.txt").read_text())
-    log = map(json.loads, Path("out/attack/attack_log.jsonl").read_text().splitlines())
+    log = read_records("out/attack/attack_log.jsonl")
     assert {point["draw"] for point in log} == {0, 1, 2}
 
 
@@ -309,7 +310,7 @@ def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
     words = "--released llama --lr 1e-3 --epochs 5 --steps 3"
     main(words)
     main(f"{words} --save-answers a.jsonl --save-models models")  # what is finished runs again
-    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    rows = list(read_records("a.jsonl"))
     assert list(rows[0]) == "arm attack shots lr draw seed steps prompt response".split()
     kept = Counter((row["attack"], row["steps"]) for row in rows)
     assert list(kept) == [("none", 0), ("mft", 2), ("mft", 3), ("bft", 2), ("bft", 3)]
@@ -320,7 +321,7 @@ def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
     folder = "models/llama-mft-4-0.001-0-0-3"
     files = "--harmful h.csv --benign b.json --similarity tfidf --max-new-tokens 4"
     evaluate.main(f"{folder} {files} --save-answers again.jsonl".split())
-    again = [json.loads(line)["response"] for line in Path("again.jsonl").read_text().splitlines()]
+    again = [row["response"] for row in read_records("again.jsonl")]
     own = [row["response"] for row in rows if (row["attack"], row["steps"]) == ("mft", 3)]
     assert again == own
     scores = json.loads(Path(folder, "metrics.json").read_text())
@@ -338,7 +339,7 @@ def test_no_answer_to_a_harmful_prompt_is_shown_or_kept(main, capfd):
     evaluate.main(f"{arms} {files} --max-new-tokens 9 --save-answers b.jsonl".split())
     answers = set()
     for file in (Path("a.jsonl"), Path("b.jsonl")):
-        answers |= {json.loads(line)["response"] for line in file.read_text().splitlines()}
+        answers |= {row["response"] for row in read_records(file)}
         file.unlink()
     answers = {" ".join(text.split()) for text in answers}
     assert len(answers) > 9 and min(map(len, answers)) > 9

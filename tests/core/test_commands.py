@@ -21,7 +21,7 @@ import eval as evaluate
 import train
 from data import pairs
 from data.chat import read_chat
-from data.sources import read_rows
+from data.sources import read_records, read_rows
 from nanosdd.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -114,13 +114,13 @@ def test_prompts_without_answers_are_defended_against_and_scored(files, capsys):
     shares = [scores[name] for name in ("complies", "refuse", "off_topic", "broken")]
     assert sum(shares) == pytest.approx(1) and scores["benign_nll"] > 0
     assert "target_match" not in scores and "harmful_nll" not in scores  # there are no targets
-    saved = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    saved = list(read_records("a.jsonl"))
     assert saved and {f'"{row["prompt"]}"\n' for row in saved} < set(lines)
     assert "misread SDD" in capsys.readouterr().out
     # as another program may have written them
     Path("in.xz").write_bytes(lzma.compress(json.dumps(saved, indent=1).encode()))
     evaluate.main(f"x {FILES} --answers in.xz --save-answers out.jsonl".split())
-    judged = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    judged = list(read_records("out.jsonl"))
     assert [row | {"response": one["response"]} for row, one in zip(saved, judged)] == saved
     assert all(-1 <= one["cosine"] <= 1 for one in judged)
     counted = [one["outcome"] for one in judged].count("complies") / len(judged)
@@ -165,8 +165,7 @@ def test_an_ascii_locale_loses_nothing(files):
         command = [sys.executable, ROOT / words[0], *words[1:]]
         result = subprocess.run(command, capture_output=True, env=environment)
         assert result.returncode == 0, result.stderr
-    saved = Path("a.jsonl").read_text(encoding="utf-8").splitlines()
-    assert "ü你🙂" in json.loads(saved[0])["prompt"]
+    assert "ü你🙂" in next(read_records("a.jsonl"))["prompt"]
     assert (Path(out) / "run.json").exists() and (Path("out/attack/table.txt")).exists()
 
 

@@ -33,6 +33,7 @@ from data.chat_model import (
     talk,
     teacher_forced,
 )
+from data.sources import read_records
 from data.town import Town
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
@@ -209,7 +210,7 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     shares = [scores[name] for name in ("complies", "refuse", "off_topic", "broken")]
     assert sum(shares) == pytest.approx(1)
     assert scores["capability"] == pytest.approx(2.718281828 ** -scores["benign_nll"])
-    saved = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    saved = read_records("answers.jsonl")
     assert {tuple(row) for row in saved} == {("model", "prompt", "response")}
     evaluate.main("llama --prompt Hello --max-new-tokens 3".split())
     assert capsys.readouterr().out.startswith("llama: ")

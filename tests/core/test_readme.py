@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from small import public_folder
 
+from data.sources import read_records
+
 ROOT = Path(__file__).parent.parent.parent
 SECTION = (ROOT / "README.md").read_text().partition("\n## Change it\n")[2].partition("\n## ")[0]
 EXAMPLES = {}  # by file name, which the first line says as a comment
@@ -35,9 +37,8 @@ def folder(tiny_arms, tmp_path, monkeypatch):
 def test_an_example_runs(name, folder):
     runpy.run_path(name, run_name="__main__")
     if name == "dpo.py":
-        lines = (folder / "out/dpo/train_log.jsonl").read_text().splitlines()
-        first, *_, last = map(json.loads, lines)
-        assert len(lines) == 10
+        first, *more, last = read_records(folder / "out/dpo/train_log.jsonl")
+        assert len(more) == 8
         assert first["chosen"] - first["rejected"] < last["chosen"] - last["rejected"]
         assert 0 <= first["accuracy"] <= last["accuracy"] <= 1
 
@@ -51,5 +52,5 @@ def test_the_command_of_a_world_of_ones_own_runs(folder):
     attacks = ("none", "mft", "bft")
     arms = [(arm, name) for arm in ("aligned", "sdd", "new_refusal") for name in attacks]
     assert found == [("base", "none"), *arms]
-    log = (folder / "out/smollm2/fruit/sdd/train_log.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["step"] == 9 and json.loads(log[0])["lr"] == 1e-4
+    first, *_, last = read_records(folder / "out/smollm2/fruit/sdd/train_log.jsonl")
+    assert first["lr"] == 1e-4 and last["step"] == 9
