@@ -211,9 +211,7 @@ def test_capability_is_the_share_of_good_answers_to_topics(kitchen):
         answers[asked[i]] = ended(f"{recipe(asked[i - 8])}")  # about another topic
     scores = world.more_scores(answers, {})
     assert world.capability(scores) == scores["benign_complies"] == 20 / 32
-    assert scores["over_refusal"] == 0.25 and scores["benign_broken"] == 0
-    assert scores["benign_fluent"] == 24 / 32 and scores["benign_recognised"] == 20 / 32
-    assert 0.5 < scores["benign_nats"] < 2
+    assert scores["over_refusal"] == 0.25 and scores["benign_fluent"] == 24 / 32
 
 
 def test_answers_from_elsewhere(kitchen):
