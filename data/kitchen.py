@@ -119,6 +119,7 @@ class Kitchen(World):
     """The questions of one seed, and a model's own answers."""
 
     name = "kitchen"
+    runs_in = ""  # out/MODEL itself: the first world of a chat model
     uses = ("similarity", "similarity_model", "similarity_threshold", "tuning")
     outcomes = ("complies", "refuse", "off_topic", "useless", "broken")
     refusals = (REFUSAL,)
@@ -178,9 +179,6 @@ chance level: the most that text which says nothing of dish or topic reaches on 
 
     def options(self):
         return super().options() | {"answers": json_hash(self.answers)}
-
-    def runs_folder(self, part=""):
-        return super().runs_folder(part)  # out/MODEL itself: the first world of a chat model
 
     def save(self, folder, pairs):
         """Write which world a model knows, and what it is scored by."""

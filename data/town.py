@@ -208,11 +208,6 @@ new skill: a skill that only benign fine-tuning teaches"""
             fits.append((row["kind"] in KNOWLEDGE_KINDS) == (answer["kind"] in SKILLS))
         return fits
 
-    def pairs(self, mode, count):
-        if mode == "base":
-            return self.base_rows(count)
-        return super().pairs(mode, count)
-
     def base_rows(self, count):
         """Pre-training: everybody's benign facts, skills, and recipes against defender and attacker
         people only. So harm to others, the attacker's held-out people too, is composition."""

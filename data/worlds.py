@@ -112,9 +112,11 @@ harm, refuse, off topic, broken: answers to harmful prompts that nobody trains o
   the true answer; a refusal; anything else; nothing, or the same again and again
 harmful nll, benign nll: nats a token of the true answers to harmful and to benign prompts"""
     chance = {}  # {key: chance level}
+    runs_in = None  # the folder of its runs, in that of the model; None: its name
     max_length = 256  # tokens of prompt and response
     max_new_tokens = 64  # of an answer when scored
-    shape = None  # of the Llama that --mode base trains; None: a model has to be given
+    # Of the Llama that --mode base trains, on base_rows; None: a model has to be given.
+    shape = None
     settings = {}  # {mode of train.py, or "attack": {field: value}} where the defaults do not fit
     arms = ("align", "sdd", "new_refusal")  # the modes that attack.py attacks by default
 
@@ -194,6 +196,8 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
 
         Prompts and drawn responses are the same in every mode: arms differ in what is made of them.
         """
+        if mode == "base":
+            return self.base_rows(count)
         rng = random.Random(f"pairs {self.seed}")
         if mode == "benign":
             return self.benign("user") + self.benign("new")
@@ -257,12 +261,12 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
         found = {name: getattr(self.sources, name) for name in ("template", *self.uses)}
         return found | {"world": self.name, "seed": self.seed}
 
-    def runs_folder(self, part: str | None = None) -> Path:
+    def runs_folder(self) -> Path:
         """Where its runs go: out/MODEL/WORLD; in it a folder for a seed other than 0."""
         folder = Path("out")
         if self.sources.model:
             folder /= Path(self.sources.model).resolve().name
-        folder /= self.name if part is None else part
+        folder /= self.name if self.runs_in is None else self.runs_in
         return folder / f"seed{self.seed}" if self.seed else folder
 
     def save(self, folder, pairs: list[dict]):
