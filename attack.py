@@ -336,6 +336,7 @@ def keep_model(file, models, chat: Chat, world, cell: dict, given: dict[str, Ans
     """Add the answers to evaluation's prompts to a file, and write an attacked model into a folder
     in `models`; nothing where these are None."""
     if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a") as lines:
             lines.write(lines_of(answer_rows(world, given, cell)))
     if models and cell["steps"]:

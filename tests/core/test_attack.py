@@ -306,11 +306,11 @@ def test_y_o_is_what_sdd_was_taught_in_every_arm(main, cpu):
     assert "yo_held_out_logp" not in main("--released llama --lr 1e-3 --fresh")[0]
 
 
-def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
+def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main):
     words = "--released llama --lr 1e-3 --epochs 5 --steps 3"
     main(words)
-    main(f"{words} --save-answers a.jsonl --save-models models")  # what is finished runs again
-    rows = list(read_records("a.jsonl"))
+    main(f"{words} --save-answers x/a.jsonl --save-models models")  # what is finished runs again
+    rows = list(read_records("x/a.jsonl"))
     assert list(rows[0]) == "arm attack shots lr draw seed steps prompt response".split()
     kept = Counter((row["attack"], row["steps"]) for row in rows)
     assert list(kept) == [("none", 0), ("mft", 2), ("mft", 3), ("bft", 2), ("bft", 3)]
