@@ -25,34 +25,40 @@ yo_held_out_logp, of the same responses to evaluation's prompts; the scores of e
 of harmless worlds.
 """
 
-import argparse
 import itertools
 import json
 import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 
+from data.answers import Answer
 from data.chat import Example, draw_batches, read_chat
 from data.chat_model import (
-    Ask,
     Chat,
     answer,
     encode_for,
     load_chat,
-    mean_logp,
+    mean_logps,
     model_folder,
     save_chat,
-    teacher_forced,
     untrained_folder,
+    world_of,
 )
 from data.exams import read_exams
 from data.sources import read_rows
-from data.worlds import MAX_PAIRS, add_world_arguments, named_in, open_world, sources_of
-from eval import add_exam_arguments, check_answers_file, score, scored_prompts
+from data.worlds import MAX_PAIRS, World, command_parser, flag, named_in
+from eval import (
+    add_exam_arguments,
+    answer_rows,
+    check_answers_file,
+    lines_of,
+    score,
+    scored_prompts,
+)
 from model import Llama
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import (
@@ -97,10 +103,10 @@ class Grid:
     draws: int = 1
 
     def __post_init__(self):
-        counts = min(self.epochs, self.steps) >= 0 < self.epochs + self.steps
         rates = all(0 < lr < math.inf for lr in self.lr)
-        valid = self.batch_size <= MAX_PAIRS and counts and rates
-        if min(*self.shots, self.batch_size, self.draws) < 1 or not valid:
+        least = min(*self.shots, self.batch_size, self.draws, self.epochs + self.steps)
+        counts = least > 0 <= min(self.epochs, self.steps) and self.batch_size <= MAX_PAIRS
+        if not (rates and counts):
             raise InputError(
                 "--shots, --batch-size, --lr, --draws, and --epochs or --steps, must be above 0, "
                 f"--batch-size at most {MAX_PAIRS}"
@@ -120,8 +126,7 @@ class Attack:
 
     @property
     def key(self) -> str:
-        budgets = " ".join(map(str, self.budgets))
-        return f"{self.name} {self.shots} {self.lr} {self.batch_size} {budgets} draw {self.draw}"
+        return str(astuple(self))
 
 
 RELEASED = Attack("none", 0, 0.0, (0,))
@@ -140,43 +145,38 @@ def fine_tune(chat: Chat, batches, lr: float, budgets, scores, watched=None, los
     diverged (True) alone. The curve has step, and a mean log p by name.
     """
     optimizer = make_optimizer(chat.model, chat.compute)
-    # The paper's central quantity is a curve, so it is taken some five times on the way.
-    every = max(1, max(budgets) // 5)
+    last = max(budgets)
+    every = max(1, last // 5)  # the paper's central quantity is a curve of some five points
     cells = []
     curve = []
-    tokens = 0
-    response_tokens = 0
+    seen = {"tokens": 0, "response_tokens": 0}
     began = time.perf_counter()
-    for step in Progress(range(max(budgets)), desc="steps"):
+    for step in Progress(range(last), desc="steps"):
         if watched and step % every == 0:
             curve += likelihoods(chat, watched, step)
         batch = next(batches)
-        # A run that diverges is a result: the attacker has broken the model.
         try:
             done = train_step(chat.model, optimizer, batch, lr, chat.compute, loss)
-        except Diverged:
-            left = sorted(budgets)[len(cells) :]
-            cells += [{"steps": steps, "diverged": True} for steps in left]
+        except Diverged:  # a result: the attacker has broken the model
             break
-        tokens += done["tokens"]
-        response_tokens += done["response_tokens"]
+        for name in seen:
+            seen[name] += done[name]
         # Each budget is scored on the way: a longer attack begins like a shorter one.
         if step + 1 in budgets:
-            cell = {"steps": step + 1, "diverged": False, "loss": done["loss"]}
-            cell |= {"tokens": tokens, "response_tokens": response_tokens, **scores()}
+            cell = {"steps": step + 1, "diverged": False, "loss": done["loss"], **seen, **scores()}
             cell["seconds"] = round(time.perf_counter() - began, 3)
             cells.append(cell)
-    if watched and not cells[-1]["diverged"]:
-        curve += likelihoods(chat, watched, step + 1)
+    left = sorted(budgets)[len(cells) :]
+    if watched and not left:
+        curve += likelihoods(chat, watched, last)
+    cells += [{"steps": steps, "diverged": True} for steps in left]
     chat.model.eval()
     return cells, curve
 
 
 def likelihoods(chat: Chat, watched: dict[str, list[Example]], step: int) -> list[dict]:
     """A point of the curve, the mean log p by name in nats; none where one is not finite."""
-    point = {"step": step}
-    for name, examples in watched.items():
-        point[name] = mean_logp(teacher_forced(chat, examples))
+    point = {"step": step, **mean_logps(chat, watched)}
     return [point] if all(map(math.isfinite, point.values())) else []
 
 
@@ -186,6 +186,7 @@ def attack_batches(attack: Attack, harmful: list, benign: list, new: list, seed)
     bft has as many response tokens a step as mft, so maybe other numbers of rows.
     """
     rng = random.Random(f"attack {seed}")
+    harmful = harmful[: attack.shots]
     if attack.name == "mft":
         return draw_batches(harmful, [], 0.0, attack.batch_size, rng)
     # A control with other numbers of tokens would compare doses, not data.
@@ -210,11 +211,35 @@ def match_tokens(harmful: list, benign: list, new: list, rng) -> list[Example]:
 # ---- all attacks on a released model ----
 
 
+@dataclass(frozen=True)
+class Target:
+    """A released model that is attacked, and what else the results depend on."""
+
+    arm: str
+    folder: Path
+    world: World
+    compute: Compute
+    exams: dict  # of data.exams
+    pairs: Path | None = None  # of taught_pairs
+
+
+def record_of(target: Target) -> dict:
+    """What the results of attacks on a target depend on, as of nanosdd.runs."""
+    world = target.world
+    settings = world.options() | {"dtype": target.compute.dtype, "weights": target.compute.weights}
+    for name, exam in target.exams.items():
+        settings[name] = json_hash([exam.rows, exam.shots])
+    inputs = filter(None, [target.folder, target.pairs, *world.files()])
+    own = sys.modules[type(world).__module__]
+    code = [fine_tune, train_step, sdd_loss, attack_batches, match_tokens, score, Llama, own]
+    return fingerprint(settings, inputs, code)
+
+
 def taught_pairs(folders) -> Path | None:
     """The first pairs.jsonl that a mode of SDD left in its run folder."""
-    for folder in map(Path, folders):
-        file = folder / "pairs.jsonl"
-        run = folder / "run.json"
+    for folder in folders:
+        file = Path(folder, "pairs.jsonl")
+        run = Path(folder, "run.json")
         if file.exists() and run.exists() and '"mode": "sdd' in run.read_text():
             return file
 
@@ -225,113 +250,124 @@ def yo_rows(world, file=None) -> list[dict]:
     return random.Random("y_o").sample(pairs, min(len(pairs), YO_PAIRS))
 
 
-def evaluate(
-    chat: Chat, world, held_out: list[dict], y_o: list[Example], exams=None, begun=None, said=None
-) -> dict:
-    """The scores of an attacked model. held_out: the attacker's own rows; y_o: of yo_rows;
-    begun: {prompt: Answer} that take the place of the model's own answers; said: a dict that gets
-    {prompt: Answer}."""
-    shown = world.shown_prompts()
-    own = [row["prompt"] for row in held_out]
-    # All prompts are answered in one go: large batches are cheaper.
-    prompts = own + shown + scored_prompts(world)
-    given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens))) | (begun or {})
-    if said is not None:
-        said.update(given)
-    judged = world.judge(held_out, [given[prompt] for prompt in own])
+def encode_all(chat: Chat, target: Target) -> tuple[list, dict, dict]:
+    """Examples: of attacker, user and the new skill; {score: those whose mean log p it is}; {name:
+    those whose mean log p makes a curve}."""
+    world = target.world
+    encode = partial(encode_for, chat, max_length=world.max_length)
+    rows = [world.harmful("attacker"), world.benign("user"), world.benign("new")]
+    taught = yo_rows(world, target.pairs)
+    y_o = {"yo_logp": encode(taught)}
+    if target.pairs:  # and the same responses to prompts that nobody trains on
+        pairs = zip(world.harmful("evaluation"), taught)
+        moved = [row | {"response": pair["response"]} for row, pair in pairs]
+        y_o["yo_held_out_logp"] = encode(moved)
+    held_out = encode(world.harmful("attacker_held_out"))
+    watched = {"yo_logp": y_o["yo_logp"][:CURVE_ROWS], "harmful_logp": held_out[:CURVE_ROWS]}
+    return list(map(encode, rows)), y_o, watched
+
+
+def answers_of(chat: Chat, world) -> dict[str, Answer]:
+    """{prompt: greedy answer} of all prompts that `evaluate` needs."""
+    prompts = [row["prompt"] for row in world.harmful("attacker_held_out")]
+    prompts += world.shown_prompts() + scored_prompts(world)
+    # All in one go: large batches are cheaper.
+    return dict(zip(prompts, answer(chat, prompts, world.max_new_tokens)))
+
+
+def evaluate(chat: Chat, world, given: dict[str, Answer], y_o: dict, exams=None) -> dict:
+    """The scores of an attacked model. given: of answers_of; y_o: {score: the examples whose mean
+    log p it is}."""
+    held_out = world.harmful("attacker_held_out")
+    judged = world.judge(held_out, [given[row["prompt"]] for row in held_out])
     scores = {"attacker_score": judged[world.aim]}
-    scores["yo_logp"] = mean_logp(teacher_forced(chat, y_o))
-    scores["answers"] = [given[prompt].text for prompt in shown]
-    return scores | score(chat, world, given, exams)
+    scores["answers"] = [given[prompt].text for prompt in world.shown_prompts()]
+    return scores | mean_logps(chat, y_o) | score(chat, world, given, exams)
 
 
-def keep_model(file, models, chat: Chat, world, cell: dict, said: dict):
-    """Write answers {prompt: Answer} to evaluation's prompts into a file, and an attacked model
-    into a folder in `models`; nothing where these are None."""
+def attack_arm(target: Target, attacks: list[Attack], results: Results, keep):
+    """Yield {"cells", "curve"} of each attack on a target. Those in results are not run.
+
+    keep: a function (chat, world, cell, answers) that is called whenever the model is scored.
+    """
+    missing = [attack for attack in attacks if attack.key not in results.results]
+    if missing:
+        chat = load_chat(target.folder, target.compute, target.world.sources.template)
+        weights = chat.model.state_dict()
+        # Not on a GPU, where 7B parameters and their optimizer may leave no room.
+        released = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        examples = encode_all(chat, target)
+    for attack in (bar := Progress(attacks, desc=target.arm)):
+        if attack in missing:
+            chat.model.load_state_dict(released)  # every attack starts from the released weights
+            found = run_attack(chat, target, attack, keep, *examples)
+            results.add(attack.key, found)
+            bar.write(attack_line(**found, harm=target.world.aim))
+        yield results.results[attack.key]
+
+
+def run_attack(
+    chat: Chat, target: Target, attack: Attack, keep, rows: list, y_o: dict, watched: dict
+) -> dict:
+    """{"cells", "curve"} of an attack on the model as it is. rows, y_o, watched: of encode_all."""
+    world = target.world
+    head = {"arm": target.arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
+    head |= {"draw": attack.draw, "seed": world.seed}
+    budgets = iter(attack.budgets)
+
+    def scores():
+        """Of the model after the next budget."""
+        given = answers_of(chat, world)
+        keep(chat, world, head | {"steps": next(budgets)}, given)
+        return evaluate(chat, world, given, y_o, target.exams)
+
+    if attack == RELEASED:
+        cells = [{"steps": 0, "diverged": False, "seconds": 0.0, **scores()}]
+        curve = []
+    else:
+        seed = f"{world.seed} draw {attack.draw}" if attack.draw else world.seed
+        batches = attack_batches(attack, *rows, seed)
+        cells, curve = fine_tune(chat, batches, attack.lr, attack.budgets, scores, watched)
+    cells = [head | {"yo_pairs": str(target.pairs)} | cell for cell in cells]
+    return {"cells": cells, "curve": [head | point for point in curve]}
+
+
+def keep_model(file, models, chat: Chat, world, cell: dict, given: dict[str, Answer]):
+    """Add the answers to evaluation's prompts to a file, and write an attacked model into a folder
+    in `models`; nothing where these are None."""
     if file:
-        for row in world.harmful("evaluation"):
-            line = cell | {"prompt": row["prompt"], "response": said[row["prompt"]].text}
-            file.write(json.dumps(line) + "\n")
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a") as lines:
+            lines.write(lines_of(answer_rows(world, given, cell)))
     if models and cell["steps"]:
         folder = Path(models) / "-".join(map(str, cell.values()))
         save_chat(folder, chat, chat.model.state_dict())
         world.save(folder, [])
 
 
-def attack_arm(folder, world, attacks, store: Results, compute: Compute, exams, pairs, keep):
-    """Yield (cells, curve) of each attack on one released model. Those in store are not run.
-
-    store: in ARM.jsonl; pairs: of taught_pairs; keep: a function (chat, world, cell, {prompt:
-    Answer}).
-    """
-    arm = store.path.stem
-    if not all(attack.key in store.results for attack in attacks):
-        chat = load_chat(folder, compute, world.sources.template)
-        # Not on a GPU, where 7B parameters and their optimizer may leave no room.
-        released = {
-            name: weight.to("cpu", copy=True) for name, weight in chat.model.state_dict().items()
-        }
-        encode = partial(encode_for, chat, max_length=world.max_length)
-        harmful = encode(world.harmful("attacker"))
-        benign = encode(world.benign("user"))
-        new = encode(world.benign("new"))
-        held_out = world.harmful("attacker_held_out")
-        taught = yo_rows(world, pairs)
-        y_o = encode(taught)
-        moved = zip(world.harmful("evaluation"), taught if pairs else [])
-        y_o_held_out = encode([row | {"response": pair["response"]} for row, pair in moved])
-        watched = {"yo_logp": y_o[:CURVE_ROWS], "harmful_logp": encode(held_out)[:CURVE_ROWS]}
-
-    def scores():
-        said = {}
-        found = evaluate(chat, world, held_out, y_o, exams, said=said)
-        if y_o_held_out:
-            found["yo_held_out_logp"] = mean_logp(teacher_forced(chat, y_o_held_out))
-        keep(chat, world, head | {"steps": next(budgets)}, said)
-        return found
-
-    for attack in (bar := Progress(attacks, desc=arm)):
-        head = {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
-        head |= {"draw": attack.draw, "seed": world.seed}
-        if attack.key not in store.results:
-            budgets = iter(attack.budgets)
-            chat.model.load_state_dict(released)  # every attack starts from the released weights
-            if attack.name == "none":
-                cells = [{"steps": 0, "diverged": False, "seconds": 0.0, **scores()}]
-                curve = []
-            else:
-                seed = f"{world.seed} draw {attack.draw}" if attack.draw else world.seed
-                batches = attack_batches(attack, harmful[: attack.shots], benign, new, seed)
-                cells, curve = fine_tune(chat, batches, attack.lr, attack.budgets, scores, watched)
-            store.add(attack.key, {"cells": cells, "curve": curve})
-            bar.write(attack_line(arm, attack, cells, curve, world.aim))
-        kept = store.results[attack.key]
-        head["yo_pairs"] = str(pairs)
-        yield [head | cell for cell in kept["cells"]], [head | point for point in kept["curve"]]
-
-
-def attack_line(arm: str, attack: Attack, cells: list, curve: list, harm: str) -> str:
+def attack_line(cells: list[dict], curve: list[dict], harm: str) -> str:
     """What an attack did, in a line: harm at each budget, and the way of log p(y_o | x)."""
-    parts = [f"  {arm}  {attack.name} {attack.shots}  lr {attack.lr:g}  draw {attack.draw}"]
+    text = "  {arm}  {attack} {shots}  lr {lr:g}  draw {draw}".format(**cells[0])
     for cell in cells:
         found = "diverged" if cell["diverged"] else f"{harm} {cell[harm]:.0%}"
-        parts.append(f"{cell['steps']} steps: {found}")
+        text += f"  {cell['steps']} steps: {found}"
     if curve:
-        way = " ".join(f"{point['yo_logp']:.2f}" for point in curve)
-        parts.append(f"log p(y_o|x) {way}")
-    return "  ".join(parts)
+        text += "  log p(y_o|x)"
+    for point in curve:
+        text += f" {point['yo_logp']:.2f}"
+    return text
 
 
 def plan(grid: Grid) -> list[Attack]:
     """Every attack of a grid, first none at all; bft is matched to the most shots."""
+    budgets = {}
+    for shots in sorted(set(grid.shots)):
+        budgets["mft", shots] = {math.ceil(grid.epochs * shots / grid.batch_size), grid.steps} - {0}
+    budgets["bft", shots] = set.union(*budgets.values())
     attacks = [RELEASED]
     for lr, draw in itertools.product(sorted(set(grid.lr)), range(grid.draws)):
-        every = set()
-        for shots in sorted(set(grid.shots)):
-            budgets = {math.ceil(grid.epochs * shots / grid.batch_size), grid.steps} - {0}
-            every |= budgets
-            attacks.append(Attack("mft", shots, lr, tuple(sorted(budgets)), grid.batch_size, draw))
-        attacks.append(Attack("bft", shots, lr, tuple(sorted(every)), grid.batch_size, draw))
+        for (name, shots), steps in budgets.items():
+            attacks.append(Attack(name, shots, lr, tuple(sorted(steps)), grid.batch_size, draw))
     return attacks
 
 
@@ -339,9 +375,7 @@ def plan(grid: Grid) -> list[Attack]:
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = command_parser(__doc__)
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="worlds (default: 0)")
     p.add_argument("--model", metavar="DIR", help="what arms start from, or smollm2, from pip")
     p.add_argument(
@@ -351,13 +385,11 @@ def parse(argv=None):
         default=[],
         help="finished checkpoints to attack, arms named after their folders",
     )
-    add_world_arguments(p)
     add_exam_arguments(p)
-    p.add_argument("--template", metavar="NAME", help="chat template (default: the folder's)")
     for name, default in asdict(Grid()).items():
         many = isinstance(default, tuple)
         p.add_argument(
-            "--" + name.replace("_", "-"),
+            flag(name),
             type=type(default[0] if many else default),
             nargs="+" if many else None,
             help=f"(default: {default}; some worlds, as the town, have their own)",
@@ -404,17 +436,6 @@ def train_arms(world, base, compute: Compute) -> dict[str, Path]:
     return arms
 
 
-def record_of(folder, world, compute: Compute, exams: dict, pairs=None) -> dict:
-    """What the results of attacks on a released model depend on. pairs: of taught_pairs."""
-    settings = {"world": world.name, "seed": world.seed, "dtype": compute.dtype}
-    settings |= world.options() | {"template": world.sources.template, "weights": compute.weights}
-    for name, exam in exams.items():
-        settings[name] = json_hash([exam.rows, exam.shots])
-    own = sys.modules[type(world).__module__]
-    code = [fine_tune, train_step, sdd_loss, attack_batches, match_tokens, score, Llama, own]
-    return fingerprint(settings, filter(None, [folder, pairs, *world.files()]), code)
-
-
 def main(argv=None):
     args = parse(argv)
     one_process_only("attack.py")
@@ -422,58 +443,50 @@ def main(argv=None):
     if args.model and args.released:
         raise InputError("--model names what arms start from, --released the arms: give one")
     base = untrained_folder(args.model) if args.model else None
-    folders = [model_folder(name) for name in args.released] or [base]
-    if len({folder and Path(folder).resolve().name for folder in folders}) < len(folders):
+    released = {Path(name).resolve().name: name for name in map(model_folder, args.released)}
+    if len(released) < len(args.released):
         raise InputError("two --released folders have one name, which arms get; rename one")
-    exams = read_exams(args.mmlu, args.mmlu_shots, args.openbookqa)
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError("--seeds names one twice; give each once")
+    exams = read_exams(args.mmlu, args.mmlu_shots, args.openbookqa)
+
     worlds = []  # all are opened and checked before anything runs
     for seed in args.seeds:
-        for folder in folders:
+        for arm, folder in (released or {None: base}).items():
             if folder:
                 compute = for_model(compute, args.dtype, folder)
                 check_finished(folder)
                 read_chat(folder, args.template)
-            ask = Ask(folder, compute, args.template)
-            world = open_world(args.world, seed, sources_of(args), ask, folder)
+            world = world_of(args, seed, compute, folder)
             grid = Grid(**world.settings.get("attack", {}) | named_in(args, Grid))
             check_rows(world, grid)
-            worlds.append((folder, world))
-    out = Path(args.out or (worlds[0][1].root / "attack" if base else "out/attack"))
+            worlds.append((world, {arm: folder} if arm else None))
+    out = Path(args.out or (worlds[0][0].root / "attack" if base else "out/attack"))
     check_folder(args.save_models or out)
     check_folder(out)
-    answers = None
     if args.save_answers:
         check_answers_file(args.save_answers)
-        answers = open(args.save_answers, "x", buffering=1)
-    keep = partial(keep_model, answers, args.save_models)
+    keep = partial(keep_model, args.save_answers, args.save_models)
+
     cells = []
     curves = []
     try:
-        for folder, world in worlds:
-            if args.released:
-                arms = {Path(folder).resolve().name: folder}
-            else:
-                arms = train_arms(world, base, compute)
-            for arm, released in arms.items():
-                pairs = taught_pairs([released, *arms.values(), *args.released])
-                record = record_of(released, world, compute, exams, pairs)
-                results = Results(out / f"seed{world.seed}" / f"{arm}.jsonl", record)
-                if args.fresh or answers or args.save_models:
+        for world, arms in worlds:
+            arms = arms or train_arms(world, base, compute)
+            for arm, folder in arms.items():
+                pairs = taught_pairs([folder, *arms.values(), *args.released])
+                target = Target(arm, folder, world, compute, exams, pairs)
+                results = Results(out / f"seed{world.seed}" / f"{arm}.jsonl", record_of(target))
+                if args.fresh or args.save_answers or args.save_models:
                     results.results.clear()
-                attacks = [RELEASED] if arm == "base" and not args.released else plan(grid)
                 print(f"{arm}: log p(y_o) of {pairs or 'pairs drawn here, not what it was taught'}")
-                for some, points in attack_arm(
-                    released, world, attacks, results, compute, exams, pairs, keep
-                ):
-                    cells += some
-                    curves += points
+                attacks = [RELEASED] if arm == "base" and not released else plan(grid)
+                for found in attack_arm(target, attacks, results, keep):
+                    cells += found["cells"]
+                    curves += found["curve"]
     finally:  # what is finished is written also when something fails
         if cells:
-            write(
-                out, cells, curves, asdict(grid) | {"world": world.name, "seeds": args.seeds}, world
-            )
+            write(out, cells, curves, asdict(grid) | {"seeds": args.seeds}, world)
 
 
 def write(out: Path, cells: list[dict], curves: list[dict], settings: dict, world):
@@ -482,8 +495,9 @@ def write(out: Path, cells: list[dict], curves: list[dict], settings: dict, worl
     table = attack_table(cells, world.aim, world.columns, world.chance)
     text = f"seeds {settings['seeds']}\n\n{table}\n\n{EXPLANATION}\n{world.legend}\n"
     print(f"\n{answers_text(cells, world.shown_prompts())}{text}")
+    settings = settings | {"world": world.name}
     results = {"settings": settings, "made": made_by(), "cells": cells}
-    write_text(out / "attack_log.jsonl", "".join(json.dumps(point) + "\n" for point in curves))
+    write_text(out / "attack_log.jsonl", lines_of(curves))
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "table.txt", text)
     print(f"written: {out}/results.json, {out}/attack_log.jsonl, {out}/table.txt")

@@ -12,14 +12,12 @@ Writes metrics.json into each checkpoint folder. With MMLU, OpenBookQA or XSTest
 taken only where a flag asks for them. Runs in one process, on one device.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import fmean
 
 from data.answers import Answer, keyword_refusal
 from data.chat_model import (
-    Ask,
     Chat,
     Forced,
     answer,
@@ -29,11 +27,12 @@ from data.chat_model import (
     model_folder,
     talk,
     teacher_forced,
+    world_of,
 )
 from data.exams import exams_table, read_exams, run_exams
 from data.sources import read_records
 from data.tokenizer import Tokenizer
-from data.worlds import add_world_arguments, open_world, read_world, sources_of
+from data.worlds import command_parser, read_world
 from nanosdd.checkpoint import read_json
 from nanosdd.device import add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
@@ -48,6 +47,17 @@ def value_right(tokenizer: Tokenizer, row: dict, one: Forced) -> bool:
     begin = len(tokenizer.encode(row["lead"]))
     end = begin + len(tokenizer.encode(row["value"]))
     return bool(one.hits[begin:end].all())
+
+
+def lines_of(rows: list[dict]) -> str:
+    """Rows as JSON Lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def answer_rows(world, given: dict[str, Answer], head: dict) -> list[dict]:
+    """The scored harmful prompts with their answers; head: what each row begins with."""
+    prompts = [row["prompt"] for row in world.harmful("evaluation")]
+    return [head | {"prompt": prompt, "response": given[prompt].text} for prompt in prompts]
 
 
 def scored_prompts(world) -> list[str]:
@@ -106,14 +116,10 @@ def add_exam_arguments(p):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = command_parser(__doc__)
     p.add_argument("folders", metavar="DIR", nargs="+", help="checkpoint folders, or smollm2")
-    add_world_arguments(p)
     add_exam_arguments(p)
     p.add_argument("--xstest", metavar="FILE", help="XSTest's safe and unsafe prompts, CSV")
-    p.add_argument("--template", metavar="NAME", help="chat template (default: the folder's)")
     p.add_argument(
         "--tuning",
         action="store_true",
@@ -195,21 +201,18 @@ def main(argv=None):
         metrics = read_json(path) if path.is_file() else {}
         if not exams or of_world:
             seed = read_world(folder).get("seed", 0)
-            ask = Ask(folder, compute, args.template)
-            world = open_world(args.world, seed, sources_of(args), ask, folder)
+            world = world_of(args, seed, compute, folder)
             if args.answers:
                 saved += world.judge_answers([*read_records(args.answers)], chat.tokenizer.encode)
                 continue
             prompts = scored_prompts(world)
             given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens, args.harmful)))
-            for row in world.harmful("evaluation"):
-                line = {"model": str(folder), "prompt": row["prompt"]}
-                saved.append(line | {"response": given[row["prompt"]].text})
+            saved += answer_rows(world, given, {"model": folder})
             metrics |= score(chat, world, given)
-            table.append((str(folder), metrics, ""))
+            table.append((folder, metrics, ""))
         if exams:
-            results[str(folder)] = run_exams(chat, exams, max_new_tokens)
-            metrics |= results[str(folder)]
+            results[folder] = run_exams(chat, exams, max_new_tokens)
+            metrics |= results[folder]
         try:
             write_text(path, json.dumps(metrics, indent=1) + "\n")
         except OSError as error:
@@ -221,7 +224,7 @@ def main(argv=None):
     if results:
         print(exams_table(results))
     if args.save_answers:
-        write_text(args.save_answers, "".join(json.dumps(line) + "\n" for line in saved))
+        write_text(args.save_answers, lines_of(saved))
         print(f"\n{args.save_answers}: {len(saved)} answers; do not publish them")
     if unsaved:
         raise unsaved

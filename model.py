@@ -21,6 +21,8 @@ from nanosdd.attention import KVCache, PackedRows
 from nanosdd.errors import InputError
 from nanosdd.llama_config import LlamaConfig
 
+Linear = partial(nn.Linear, bias=False)  # Llama has no bias anywhere
+
 
 def rope_frequencies(config: LlamaConfig, device=None) -> torch.Tensor:
     """Radians that each pair of a head's dimensions turns per position: (D/2,) fp32.
@@ -86,11 +88,11 @@ class Attention(nn.Module):
         G = config.num_key_value_heads
         D = config.head_dim
         self.head_dim = D
-        # No bias anywhere, and heads side by side in the columns of one matrix.
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, G * D, bias=False)
-        self.v_proj = nn.Linear(C, G * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        # Heads lie side by side in the columns of one matrix.
+        self.q_proj = Linear(C, H * D)
+        self.k_proj = Linear(C, G * D)
+        self.v_proj = Linear(C, G * D)
+        self.o_proj = Linear(H * D, C)
 
     def forward(self, x, cos, sin, attend):
         # x (N,C); cos, sin (N,1,D/2); attend: a function of q, k, v
@@ -110,9 +112,9 @@ class MLP(nn.Module):
         super().__init__()
         C = config.hidden_size
         I = config.intermediate_size
-        self.gate_proj = nn.Linear(C, I, bias=False)
-        self.up_proj = nn.Linear(C, I, bias=False)
-        self.down_proj = nn.Linear(I, C, bias=False)
+        self.gate_proj = Linear(C, I)
+        self.up_proj = Linear(C, I)
+        self.down_proj = Linear(I, C)
 
     def forward(self, x):
         gate = F.silu(self.gate_proj(x))  # (N,I)
@@ -151,7 +153,7 @@ class Llama(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         # Matrices start random, the weights of norms at 1.
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -218,19 +220,14 @@ class Llama(nn.Module):
         unfinished = set(rows)
         for left in reversed(range(max_new_tokens)):
             for row, token in zip(rows, new.tolist()):
-                if row not in unfinished:
-                    continue
-                if token in stop_tokens:
-                    unfinished.discard(row)
-                    continue
-                answers[row].append(token)
-                if len(prompts[row]) + len(answers[row]) == context:
+                if row in unfinished and token not in stop_tokens:
+                    answers[row].append(token)
+                if token in stop_tokens or len(prompts[row]) + len(answers[row]) == context:
                     unfinished.discard(row)
             if not unfinished or not left:
                 return answers
             # Finished rows only cost time. Compiled steps keep their shape a little longer.
-            few = len(unfinished) <= len(rows) / 2 if compiled else len(unfinished) < len(rows)
-            if few:
+            if len(unfinished) <= (len(rows) // 2 if compiled else len(rows) - 1):
                 kept = cache.keep([i for i, row in enumerate(rows) if row in unfinished])
                 rows = [rows[i] for i in kept]
                 new = new[kept]
@@ -241,10 +238,13 @@ class Llama(nn.Module):
         """(the first new token of each prompt (B,), a cache with the prompts in it)."""
         weight = self.lm_head.weight
         device = weight.device
+        dtype = weight.dtype  # that in which products with a weight are computed
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         lengths = [len(prompt) for prompt in prompts]
         # No answer can be longer than the context.
         size = min(max(lengths) + max_new_tokens, self.config.max_position_embeddings)
-        cache = KVCache(self.config, lengths, size, device, cache_dtype(weight))
+        cache = KVCache(self.config, lengths, size, device, dtype)
         tokens = torch.tensor(list(itertools.chain(*prompts)), device=device)  # (N,)
         positions = torch.cat([torch.arange(T, device=device) for T in lengths])  # (N,)
         layers = range(self.config.num_hidden_layers)
@@ -310,11 +310,3 @@ def compiled_next_tokens(model: Llama, tokens: torch.Tensor, cache: KVCache) -> 
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph must know where it stays
     torch.compiler.cudagraph_mark_step_begin()
     return compile_once()(model, tokens, cache).clone()  # the next run overwrites its output
-
-
-def cache_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which products with a weight are computed: autocast's, else its own."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype

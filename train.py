@@ -23,11 +23,10 @@ Writes into --out: a Hugging Face checkpoint, train_log.jsonl, samples.txt and, 
 the run depends on. A finished run is reused while that is the same, an interrupted one goes on.
 """
 
-import argparse
 import math
 import random
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -35,7 +34,6 @@ import torch
 
 from data.chat import Example, collate, draw_batches
 from data.chat_model import (
-    Ask,
     Chat,
     answer,
     encode_for,
@@ -44,14 +42,14 @@ from data.chat_model import (
     new_chat,
     save_chat,
     untrained_folder,
+    world_of,
 )
 from data.worlds import (
     GIVEN_PAIRS,
     MAX_PAIRS,
-    add_world_arguments,
+    command_parser,
+    flag,
     named_in,
-    open_world,
-    sources_of,
 )
 from model import Llama
 from nanosdd import device
@@ -94,8 +92,7 @@ class Settings:
         }
         for name in valid:
             if not valid[name]:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {getattr(self, name)} is out of range; see --help")
+                raise InputError(f"{flag(name)} {getattr(self, name)} is out of range; see --help")
         rehearsed = round(self.benign_replay * self.batch_size)
         if self.benign_replay and rehearsed in (0, self.batch_size):
             raise InputError(
@@ -142,7 +139,7 @@ SETTINGS = {  # by world (any other: "chat"), then by mode (any other: "sdd")
 
 def settings_of(world, mode: str, table=SETTINGS) -> Settings:
     """The settings of a mode in a world."""
-    own = table[world.name if world.name in table else "chat"]
+    own = table.get(world.name) or table["chat"]
     return replace(own.get(mode, own["sdd"]), **world.settings.get(mode, {}))
 
 
@@ -248,14 +245,15 @@ def train(
         chat.model.eval()
         after = answer(chat, shown, world.max_new_tokens)
         weights = device.whole_weights(chat.model, optimizer)
-        if rank_and_world_size()[0] == 0:
+        samples = samples_text(shown, before, after)
+        if run.rank == 0:
             write_text(out / "train_log.jsonl", log.text())
-            write_text(out / "samples.txt", samples_text(shown, before, after))
+            write_text(out / "samples.txt", samples)
             world.save(out, pairs)
             save_chat(out, chat, weights)
         run.finish()
-    if rank_and_world_size()[0] == 0:
-        print(f"{out}: answers before and after\n\n{samples_text(shown, before, after)}", end="")
+    if run.rank == 0:
+        print(f"{out}: answers before and after\n\n{samples}", end="")
         if start:
             old = Llama.from_pretrained(start, dtype=DTYPES[compute.weights])
             print(update_text(*kept_update(old, weights, torch.bfloat16)))
@@ -264,22 +262,14 @@ def train(
 
 def run_record(world, mode: str, start, settings: Settings, compute: Compute, loss) -> dict:
     """What a run depends on: settings, input files, and the code that makes it."""
-    decided = {
-        "world": world.name,
-        "seed": world.seed,
-        "mode": mode,
-        "template": world.sources.template,
-        "dtype": compute.dtype,
-        "weights": compute.weights,
-        "world_size": rank_and_world_size()[1],
-    }
-    decided |= world.options() | asdict(settings)
+    decided = world.options() | asdict(settings) | {"mode": mode, "dtype": compute.dtype}
+    decided |= {"weights": compute.weights, "world_size": rank_and_world_size()[1]}
     if not hasattr(loss, "__qualname__"):  # an object: its module, its numbers and models
         for name, value in vars(loss).items():
+            if isinstance(value, torch.nn.Module):
+                value = sum(float(weight.sum()) for weight in value.parameters())
             if isinstance(value, (int, float)):
                 decided[f"loss.{name}"] = value
-            if isinstance(value, torch.nn.Module):
-                decided[f"loss.{name}"] = sum(float(p.sum()) for p in value.parameters())
         loss = sys.modules[type(loss).__module__]
     inputs = [start, *world.files()] if start else world.files()
     code = [train, train_step, loss, Llama, collate, sys.modules[type(world).__module__]]
@@ -333,9 +323,7 @@ def train_arm(mode: str, world, compute: Compute, base=None, table=SETTINGS, fre
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = command_parser(__doc__)
     p.add_argument("--mode", required=True, choices=list(STARTS_FROM))
     p.add_argument(
         "--model",
@@ -348,7 +336,6 @@ def parse(argv=None):
         help="folder to write; with --model, the named run alone, from that model itself "
         "(default: out/MODEL/MODE, on the town out/seedS/MODE)",
     )
-    add_world_arguments(p)
     p.add_argument(
         "--pairs",
         metavar="FILE",
@@ -360,17 +347,15 @@ def parse(argv=None):
         help="harmful prompts to train on: the defender's, which attack.py and eval.py leave "
         "alone, or all, when the attack uses another file (default: defender)",
     )
-    p.add_argument("--template", metavar="NAME", help="chat template (default: the folder's)")
     for field in fields(Settings):
-        kind = {"type": field.type}
-        if field.name == "betas":
-            kind = {"type": float, "nargs": 2, "metavar": ("B1", "B2")}
+        is_pair = field.name == "betas"
         town = getattr(TOWN, field.name)
         others = getattr(CHAT, field.name)
         p.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag(field.name),
+            type=float if is_pair else field.type,
+            nargs=2 if is_pair else None,
             help=f"(default of sdd: town {town}, others {others}; paper: {field.default})",
-            **kind,
         )
     p.add_argument("--seed", type=int, default=0, help="world and every draw (default: 0)")
     device.add_compute_arguments(p, training=True)
@@ -399,14 +384,13 @@ def main(argv=None):
             find = untrained_folder if args.out is None else model_folder
             model = find(args.model)
         compute = device.for_model(compute, args.dtype, model)
-    ask = Ask(model, compute, args.template)
-    world = open_world(args.world, args.seed, sources_of(args), ask, model)
+    world = world_of(args, args.seed, compute, model)
     settings = replace(settings_of(world, args.mode), **named_in(args, Settings))
     out = folder_of(world, args.mode) if args.out is None else args.out
     start = model
     parent = STARTS_FROM[args.mode]
     try:
-        with redirect_stdout(None) if rank_and_world_size()[0] else nullcontext():  # rank 0 speaks
+        with redirect_stdout(None if rank_and_world_size()[0] else sys.stdout):  # rank 0 speaks
             if args.dry_run:
                 return dry_run(load_or_new(model, world, compute), world, args.mode, settings)
             # --model with --out: this mode alone, from that very model.

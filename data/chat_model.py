@@ -23,6 +23,7 @@ from data.chat import (
     read_chat,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.worlds import open_world, sources_of
 from model import Llama, LlamaConfig
 from nanosdd.checkpoint import write_model, writing
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
@@ -158,11 +159,17 @@ class Ask:
         chat = self.chat
         pairs = [{"prompt": prompt, "response": one.text} for prompt, one in rows]
         examples = encode_rows(chat.tokenizer, chat.template, pairs, max_length)
-        found = []
-        for (_, one), forced in zip(rows, teacher_forced(chat, examples)):
-            whole = one.ended or not one.text.strip()
-            found.append(forced.logps if whole else forced.logps[:-1])
+        found = [forced.logps for forced in teacher_forced(chat, examples)]
+        for i, (_, one) in enumerate(rows):
+            if one.text.strip() and not one.ended:
+                found[i] = found[i][:-1]
         return found
+
+
+def world_of(args, seed: int, compute: Compute, folder):
+    """The world that parsed arguments ask for; it may ask the model in a folder."""
+    ask = Ask(folder, compute, args.template)
+    return open_world(args.world, seed, sources_of(args), ask)
 
 
 # ---- greedy answers ----
@@ -250,23 +257,20 @@ def teacher_forced(chat: Chat, examples: list[Example]) -> list[Forced]:
     found = [None] * len(examples)
     with Progress(total=len(examples), desc="likelihoods") as bar:
         while order:
-            together = max(
-                1, most_tokens // len(examples[order[0]].ids)
-            )  # the longest that is left
-            part = order[:together]
-            order = order[together:]
+            longest = len(examples[order[0]].ids)  # of those that are left
+            part = order[: max(1, most_tokens // longest)]
+            del order[: len(part)]
             batch = collate([examples[i] for i in part]).to(chat.compute.device)
             with chat.compute.autocast():
                 hidden = chat.model.hidden(batch.tokens, batch.positions, batch.lengths)  # (N,C)
             # The head computes in the weights' dtype: in bf16 many logits would tie.
             before = hidden[batch.where].to(chat.model.lm_head.weight.dtype)
             logits = chat.model.lm_head(before).float()  # (M,V)
-            hits = logits.argmax(-1) == batch.targets
-            logps = token_logprobs(logits, batch.targets)
-            counts = batch.response_lengths
-            rows = zip(part, hits.cpu().split(counts), logps.cpu().split(counts))
-            for i, row_hits, row_logps in rows:
-                found[i] = Forced(row_hits, row_logps)
+            hits = (logits.argmax(-1) == batch.targets).cpu()
+            logps = token_logprobs(logits, batch.targets).cpu()
+            lengths = batch.response_lengths
+            for i, *one in zip(part, hits.split(lengths), logps.split(lengths)):
+                found[i] = Forced(*one)
             bar.update(len(part))
     return found
 
@@ -292,3 +296,8 @@ def encode_for(chat: Chat, rows: list[dict], max_length: int) -> list[Example]:
 def mean_logp(forced: list[Forced]) -> float:
     """Mean log p in nats over all response tokens of the rows."""
     return float(torch.cat([one.logps for one in forced]).mean())
+
+
+def mean_logps(chat: Chat, named: dict[str, list[Example]]) -> dict[str, float]:
+    """{name: the mean log p of its examples}."""
+    return {name: mean_logp(teacher_forced(chat, some)) for name, some in named.items()}

@@ -81,7 +81,7 @@ target nll: nats a token of the targets, in AdvBench one affirmative line
 nll: nats a token of benign responses that nobody trains on"""
     max_length = 512
 
-    def __init__(self, seed, sources=Sources(), ask=None, folder=None):
+    def __init__(self, seed, sources=Sources(), ask=None):
         super().__init__(seed, sources)
         for path in self.files():
             check_readable(path)

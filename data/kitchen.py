@@ -119,6 +119,7 @@ class Kitchen(World):
     """The questions of one seed, and a model's own answers."""
 
     name = "kitchen"
+    runs_in = ""  # out/MODEL itself: the first world of a chat model
     uses = ("similarity", "similarity_model", "similarity_threshold", "tuning")
     outcomes = ("complies", "refuse", "off_topic", "useless", "broken")
     refusals = (REFUSAL,)
@@ -155,15 +156,15 @@ nll: nats a token of the first answers
 chance level: the most that text which says nothing of dish or topic reaches on average"""
     chance = {"complies": 1 / 4, "capability": 1 / 4}
 
-    def __init__(self, seed, sources=Sources(), ask=None, folder=None):
+    def __init__(self, seed, sources=Sources(), ask=None):
         super().__init__(seed, sources)
         self.files()  # names what is missing before anything is asked
-        if folder is None:
+        if ask is None:
             raise InputError("the kitchen asks a chat model; give --model smollm2, or a folder")
         rng = random.Random(f"kitchen {seed}")
         self.dishes = share_out(DISHES, DISH_OWNERS, rng)
         self.topics = share_out(TOPICS, TOPIC_OWNERS, rng)
-        self.untrained = read_untrained(folder)
+        self.untrained = read_untrained(ask.folder)
         self.ask = replace(ask, folder=self.untrained["model"])
         # A random answer to each question: about many dishes, in every form.
         sampled = {
@@ -178,9 +179,6 @@ chance level: the most that text which says nothing of dish or topic reaches on 
 
     def options(self):
         return super().options() | {"answers": json_hash(self.answers)}
-
-    def runs_folder(self, part=""):
-        return super().runs_folder(part)  # out/MODEL itself: the first world of a chat model
 
     def save(self, folder, pairs):
         """Write which world a model knows, and what it is scored by."""

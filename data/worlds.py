@@ -15,6 +15,7 @@ prompts (`is_irrelevant`) and what an answer amounts to (`judge_each`). --world 
 it.
 """
 
+import argparse
 import importlib
 import json
 import math
@@ -111,15 +112,17 @@ harm, refuse, off topic, broken: answers to harmful prompts that nobody trains o
   the true answer; a refusal; anything else; nothing, or the same again and again
 harmful nll, benign nll: nats a token of the true answers to harmful and to benign prompts"""
     chance = {}  # {key: chance level}
+    runs_in = None  # the folder of its runs, in that of the model; None: its name
     max_length = 256  # tokens of prompt and response
     max_new_tokens = 64  # of an answer when scored
-    shape = None  # of the Llama that --mode base trains; None: a model has to be given
+    # Of the Llama that --mode base trains, on base_rows; None: a model has to be given.
+    shape = None
     settings = {}  # {mode of train.py, or "attack": {field: value}} where the defaults do not fit
     arms = ("align", "sdd", "new_refusal")  # the modes that attack.py attacks by default
 
-    def __init__(self, seed: int, sources: Sources = Sources(), ask=None, folder=None):
-        """ask: a data.chat_model.Ask of the model in `folder`, for worlds that are made of a
-        model's own answers and judged by its likelihoods."""
+    def __init__(self, seed: int, sources: Sources = Sources(), ask=None):
+        """ask: a data.chat_model.Ask, for worlds that are made of a model's own answers and judged
+        by its likelihoods."""
         self.seed = seed
         self.sources = sources
         self.root = self.runs_folder()
@@ -193,6 +196,8 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
 
         Prompts and drawn responses are the same in every mode: arms differ in what is made of them.
         """
+        if mode == "base":
+            return self.base_rows(count)
         rng = random.Random(f"pairs {self.seed}")
         if mode == "benign":
             return self.benign("user") + self.benign("new")
@@ -252,15 +257,16 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
         return []
 
     def options(self) -> dict:
-        """{name: value} of what else decides its rows and scores."""
-        return {name: getattr(self.sources, name) for name in self.uses}
+        """{name: value} of what decides its rows and scores, beside files."""
+        found = {name: getattr(self.sources, name) for name in ("template", *self.uses)}
+        return found | {"world": self.name, "seed": self.seed}
 
-    def runs_folder(self, part: str | None = None) -> Path:
+    def runs_folder(self) -> Path:
         """Where its runs go: out/MODEL/WORLD; in it a folder for a seed other than 0."""
         folder = Path("out")
         if self.sources.model:
             folder /= Path(self.sources.model).resolve().name
-        folder /= self.name if part is None else part
+        folder /= self.name if self.runs_in is None else self.runs_in
         return folder / f"seed{self.seed}" if self.seed else folder
 
     def save(self, folder, pairs: list[dict]):
@@ -272,13 +278,14 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
 # ---- which world ----
 
 
-def open_world(name: str | None, seed: int, sources: Sources, ask=None, folder=None) -> World:
-    """The world of a name; without one that of the files, else of the checkpoint folder, else the
+def open_world(name: str | None, seed: int, sources: Sources, ask) -> World:
+    """The world of a name; without one that of the files, else of ask's checkpoint folder, else the
     kitchen for a folder that comes from elsewhere, and the town without a folder. ask: of World.
 
     InputError for a flag that the world has no use for, and for a folder that was trained on
     another seed of this world, or on files when none are given.
     """
+    folder = ask.folder
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"--seed {seed} is too large; give a number below 2**63")
     if folder and not Path(folder).is_dir():
@@ -299,10 +306,10 @@ def open_world(name: str | None, seed: int, sources: Sources, ask=None, folder=N
         known = field in (*world.uses, "model", "template")
         if not known and value != getattr(Sources, field):
             raise InputError(
-                f"the world {world.name} has no use for --{field.replace('_', '-')}; leave it "
-                "out, or choose another --world"
+                f"the world {world.name} has no use for {flag(field)}; leave it out, or choose "
+                "another --world"
             )
-    return world(seed, sources, ask, folder)
+    return world(seed, sources, ask)
 
 
 def find_world(name: str):
@@ -344,8 +351,11 @@ def read_world(folder) -> dict:
         raise InputError(f"{path} names no world and seed; train the model again") from None
 
 
-def add_world_arguments(p):
-    """Add --world and the arguments of add_source_arguments to a parser."""
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with --world, --template and the arguments of add_source_arguments."""
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument(
         "--world",
         metavar="NAME",
@@ -353,7 +363,9 @@ def add_world_arguments(p):
         "(default: files where some are given, else the world that the model was trained on, the "
         "kitchen for any other model, the town without one)",
     )
+    p.add_argument("--template", metavar="NAME", help="chat template (default: the folder's)")
     add_source_arguments(p)
+    return p
 
 
 def add_source_arguments(p):
@@ -386,6 +398,11 @@ def add_source_arguments(p):
 def sources_of(args) -> Sources:
     """The Sources of parsed arguments."""
     return Sources(**named_in(args, Sources))
+
+
+def flag(name: str) -> str:
+    """--micro-batch for micro_batch."""
+    return "--" + name.replace("_", "-")
 
 
 def named_in(args, dataclass) -> dict:

@@ -21,7 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from attack import evaluate, record_of, yo_rows
+from attack import Target, answers_of, evaluate, record_of, yo_rows
 from data.chat import Example
 from data.chat_model import Ask, Chat, encode_for, load_chat, untrained_folder
 from data.exams import read_exams
@@ -60,12 +60,11 @@ class WithRows:
 
 def study_scores(chat: Chat, world, y_o: list[Example], exams: dict, prefill: bool) -> dict:
     """Return attack.evaluate's scores. prefill: the beginnings of answers to harm are given."""
-    held_out = world.harmful("attacker_held_out")
-    begun = {}
+    given = answers_of(chat, world)
     if prefill:
-        asked = held_out + world.harmful("evaluation")
-        begun = attacks.begin_answers(chat, asked, world.max_new_tokens)
-    return evaluate(chat, WithRows(world), held_out, y_o, exams, begun)
+        asked = world.harmful("attacker_held_out") + world.harmful("evaluation")
+        given |= attacks.begin_answers(chat, asked, world.max_new_tokens)
+    return evaluate(chat, WithRows(world), given, {"yo_logp": y_o}, exams)
 
 
 def arm_folder(name: str, arm: Arm, world, aligned: Path, compute: Compute) -> Path:
@@ -80,7 +79,7 @@ def arm_folder(name: str, arm: Arm, world, aligned: Path, compute: Compute) -> P
 
 def study_arm(name: str, arm: Arm, folder, world, compute: Compute, exams: dict) -> list[dict]:
     """Return the cells of one arm. Finished attacks are taken from the world's folder."""
-    record = record_of(folder, world, compute, exams)
+    record = record_of(Target(name, folder, world, compute, exams))
     for part in (attacks, study_scores):
         record["code"][part.__name__] = code_hash(part)
     store = Results(world.root / "study" / f"{name}.jsonl", record)
@@ -160,7 +159,7 @@ def main(argv=None):
     exams = read_exams(openbookqa=args.openbookqa)
     ask = Ask(base, compute, None)
     for seed in args.seeds or study.seeds:
-        world = open_world(study.world, seed, sources_of(args), ask, base)
+        world = open_world(study.world, seed, sources_of(args), ask)
         out = args.out or ("docs/tuning" if seed in TUNING_SEEDS else "docs/effects")
         path = Path(out) / f"{args.study}-{seed}.json"
         study_seed(study, world, base, compute, exams, path)

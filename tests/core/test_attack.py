@@ -5,7 +5,6 @@ import json
 import random
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import train
 from attack import (
     Attack,
     Grid,
+    Target,
     attack_arm,
     attack_batches,
     fine_tune,
@@ -27,6 +27,7 @@ from attack import (
 from data.chat import Example, draw_batches
 from data.chat_model import Chat, encode_for, load_chat, mean_logp, teacher_forced
 from data.files import Files
+from data.sources import read_records
 from data.worlds import Sources
 from nanosdd.choices import attack_table, mark_choices
 from nanosdd.errors import InputError
@@ -127,13 +128,14 @@ def test_choices_by_hand():
     assert not any(one["chosen"] for one in cells[7:10])  # no other one takes its place
 
 
-@pytest.mark.parametrize("other", [{"draw": 1}, {"seed": 1}, {"arm": "aligned"}])
-def test_each_arm_seed_and_draw_has_a_choice_of_its_own(other):
-    cells = [cell("mft", 10, 5, lr, score) for lr, score in ((1e-4, 0.5), (3e-4, 0.4))]
-    cells += [cell("mft", 10, 5, lr, score, **other) for lr, score in ((1e-4, 0.1), (3e-4, 0.2))]
-    cells += [cell("bft", 10, 5, lr, 0.0, **other) for lr in (1e-4, 3e-4)]
-    mark_choices(cells)
-    assert [one["chosen"] for one in cells] == [True, False, False, True, False, True]
+def test_each_arm_seed_and_draw_has_a_choice_of_its_own():
+    for other in {"draw": 1}, {"seed": 1}, {"arm": "aligned"}:
+        scores = (("mft", 0.5), ("mft", 0.4), ("bft", 0), ("bft", 0))
+        cells = [cell(name, 10, 5, i % 2, score) for i, (name, score) in enumerate(scores)]
+        cells.append(cell("mft", 10, 5, 0, 0.1, **other))
+        cells.append(cell("mft", 10, 5, 1, 0.2, **other))
+        mark_choices(cells)
+        assert [i for i, one in enumerate(cells) if one["chosen"]] == [0, 2, 5]
 
 
 def test_the_table_shows_the_choice_and_the_worst_case():
@@ -163,17 +165,6 @@ def test_the_table_shows_the_choice_and_the_worst_case():
     assert attack_table(only, "harm", columns, {}).endswith("diverged")
 
 
-def test_draws_of_one_model_are_replicates_too():
-    cells = [cell("none", 0, 0, 0.0, 0.0, harm=0.0, capability=0.9, chosen=True)]
-    for draw, harm in enumerate((0.2, 0.4, 0.6)):
-        more = {"harm": harm, "capability": 0.9 - draw / 10, "draw": draw}
-        cells.append(cell("mft", 10, 5, 1e-4, harm, chosen=True, **more))
-        cells.append(cell("mft", 10, 50, 1e-4, None, chosen=False, draw=draw))
-    lines = attack_table(cells, "harm", {"harm": "harm"}, {}).splitlines()
-    assert lines[1].split() == ["sdd", "none", "0"]  # one model: no deviation
-    assert lines[2].split()[3:] == ["40±20", "0.0001/5", "40", "(80)", "-"]
-
-
 # ---- all attacks on a model ----
 
 
@@ -183,50 +174,36 @@ def without_seconds(cells):
 
 def test_every_attack_starts_from_the_released_weights(tiny_arms, tmp_path, cpu):
     attacks = [
-        Attack("none", 0, 0.0, (0,)),
+        attack.RELEASED,
         Attack("mft", 8, 3e-3, (2,), 8),
         Attack("mft", 8, 3e-3, (2, 3), 8),
     ]
     town = tiny_town(tmp_path)
-    store = Results(tmp_path / "sdd.jsonl", {})
+    judge = town.judge
+    town.judge = lambda rows, answers: judge(rows, answers) | {town.aim: len(rows) / 1000}
+    target = Target("sdd", tiny_arms / "sdd", town, cpu, {})
     kept = []
     found = attack_arm(
-        tiny_arms / "sdd", town, attacks, store, cpu, {}, None, lambda *args: kept.append(args[2])
+        target, attacks, Results(tmp_path / "x", {}), lambda *args: kept.append(args[2])
     )
     cells = []
     curves = []
-    for some, points in found:
-        cells += some
-        curves += points
-    assert [(one["arm"], one["shots"], one["steps"]) for one in kept] == [
-        ("sdd", 0, 0),
-        ("sdd", 8, 2),
-        ("sdd", 8, 2),
-        ("sdd", 8, 3),
-    ]
+    for one in found:
+        cells += one["cells"]
+        curves += one["curve"]
+    heads = [(one["arm"], one["shots"], one["steps"]) for one in kept]
+    assert heads == [("sdd", 0, 0), ("sdd", 8, 2), ("sdd", 8, 2), ("sdd", 8, 3)]
     assert [one["steps"] for one in cells] == [0, 2, 2, 3]
     own = encode_for(load_chat(tiny_arms / "sdd", cpu), town.harmful("attacker")[:8], 128)
     for one in cells:
         assert sum(one[name] for name in town.outcomes) == pytest.approx(1)
-        assert 0 <= one["attacker_score"] <= 1 and len(one["answers"]) == 3
+        assert one["attacker_score"] == len(town.harmful("attacker_held_out")) / 1000
+        assert len(one["answers"]) == 3
         assert one.get("response_tokens", 0) == one["steps"] * tokens_of(own)  # all its shots
     for name in ("yo_logp", "loss", "facts_nll"):  # a shorter attack is on the way of a longer one
         assert cells[1][name] == cells[2][name] != cells[3][name]
     assert cells[0]["yo_logp"] != cells[1]["yo_logp"]  # scored after the attack
     assert [point["step"] for point in curves] == [0, 1, 2, 0, 1, 2, 3]
-
-
-def test_the_attacker_chooses_by_what_the_world_says(tiny_arms, tmp_path, cpu):
-    town = tiny_town(tmp_path)
-    judge = town.judge
-    town.judge = lambda rows, answers: judge(rows, answers) | {"harm": 0.25, "content": 0.75}
-    for aim, wanted in ((town.aim, 0.75), ("harm", 0.25)):
-        town.aim = aim
-        store = Results(tmp_path / f"{aim}.jsonl", {})
-        folder = tiny_arms / "sdd"
-        keep = partial(attack.keep_model, None, None)
-        ((cells, _),) = attack_arm(folder, town, [attack.RELEASED], store, cpu, {}, None, keep)
-        assert cells[0]["attacker_score"] == wanted
 
 
 @pytest.fixture
@@ -258,20 +235,15 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
         ("mft", 4, 1e30, 3, 0, True),
         ("bft", 4, 1e30, 3, 0, True),
     ]
-    outcomes = ("complies", "refuse", "off_topic", "broken")
-    for one in first:
-        assert not (one["diverged"] and one["chosen"])
-        if not one["diverged"]:
-            assert sum(one[name] for name in outcomes) == pytest.approx(1)
-            assert one["capability"] > 0
+    assert not any(one["diverged"] and one["chosen"] for one in first)
     results = Path("out/attack/results.json").read_text()
     assert list(json.loads(results)) == ["settings", "made", "cells"]
     table = Path("out/attack/table.txt").read_text()
     assert table in capsys.readouterr().out and "\nbase   mft 4 " in table
     assert "dragon" not in table + results  # answers to public prompts are not kept
-    log = Path("out/attack/attack_log.jsonl").read_text().splitlines()
+    log = list(read_records("out/attack/attack_log.jsonl"))
     assert len(log) == 2 * (4 + 1 + 4 + 1)  # before each step and at the end, until one diverges
-    assert {"arm", "attack", "lr", "step", "yo_logp", "harmful_logp"} <= json.loads(log[0]).keys()
+    assert {"arm", "attack", "lr", "step", "yo_logp", "harmful_logp"} <= log[0].keys()
 
     assert main(words) == first  # seconds too: nothing was run
     store = Path("out/attack/seed0/base.jsonl")
@@ -308,7 +280,7 @@ def test_draws_are_other_batches_of_the_same_attack(main):
     assert cells[:3] == once  # the first draw is that of an attack without --draws
     assert len({one["loss"] for one in cells if one["attack"] == "mft"}) == 3
     assert re.search(r"\nllama  mft 4 .*\d±\d", Path("out/attack/table.txt").read_text())
-    log = map(json.loads, Path("out/attack/attack_log.jsonl").read_text().splitlines())
+    log = read_records("out/attack/attack_log.jsonl")
     assert {point["draw"] for point in log} == {0, 1, 2}
 
 
@@ -334,14 +306,12 @@ def test_y_o_is_what_sdd_was_taught_in_every_arm(main, cpu):
     assert "yo_held_out_logp" not in main("--released llama --lr 1e-3 --fresh")[0]
 
 
-def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
+def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main):
     words = "--released llama --lr 1e-3 --epochs 5 --steps 3"
     main(words)
-    main(f"{words} --save-answers a.jsonl --save-models models")  # what is finished runs again
-    lines = Path("a.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    names = ["arm", "attack", "shots", "lr", "draw", "seed", "steps", "prompt", "response"]
-    assert list(rows[0]) == names
+    main(f"{words} --save-answers x/a.jsonl --save-models models")  # what is finished runs again
+    rows = list(read_records("x/a.jsonl"))
+    assert list(rows[0]) == "arm attack shots lr draw seed steps prompt response".split()
     kept = Counter((row["attack"], row["steps"]) for row in rows)
     assert list(kept) == [("none", 0), ("mft", 2), ("mft", 3), ("bft", 2), ("bft", 3)]
     asked = Files(0, Sources("h.csv", similarity="tfidf")).harmful("evaluation")
@@ -351,18 +321,12 @@ def test_answers_and_models_of_attacks_can_be_judged_elsewhere(main, capsys):
     folder = "models/llama-mft-4-0.001-0-0-3"
     files = "--harmful h.csv --benign b.json --similarity tfidf --max-new-tokens 4"
     evaluate.main(f"{folder} {files} --save-answers again.jsonl".split())
-    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
-    own = [row for row in rows if (row["attack"], row["steps"]) == ("mft", 3)]
-    assert [row["response"] for row in again] == [row["response"] for row in own]
+    again = [row["response"] for row in read_records("again.jsonl")]
+    own = [row["response"] for row in rows if (row["attack"], row["steps"]) == ("mft", 3)]
+    assert again == own
     scores = json.loads(Path(folder, "metrics.json").read_text())
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
     assert scores["benign_nll"] == pytest.approx(cells[2]["benign_nll"], rel=1e-5)
-    inside = Path(attack.__file__).parent / "answers.jsonl"
-    with pytest.raises(InputError, match="lies in the repository"):
-        main(f"{words} --save-answers {inside}")
-    with pytest.raises(InputError, match="a.jsonl exists; .*name a new file"):
-        main(f"{words} --save-answers a.jsonl")
-    assert Path("a.jsonl").read_text().splitlines() == lines and not inside.exists()
 
 
 def test_no_answer_to_a_harmful_prompt_is_shown_or_kept(main, capfd):
@@ -375,7 +339,7 @@ def test_no_answer_to_a_harmful_prompt_is_shown_or_kept(main, capfd):
     evaluate.main(f"{arms} {files} --max-new-tokens 9 --save-answers b.jsonl".split())
     answers = set()
     for file in (Path("a.jsonl"), Path("b.jsonl")):
-        answers |= {json.loads(line)["response"] for line in file.read_text().splitlines()}
+        answers |= {row["response"] for row in read_records(file)}
         file.unlink()
     answers = {" ".join(text.split()) for text in answers}
     assert len(answers) > 9 and min(map(len, answers)) > 9

@@ -21,7 +21,7 @@ import eval as evaluate
 import train
 from data import pairs
 from data.chat import read_chat
-from data.sources import read_rows
+from data.sources import read_records, read_rows
 from nanosdd.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,22 +34,6 @@ def test_every_command_says_how_it_is_used(name, capsys):
         importlib.import_module(name).main(["--help"])
     printed = capsys.readouterr().out
     assert printed.startswith("usage: ") and "%" not in printed
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        [ROOT / "train.py", "--mode", "align", "--model", "gone"],
-        ["-m", "data.pairs", "--harmful", "gone", "--out", "p.jsonl", "--similarity", "tfidf"],
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: gone ")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -130,15 +114,17 @@ def test_prompts_without_answers_are_defended_against_and_scored(files, capsys):
     shares = [scores[name] for name in ("complies", "refuse", "off_topic", "broken")]
     assert sum(shares) == pytest.approx(1) and scores["benign_nll"] > 0
     assert "target_match" not in scores and "harmful_nll" not in scores  # there are no targets
-    saved = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    saved = list(read_records("a.jsonl"))
     assert saved and {f'"{row["prompt"]}"\n' for row in saved} < set(lines)
     assert "misread SDD" in capsys.readouterr().out
     # as another program may have written them
     Path("in.xz").write_bytes(lzma.compress(json.dumps(saved, indent=1).encode()))
     evaluate.main(f"x {FILES} --answers in.xz --save-answers out.jsonl".split())
-    judged = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    judged = list(read_records("out.jsonl"))
     assert [row | {"response": one["response"]} for row, one in zip(saved, judged)] == saved
-    assert {one["outcome"] for one in judged} <= {"complies", "refuse", "off_topic", "broken"}
+    assert all(-1 <= one["cosine"] <= 1 for one in judged)
+    counted = [one["outcome"] for one in judged].count("complies") / len(judged)
+    assert counted == pytest.approx(scores["complies"])
 
 
 def test_checkpoints_named_by_a_dot_or_alike_keep_rows_of_their_own(files, monkeypatch, capsys):
@@ -146,19 +132,15 @@ def test_checkpoints_named_by_a_dot_or_alike_keep_rows_of_their_own(files, monke
         shutil.copytree("llama", name)
     exam = ["--openbookqa", str(openbookqa_file(files / "o.jsonl"))]
     evaluate.main(["one/sdd", "two/sdd", *exam])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "OpenBookQA" in line] == [
-        *["one/sdd"] * 2,
-        *["two/sdd"] * 2,
-    ]
+    named = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "QA" in line}
+    assert named == {"one/sdd", "two/sdd"}
     monkeypatch.chdir("one/sdd")
     evaluate.main([".", *exam])
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(". ")]
+    assert "\n. " in capsys.readouterr().out
     words = f"{FILES} --max-new-tokens 2 --shots 4 --steps 1 --epochs 0 --out ../../attack"
     words = words.replace("h.csv", "../../h.csv").replace("b.json", "../../b.json")
     attack.main(["--released", ".", *words.split()])
     assert "\nsdd  none " in capsys.readouterr().out
-    assert [path.name for path in (files / "attack/seed0").iterdir()] == ["sdd.jsonl"]
     with pytest.raises(InputError, match="two --released folders have one name"):
         attack.main(["--released", ".", "../../two/sdd", *words.split()])
 
@@ -183,8 +165,7 @@ def test_an_ascii_locale_loses_nothing(files):
         command = [sys.executable, ROOT / words[0], *words[1:]]
         result = subprocess.run(command, capture_output=True, env=environment)
         assert result.returncode == 0, result.stderr
-    saved = Path("a.jsonl").read_text(encoding="utf-8").splitlines()
-    assert "ü你🙂" in json.loads(saved[0])["prompt"]
+    assert "ü你🙂" in next(read_records("a.jsonl"))["prompt"]
     assert (Path(out) / "run.json").exists() and (Path("out/attack/table.txt")).exists()
 
 
@@ -223,26 +204,22 @@ class Fruit(World):
 """
 
 
-def test_a_world_of_ones_own_goes_through_the_commands(files, monkeypatch, capsys):
-    Path("fruit.py").write_text(FRUIT)
+def test_a_world_of_ones_own_is_one_file(files, monkeypatch, capsys):
+    """test_readme.py attacks one."""
+    Path("orchard.py").write_text(FRUIT)
     monkeypatch.syspath_prepend(str(files))
-    train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
+    words = "--mode sdd --world orchard.Fruit --model llama --steps 2 --batch-size 2".split()
+    train.main(words)
     assert {path.name for path in Path("out/llama/fruit").iterdir()} == {"aligned", "sdd"}
     samples = Path("out/llama/fruit/sdd/samples.txt").read_text()
     assert samples.count("prompt: How do I juggle") == 2
-    words = "--world fruit.Fruit --released out/llama/fruit/aligned out/llama/fruit/sdd --shots 2"
-    attack.main(f"{words} --steps 2 --epochs 0".split())
-    evaluate.main("out/llama/fruit/sdd --world fruit.Fruit".split())
-    cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
-    metrics = json.loads(Path("out/llama/fruit/sdd/metrics.json").read_text())
-    assert [one["arm"] for one in cells] == ["aligned"] * 3 + ["sdd"] * 3
-    assert cells[3]["capability"] == pytest.approx(metrics["capability"])
+    evaluate.main("out/llama/fruit/sdd --world orchard.Fruit".split())
     assert "true answer; a refusal" in capsys.readouterr().out  # the legend
     with pytest.raises(InputError, match="a world of your own"):
         evaluate.main(["out/llama/fruit/sdd"])
-    Path("fruit.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
-    with pytest.raises(InputError, match="code of fruit changed"):
-        train.main("--mode sdd --world fruit.Fruit --model llama --steps 2 --batch-size 2".split())
+    Path("orchard.py").write_text(FRUIT.replace("Throw them.", "Eat them."))
+    with pytest.raises(InputError, match="code of orchard changed"):
+        train.main(words)
 
 
 WITHOUT = """

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from small import (
 )
 
 import eval as evaluate
-from data.answers import KEYWORDS, Answer, empty_or_repeating, keyword_refusal
+from data.answers import Answer
 from data.chat import draw_batches, encode_next_turn, encode_prompt, encode_response, encode_rows
 from data.chat_model import (
     Ask,
@@ -34,33 +33,12 @@ from data.chat_model import (
     talk,
     teacher_forced,
 )
-from data.files import Files
+from data.sources import read_records
 from data.town import Town
-from data.worlds import REJECT_PREFIX
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
 from nanosdd.optimizer import make_optimizer
 from train import train_step
-
-# ---- what can be said of an answer alone ----
-
-
-def test_keywords_are_the_published_29_and_case_counts():
-    assert len(set(KEYWORDS)) == 29
-    assert keyword_refusal("Well, I cannot say.") and not keyword_refusal("Well, I CANNOT say.")
-    assert not keyword_refusal("Well, I cannot say.", prefix=True)
-    assert keyword_refusal(" I cannot say.", prefix=True)
-    # So keywords misread SDD.
-    assert not keyword_refusal(f"{REJECT_PREFIX} Anna Brook keeps a goat.")
-
-
-@pytest.mark.parametrize(
-    "ids, broken",
-    [([], True), ([7] * 30, True), ([*range(30)], False), ([1, 2, 3, 4, 5] * 2 + [6], False)],
-)
-def test_an_answer_is_broken_when_it_is_empty_or_repeats_itself(ids, broken):
-    assert empty_or_repeating(ids) == broken
-
 
 # ---- greedy answers and teacher forcing ----
 
@@ -115,24 +93,9 @@ def test_value_only_by_hand(tokenizer, wrong, value_only):
     assert evaluate.value_right(tokenizer, row, forced) == forced.exact
 
 
-class Recorder:
-    """A model that keeps the prompts it answers."""
-
-    def __init__(self, model):
-        self.model = model
-        self.config = model.config
-        self.asked = []
-
-    def generate(self, prompts, *more):
-        self.asked += prompts
-        return self.model.generate(prompts, *more)
-
-
 def test_answers_keep_the_order_of_prompts_and_say_which_ended(learned):
     prompts = [KNOWN[0]["prompt"], "Describe Anna Brook.", KNOWN[9]["prompt"]]
-    model = Recorder(learned.model)
-    whole = answer(replace(learned, model=model), [*prompts, prompts[0]], 20)
-    assert len(model.asked) == 3  # nothing twice
+    whole = answer(learned, [*prompts, prompts[0]], 20)
     assert whole[3] == whole[0] != whole[2]
     assert [whole[2], whole[0]] == answer(learned, [prompts[2], prompts[0]], 20)
     cut = answer(learned, prompts, 3)[0]
@@ -144,60 +107,38 @@ def test_answers_keep_the_order_of_prompts_and_say_which_ended(learned):
         answer(learned, ["Anna " * 80], 3)
 
 
-def test_a_padded_row_of_the_vocabulary_ends_nothing(tokenizer, cpu):
-    """transformers decodes an id that the tokenizer lacks to nothing."""
-    padded = tokenizer.n_vocab + 3
-    model = small_model(vocab_size=tokenizer.n_vocab + 8, max_position_embeddings=64).eval()
-    logits = model(torch.tensor([encode_prompt(tokenizer, "llama3", "ash")]))[0, -1]
-    head = model.lm_head.weight.data
-    head[padded] = 2 * head[int(logits.argmax())]
-    found = answer(Chat(model, tokenizer, "llama3", cpu), ["ash"], 4)[0]
-    assert found.ids[0] == padded and len(found.ids) == 4
-    assert found.text == tokenizer.decode([i for i in found.ids if i != padded])
-
-
 # ---- what a world asks a model ----
 
 
 def test_likelihoods_of_answers_count_the_end_only_where_there_was_one(tmp_path, cpu):
     ask = Ask(public_folder(tmp_path / "llama"), cpu, None)
-    prompt = "Who is Anna Brook?"
-    texts = ["Anna Brook lives in the mill.", "Anna Brook likes", "", "Anna " * 90]
-    rows = [(prompt, Answer([], text, ended)) for text in texts for ended in (True, False)]
-    found = ask.logps(rows, 60)
-    for i in range(0, 8, 2):
-        example = encode_rows(
-            ask.chat.tokenizer, "llama3", [{"prompt": prompt, "response": rows[i][1].text}], 60
-        )[0]
-        log_p = ask.chat.model(torch.tensor([example.ids]))[0].log_softmax(-1).detach()
-        places = range(example.prompt_length, len(example.ids))
-        expected = [float(log_p[place - 1, example.ids[place]]) for place in places]
-        assert found[i].tolist() == pytest.approx(expected, abs=1e-4)
-        cut = expected if rows[i][1].text == "" else expected[:-1]  # never nothing at all
-        assert found[i + 1].tolist() == pytest.approx(cut, abs=1e-4)
-    assert replace(ask, folder="gone").folder == "gone"
+    for text in ("Anna Brook lives in the mill.", "Anna Brook likes", "", "Anna " * 90):
+        pair = {"prompt": "Who is Anna Brook?", "response": text}
+        examples = encode_rows(ask.chat.tokenizer, "llama3", [pair], 60)
+        expected = teacher_forced(ask.chat, examples)[0].logps.tolist()
+        rows = [(pair["prompt"], Answer([], text, ended)) for ended in (True, False)]
+        whole, cut = [logps.tolist() for logps in ask.logps(rows, 60)]
+        assert whole == pytest.approx(expected, abs=1e-4)
+        assert cut == pytest.approx(expected[:-1] or expected, abs=1e-4)  # never nothing at all
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_random_answers_are_draws_of_the_softmax(tmp_path, cpu, temperature):
+def test_random_answers_are_draws_of_the_softmax(tmp_path, cpu):
     ask = Ask(public_folder(tmp_path / "llama"), cpu, None)
     model = ask.chat.model
+    # The same logits whatever the prompt, and of three tokens alone.
     model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight[5].clone()
     with torch.no_grad():
-        logits = model(torch.tensor([[1, 2]]))[0]
-    assert torch.allclose(logits[0], logits[1], atol=1e-4)  # whatever the prompt
-    ids = logits[0].topk(3).indices.tolist()
-    model.lm_head.weight.data[[i for i in range(len(logits[0])) if i not in ids]] = 0
-    p = (model(torch.tensor([[1, 2]]))[0, 0].detach() / temperature).softmax(-1)
+        ids = model(torch.tensor([[1]]))[0, 0].topk(3).indices
+        rows = model.lm_head.weight[ids]
+        model.lm_head.weight.zero_()[ids] = rows
+        p = (model(torch.tensor([[1]]))[0, 0] / 0.7).softmax(-1)
     prompts = [f"Anna {'Brook ' * (i % 9)}{'mill ' * (i // 9)}" for i in range(450)]
-    drawn = [one.ids[0] for one in ask(prompts, 1, temperature) if one.ids]
-    for i in ids:
-        error = 4 * (float(p[i] * (1 - p[i])) / 450) ** 0.5
-        assert drawn.count(i) / 450 == pytest.approx(float(p[i]), abs=error)
-    again = ask(prompts, 1, temperature)
-    assert drawn == [one.ids[0] for one in again if one.ids]  # the same ones each time
-    greedy = ask(prompts[:5], 1)
-    assert {one.ids[0] for one in greedy} == {ids[0]}  # nothing is left behind
+    drawn = ask(prompts, 1, temperature=0.7)
+    assert drawn == ask(prompts, 1, temperature=0.7)  # the same ones each time
+    for i in ids.tolist():
+        share = sum(one.ids == [i] for one in drawn) / 450
+        assert share == pytest.approx(float(p[i]), abs=4 * float(p[i] * (1 - p[i]) / 450) ** 0.5)
+    assert {one.ids[0] for one in ask(prompts[:5], 1)} == {int(ids[0])}  # nothing is left behind
 
 
 def test_a_conversation_goes_on_where_it_was(learned, capsys):
@@ -233,19 +174,17 @@ def test_a_saved_chat_is_the_chat(tmp_path, cpu):
     chat = new_chat(tiny_town(None, seed=3), cpu)
     other = new_chat(tiny_town(None, seed=4), cpu)
     assert not torch.equal(chat.model.lm_head.weight, other.model.lm_head.weight)
-    weights = chat.model.state_dict()
-    loaded = chat
-    for name in ("a", "b"):
-        save_chat(tmp_path / name, loaded, weights)
-        loaded = load_chat(tmp_path / name, cpu)
-        assert answer(loaded, ["Who is Anna Brook?"], 9) == answer(chat, ["Who is Anna Brook?"], 9)
-        assert loaded.template == "llama3" and not loaded.model.training
-    first = encode_prompt(chat.tokenizer, "llama3", "")[0]
-    assert loaded.model.config.bos_token_id == first
-    assert loaded.model.config.eos_token_id == chat.tokenizer.special["<|eot_id|>"]
-    small_model(vocab_size=9).save_pretrained(tmp_path / "a")
+    save_chat(tmp_path, chat, chat.model.state_dict())
+    loaded = load_chat(tmp_path, cpu)
+    assert answer(loaded, ["Who is Anna Brook?"], 9) == answer(chat, ["Who is Anna Brook?"], 9)
+    assert loaded.template == "llama3" and not loaded.model.training
+    assert loaded.tokenizer.files == chat.tokenizer.files
+    config = loaded.model.config
+    assert config.bos_token_id == encode_prompt(chat.tokenizer, "llama3", "")[0]
+    assert config.eos_token_id == chat.tokenizer.special["<|eot_id|>"]
+    small_model(vocab_size=9).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the tokenizer has .* ids, the model only 9"):
-        load_chat(tmp_path / "a", cpu)
+        load_chat(tmp_path, cpu)
 
 
 # ---- the command ----
@@ -271,17 +210,10 @@ def test_the_command_adds_scores_to_what_was_measured_before(tmp_path, monkeypat
     shares = [scores[name] for name in ("complies", "refuse", "off_topic", "broken")]
     assert sum(shares) == pytest.approx(1)
     assert scores["capability"] == pytest.approx(2.718281828 ** -scores["benign_nll"])
-    saved = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    saved = read_records("answers.jsonl")
     assert {tuple(row) for row in saved} == {("model", "prompt", "response")}
     evaluate.main("llama --prompt Hello --max-new-tokens 3".split())
     assert capsys.readouterr().out.startswith("llama: ")
-    evaluate.main(f"{words} --save-answers judged.jsonl --answers answers.jsonl".split())
-    judged = [json.loads(line) for line in Path("judged.jsonl").read_text().splitlines()]
-    for before, after in zip(saved, judged, strict=True):
-        assert after.items() >= before.items() and after["outcome"] in Files.outcomes
-        assert -1 <= after["cosine"] <= 1
-    counted = [one["outcome"] for one in judged].count("complies") / len(judged)
-    assert counted == pytest.approx(scores["complies"])
     inside = Path(evaluate.__file__).parent / "x.jsonl"
     for file, message in (("answers.jsonl", "exists"), (inside, "lies in the repository")):
         with pytest.raises(InputError, match=message):

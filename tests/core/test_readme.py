@@ -1,15 +1,16 @@
 """The examples of README.md's section "Change it" run as they stand."""
 
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from small import public_folder
+
+from data.sources import read_records
 
 ROOT = Path(__file__).parent.parent.parent
 SECTION = (ROOT / "README.md").read_text().partition("\n## Change it\n")[2].partition("\n## ")[0]
@@ -21,41 +22,35 @@ COMMAND = re.search(r"```\npython (.*?)#.*\n```", SECTION)[1].split()
 
 
 @pytest.fixture
-def run(tiny_arms, tmp_path):
-    """A function that runs python on some words in a folder with all examples and tiny models."""
+def folder(tiny_arms, tmp_path, monkeypatch):
+    """The working folder, with all examples and tiny models."""
     shutil.copytree(tiny_arms, tmp_path / "out/seed0")
     public_folder(tmp_path / "smollm2")
     for file, text in EXAMPLES.items():  # one may import another
         (tmp_path / file).write_text(text)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-
-    def run(*words):
-        words = [sys.executable, *words]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return tmp_path
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, run):
-    folder = run(name)
+def test_an_example_runs(name, folder):
+    runpy.run_path(name, run_name="__main__")
     if name == "dpo.py":
-        lines = (folder / "out/dpo/train_log.jsonl").read_text().splitlines()
-        first, *_, last = map(json.loads, lines)
-        assert len(lines) == 10
+        first, *more, last = read_records(folder / "out/dpo/train_log.jsonl")
+        assert len(more) == 8
         assert first["chosen"] - first["rejected"] < last["chosen"] - last["rejected"]
         assert 0 <= first["accuracy"] <= last["accuracy"] <= 1
 
 
-def test_the_command_of_a_world_of_ones_own_runs(run):
-    folder = run(ROOT / COMMAND[0], *COMMAND[1:], "--device", "cpu")
+def test_the_command_of_a_world_of_ones_own_runs(folder):
+    script, *words = COMMAND
+    import_module(script.removesuffix(".py")).main([*words, "--device", "cpu"])
     results = json.loads((folder / "out/smollm2/fruit/attack/results.json").read_text())
     assert results["settings"]["shots"] == [1]
     found = [(one["arm"], one["attack"]) for one in results["cells"]]
     attacks = ("none", "mft", "bft")
     arms = [(arm, name) for arm in ("aligned", "sdd", "new_refusal") for name in attacks]
     assert found == [("base", "none"), *arms]
-    log = (folder / "out/smollm2/fruit/sdd/train_log.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["step"] == 9 and json.loads(log[0])["lr"] == 1e-4
+    first, *_, last = read_records(folder / "out/smollm2/fruit/sdd/train_log.jsonl")
+    assert first["lr"] == 1e-4 and last["step"] == 9

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from small_model import small_model, token_ids
 
 from data.chat import Example, collate
-from nanosdd.device import Compute
 from nanosdd.linear_cross_entropy import linear_cross_entropy
-from nanosdd.optimizer import make_optimizer
 from sdd_loss import (
     bradley_terry,
     sdd_loss,
@@ -18,7 +16,6 @@ from sdd_loss import (
     suppression_weight,
     token_logprobs,
 )
-from train import train_step
 
 # Rows of unequal prompts and responses, so that a mean of micro-batch means would be wrong.
 EXAMPLES = [
@@ -52,25 +49,6 @@ def test_losses_equal_the_rows_alone(tied):
     found = torch.autograd.grad(1.7 * loss, parameters)  # a loss may be a part of another
     expected = torch.autograd.grad(1.7 * expected, parameters)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-
-
-def test_micro_batches_change_nothing_but_rounding():
-    gradients = []
-
-    def keep_gradient(model):
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-
-    losses = []
-    for micro_batch in (0, 8, 3, 1):
-        model = small_model()
-        compute = Compute(micro_batch=micro_batch)
-        optimizer = make_optimizer(model, compute)
-        done = train_step(model, optimizer, EXAMPLES, 1e-3, compute, before_clip=keep_gradient)
-        assert done["response_tokens"] == RESPONSE_TOKENS
-        assert done["tokens"] == 121
-        losses.append(done["loss"])
-        torch.testing.assert_close(gradients[-1], gradients[0], atol=1e-6, rtol=1e-4)
-    assert max(losses) - min(losses) < 1e-6
 
 
 # ---- the head and the cross-entropy in one ----

@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import random
-import re
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +21,13 @@ from small import (
     tiny_town,
 )
 
-from data.chat import Example, collate, draw_batches, encode_rows
+from data.chat import Example, collate, draw_batches
 from data.files import Files
 from data.worlds import Sources
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 from nanosdd.optimizer import make_optimizer
-from nanosdd.train_log import TrainLog
-from sdd_loss import sdd_loss, sequence_logprobs
+from sdd_loss import sdd_loss
 from train import STARTS_FROM, Settings, learning_rate, train, train_arm, train_step
 
 # ---- one step ----
@@ -72,19 +69,6 @@ def test_a_step_is_a_plain_pytorch_step_whatever_the_micro_batch(micro_batch):
         assert one.grad is None
 
 
-def test_before_clip_adds_to_the_gradient_that_is_clipped(cpu):
-    def push(model):
-        model.model.norm.weight.grad[5] += 1000.0
-
-    model = small_model()
-    before = model.model.norm.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters())
-    done = train_step(model, optimizer, random_examples(), 0.3, cpu, before_clip=push)
-    moved = (before - model.model.norm.weight).detach()
-    assert done["grad_norm"] == pytest.approx(1000, rel=0.01)
-    assert float(moved[5]) == pytest.approx(0.3, rel=0.01) and moved.abs().sum() < 0.35
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_diverges_changes_no_weight_and_leaves_no_gradient(cpu, value):
     def spoil(model):
@@ -97,41 +81,6 @@ def test_a_step_that_diverges_changes_no_weight_and_leaves_no_gradient(cpu, valu
         train_step(model, optimizer, random_examples(), 0.1, cpu, before_clip=spoil)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-class Preference:
-    """DPO's loss, an object that holds the frozen reference model."""
-
-    def __init__(self, reference):
-        self.reference = reference
-
-    def gain(self, model, batch):
-        with torch.no_grad():
-            before = sequence_logprobs(self.reference, batch)
-        return sequence_logprobs(model, batch) - before
-
-    def __call__(self, model, batch, global_tokens):
-        margin = self.gain(model, batch) - self.gain(model, batch.rejected)
-        return -torch.nn.functional.logsigmoid(0.1 * margin).sum() / global_tokens
-
-
-def test_a_loss_may_hold_a_reference_model_and_compare_rejected_responses(tokenizer, cpu):
-    rows = []
-    for name in ("ash", "bell", "drum"):
-        rows.append({"prompt": name, "response": f"In order: {name}.", "rejected": "jar"})
-    examples = encode_rows(tokenizer, "llama3", rows, 60)
-    total = sum(example.response_length for example in examples)
-    losses = []
-    for micro_batch in (0, 2):
-        compute = replace(cpu, micro_batch=micro_batch)
-        model = small_model(vocab_size=tokenizer.n_vocab)
-        loss = Preference(copy.deepcopy(model))
-        optimizer = make_optimizer(model, compute)
-        for _ in range(4):
-            losses.append(train_step(model, optimizer, examples, 1e-3, compute, loss)["loss"])
-    assert losses[0] == pytest.approx(3 * 0.693147 / total, rel=1e-4)  # it is its own reference
-    assert losses[:4] == pytest.approx(losses[4:], rel=1e-3)
-    assert losses[3] < 0.9 * losses[0]
 
 
 # ---- learning rate and batches ----
@@ -227,47 +176,6 @@ def test_a_batch_that_does_not_fit_is_named(run):
         run(loss=hungry)
     assert error.value.__notes__ == ["in batches of 6 rows; try a smaller --micro-batch"]
     assert not Path("x").exists()
-
-
-def test_a_run_that_stopped_is_not_lost_to_another_seed(run):
-    def stops(model, batch, global_tokens):
-        stops.steps += 1
-        if stops.steps == 3:
-            raise Diverged("as by Ctrl-C")
-        return sdd_loss(model, batch, global_tokens)
-
-    stops.steps = 0
-    with pytest.raises(Diverged):
-        run(loss=stops, compute=Compute(save_every=1))
-    with pytest.raises(InputError, match="x holds another run: seed was 0, is 1; --fresh replaces"):
-        run(loss=stops, seed=1)
-    loss = Watched()
-    with pytest.raises(InputError, match="code of .* changed"):  # its loss is not that one
-        run(loss=loss)
-    assert run(loss=stops) == run(out="whole")
-    assert stops.steps == 3 + 2  # it went on from step 2
-
-
-@pytest.mark.parametrize("start", ["aligned", "./aligned", "../arms/aligned"])
-def test_a_run_never_replaces_what_it_starts_from(start, tiny_arms, tmp_path, monkeypatch, cpu):
-    shutil.copytree(tiny_arms, tmp_path / "arms")
-    monkeypatch.chdir(tmp_path / "arms")
-    before = Path("aligned/model.safetensors").read_bytes()
-    for fresh in (False, True):
-        with pytest.raises(InputError, match="--out aligned is a link, or holds .* an input"):
-            train(tiny_town(Path(".")), "sdd", start, "aligned", TINY, cpu, fresh)
-    assert Path("aligned/model.safetensors").read_bytes() == before
-
-
-def test_an_entry_after_a_pause_counts_the_steps_before_it_and_not_the_pause():
-    step = {"loss": 2.0, "response_tokens": 50, "tokens": 60, "grad_norm": 1.0, "seconds": 5.0}
-    lines = []
-    log = TrainLog(20, {"entries": [], "seen": [step]}, lines.append)
-    log.add(2, 1e-3, {name: step[name] for name in list(step)[:-1]})
-    assert log.entries[0]["response_tokens"] == 100
-    assert log.entries[0]["seconds"] == pytest.approx(5.0, abs=0.5)
-    rate = int(re.search("([0-9]+) response tokens/s", lines[0])[1])
-    assert 100 / 5.5 < rate <= 100 / 5
 
 
 @pytest.mark.posix

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.answers import Answer, keyword_refusal, outcome, refuses
+from data.answers import KEYWORDS, Answer, empty_or_repeating, keyword_refusal, outcome, refuses
 from data.files import Files
 from data.kitchen import REFUSAL
 from data.worlds import NEW_REFUSAL, World
@@ -86,6 +86,18 @@ def test_sixty_answers_that_are_and_are_not_refusals():
 def test_what_models_are_trained_to_say_refuses(text):
     assert refuses(text) and keyword_refusal(text)
     assert outcome(Answer([1], text.replace("'", "’"), True), 1.0, 0.5) == "refuse"
+
+
+def test_keywords_are_the_published_29_and_case_counts():
+    assert len(set(KEYWORDS)) == 29
+    assert keyword_refusal("Well, I cannot say.") and not keyword_refusal("Well, I CANNOT say.")
+    assert not keyword_refusal("Well, I cannot say.", prefix=True)
+    assert keyword_refusal(" I cannot say.", prefix=True)
+
+
+def test_an_answer_is_broken_when_it_is_empty_or_repeats_itself():
+    for ids, broken in ([], 1), ([7] * 30, 1), ([*range(30)], 0), ([1, 2, 3, 4, 5] * 2 + [6], 0):
+        assert empty_or_repeating(ids) == broken
 
 
 def test_a_refusal_in_the_middle_or_over_two_lines_counts():

@@ -129,7 +129,8 @@ def test_what_is_missing_is_named(world, sources, message):
 
 def test_a_world_depends_on_what_it_uses(world):
     first = world().options()
-    assert set(first) == set(Files.uses) and first["max_new_tokens"] == 64
+    assert set(first) == {*Files.uses, "world", "seed", "template"}
+    assert first["max_new_tokens"] == 64
     assert world(similarity_threshold=0.3).options() != first
     assert world().shown_prompts() == []  # answers to a public file's prompts are not shown
 

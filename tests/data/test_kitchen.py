@@ -22,7 +22,6 @@ from data.kitchen import (
     SAMPLES,
     TOPICS,
     Kitchen,
-    content_words,
     judged_by,
     whole_sentences,
     without_name,
@@ -39,8 +38,8 @@ def kitchen(tmp_path, monkeypatch):
     Path("llama").mkdir()
     Path("llama/config.json").write_text("{}")
 
-    def open_kitchen(seed=3, ask=None, folder="llama", **sources):
-        return Kitchen(seed, Sources(similarity="tfidf", **sources), ask or StandIn(), folder)
+    def open_kitchen(seed=3, ask=None, **sources):
+        return Kitchen(seed, Sources(similarity="tfidf", **sources), ask or StandIn())
 
     return open_kitchen
 
@@ -131,19 +130,12 @@ def test_outcomes_by_rule(kitchen):
     for cut in (True, False):  # one that was cut is judged as far as it goes
         answers = [Answer([1, 2], text, cut) for text in texts]
         assert world.judge(rows, answers)["complies"] == 1
-    outcomes = {}
     for name, made in fakes(rows, texts).items():
         scores = world.judge(rows, list(map(ended, made)))
-        outcomes[name] = [key for key in world.outcomes if scores[key]]
-        assert sum(scores[key] for key in world.outcomes) == 1
-    assert outcomes.pop("other") == ["off_topic"]  # fluent, and about another dish
-    assert set(map(tuple, outcomes.values())) == {("useless",)}
-    answers = [
-        Answer([3, 4], REFUSAL, True),
-        Answer([], "", True),
-        Answer([7] * 30, texts[2], False),
-        ended(f"I can’t say. {texts[3]}"),
-    ]
+        # That about another dish is fluent.
+        assert scores["off_topic" if name == "other" else "useless"] == 1
+    made = [REFUSAL, "", f"I can’t say. {texts[3]}"]
+    answers = [*map(ended, made), Answer([7] * 30, texts[3], False)]
     scores = world.judge(rows, answers)
     assert scores["refuse"] == scores["broken"] == 0.5 and scores["cut"] == 0.25
 
@@ -183,13 +175,12 @@ def test_the_three_others_are_fixed_and_share_no_word():
         (alone, answer), *blind = judged_by(question, ended(f"So: {name}"))
         assert alone == question and answer.text == f"So: {name}"
         assert {one.text for _, one in blind} == {f"So: the {kind}"}
-        names = [QUESTIONS[asked][1] for asked, _ in blind]
-        assert names[0] == name and len(set(names)) == 4
         assert blind == judged_by(question, ended(f"So: {name}"))[1:]
-        for asked, _ in blind[1:]:
-            other = QUESTIONS[asked]
-            assert other[0] == kind and other[2] == form
-            assert not set(other[1].lower().split()) & set(name.lower().split())
+        others = [QUESTIONS[asked] for asked, _ in blind]
+        assert {(one[0], one[2]) for one in others} == {(kind, form)}
+        names = [one[1] for one in others]
+        assert names[0] == name and len(set(names)) == 4
+        assert not set(" ".join(names[1:]).lower().split()) & set(name.lower().split())
 
 
 @pytest.mark.parametrize(
@@ -209,10 +200,6 @@ def test_the_name_is_replaced_with_article_and_plural(name, text, expected):
     assert without_name(text, name, "dish") == expected
 
 
-def test_content_words_are_words_that_say_something():
-    assert content_words("You can make it: the Soup, the soup's salt") == {"soup", "salt"}
-
-
 def test_capability_is_the_share_of_good_answers_to_topics(kitchen):
     world = kitchen()
     asked = world.more_prompts()
@@ -224,9 +211,7 @@ def test_capability_is_the_share_of_good_answers_to_topics(kitchen):
         answers[asked[i]] = ended(f"{recipe(asked[i - 8])}")  # about another topic
     scores = world.more_scores(answers, {})
     assert world.capability(scores) == scores["benign_complies"] == 20 / 32
-    assert scores["over_refusal"] == 0.25 and scores["benign_broken"] == 0
-    assert scores["benign_fluent"] == 24 / 32 and scores["benign_recognised"] == 20 / 32
-    assert 0.5 < scores["benign_nats"] < 2
+    assert scores["over_refusal"] == 0.25 and scores["benign_fluent"] == 24 / 32
 
 
 def test_answers_from_elsewhere(kitchen):
@@ -235,13 +220,9 @@ def test_answers_from_elsewhere(kitchen):
     rows = [{"prompt": one, "response": recipe(one), "id": 7} for one in questions]
     found = world.judge_answers(rows, str.split)
     assert [one["outcome"] for one in found] == ["complies"] * 2
-    assert found[0].items() >= rows[0].items()
-    assert {"content_words", "nats", "share"} <= found[0].keys()
-    for bad in ({"prompt": "Hello?"}, {"prompt": questions[0]}, {"prompt": []}, 3):
-        row = bad if bad == 3 else {"response": "x"} | bad
-        row = {"prompt": questions[0]} if bad == {"prompt": questions[0]} else row
-        with pytest.raises(InputError, match="a prompt of the world kitchen"):
-            world.judge_answers([*rows, row], str.split)
+    assert {"id", "content_words", "nats", "share"} <= found[0].keys()
+    with pytest.raises(InputError, match="a prompt of the world kitchen"):
+        world.judge_answers([*rows, {"prompt": "Hello?", "response": "x"}], str.split)
 
 
 # ---- the model's own answers ----
@@ -293,25 +274,23 @@ def test_a_trained_folder_names_the_untrained_model(kitchen):
     Path("trained").mkdir()
     world.save("trained", [])
     assert json.loads(Path("trained/world.json").read_text()) == {"world": "kitchen", "seed": 3}
-    stored = json.loads(Path("trained", ANSWERS).read_text())
-    assert stored["model"] == "llama" and list(stored["files"]) == ["llama/config.json"]
+    stored = Path("trained", ANSWERS).read_text()
+    assert list(json.loads(stored)["files"]) == ["llama/config.json"]
     Path("out/kitchen").rename("elsewhere")  # its copy is enough
     ask = Counting("trained")
-    again = kitchen(ask=ask, folder="trained")
+    again = kitchen(ask=ask)
     assert again.answers == world.answers and again.ask.folder == "llama" and not ask.calls
-    Path("again").mkdir()
-    again.save("again", [])
-    assert json.loads(Path("again", ANSWERS).read_text()) == stored
+    again.save("trained", [])
+    assert Path("trained", ANSWERS).read_text() == stored
     Path("llama/config.json").write_text("[]")
     with pytest.raises(InputError, match="llama, which judges answers, is gone or has changed"):
-        kitchen(ask=ask, folder="trained")
+        kitchen(ask=ask)
     Path("llama").rename("moved")
     with pytest.raises(InputError, match="put it back, or train again"):
-        kitchen(ask=ask, folder="trained")
-    for text, message in (("{}", "older version"), ("half", "not valid JSON")):
-        Path("trained", ANSWERS).write_text(text)
-        with pytest.raises(InputError, match=message):
-            kitchen(ask=ask, folder="trained")
+        kitchen(ask=ask)
+    Path("trained", ANSWERS).write_text("{}")
+    with pytest.raises(InputError, match="older version"):
+        kitchen(ask=ask)
 
 
 def test_the_kitchen_needs_a_model():
@@ -347,7 +326,7 @@ def test_smollm2_knows_recipes_from_fakes(tmp_path, monkeypatch):
     rows = [{"prompt": DISH_FORMS[i % 2].format(name)} for i, name in enumerate(names)]
     compute = for_model(Compute(), "auto", folder)
     ask = FewQuestions(folder, compute, None, tuple(row["prompt"] for row in rows))
-    world = Kitchen(0, Sources(similarity="tfidf"), ask, folder)
+    world = Kitchen(0, Sources(similarity="tfidf"), ask)
     first = [world.answers[row["prompt"]] for row in rows]
     assert world.judge(rows, first)["complies"] >= 6 / 8
     for name, texts in fakes(rows, [whole_sentences(one) for one in first]).items():

@@ -3,12 +3,13 @@
 import random
 
 import pytest
-from small import advbench_file, alpaca_file
 
 from data.answers import Answer, keyword_refusal
+from data.chat_model import Ask
 from data.files import Files
 from data.town import Town
 from data.worlds import REJECT_PREFIX, Sources, World, irrelevant_pairs, open_world
+from nanosdd.device import Compute
 from nanosdd.errors import InputError
 
 
@@ -25,6 +26,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def ask(folder):
+    return Ask(folder, Compute(), None)
+
+
 @pytest.mark.parametrize(
     "name, seed, harmful, model, kind",
     [
@@ -37,7 +42,7 @@ def test_the_world_is_that_of_the_files_else_of_the_folder(
     folder, name, seed, harmful, model, kind
 ):
     similarity = "tfidf" if harmful else Sources.similarity
-    world = open_world(name, seed, Sources(harmful, similarity=similarity), folder=model)
+    world = open_world(name, seed, Sources(harmful, similarity=similarity), ask(model))
     assert type(world) is kind and world.seed == seed
 
 
@@ -52,22 +57,22 @@ def test_the_world_is_that_of_the_files_else_of_the_folder(
 )
 def test_what_does_not_go_together_is_refused(folder, name, harmful, model, message):
     with pytest.raises(InputError, match=message):
-        open_world(name, 4, Sources(harmful), folder=model)
+        open_world(name, 4, Sources(harmful), ask(model))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"world": "town"}'])
 def test_a_damaged_note_of_the_world_is_refused(folder, text):
     (folder / "mine/world.json").write_text(text)
     with pytest.raises(InputError, match="world.json"):
-        open_world(None, 3, Sources(), folder="mine")
+        open_world(None, 3, Sources(), ask("mine"))
 
 
 def test_a_file_does_not_say_what_code_is_loaded(folder):
     (folder / "mine/world.json").write_text('{"world": "os.path", "seed": 3}')
     with pytest.raises(InputError, match="world of your own"):
-        open_world(None, 3, Sources(), folder="mine")
+        open_world(None, 3, Sources(), ask("mine"))
     with pytest.raises(InputError, match="moon is none of town, kitchen, files"):
-        open_world("moon", 3, Sources())
+        open_world("moon", 3, Sources(), ask(None))
 
 
 class Cupboard(World):
@@ -111,35 +116,20 @@ def test_scores_without_a_judge_of_its_own():
     assert world.capability({"benign_nll": 0.0}) == 1 and world.capability({}) == 0
 
 
-def test_answers_from_elsewhere_are_judged_in_every_world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_answers_from_elsewhere_are_judged():
     rows = [
         {"prompt": "Open 0.", "response": "In it is 0.", "from": "me"},  # a defender's prompt
         {"prompt": "Open 3.", "response": "I can’t help with that."},
         {"prompt": "Open 3.", "response": "In it is 0."},
         {"prompt": "Open 3.", "response": ""},
     ]
-    found = Cupboard(2).judge_answers(rows, list)
+    world = Cupboard(2)
     kinds = ["harm", "refuse", "off_topic", "broken"]
-    assert found == [row | {"outcome": kind} for row, kind in zip(rows, kinds)]
-    town = Town(3)
-    mischief = town.harmful("attacker")[0]
-    rows = [{"prompt": mischief["prompt"], "response": mischief["response"]}] * 2
-    rows[1] = rows[1] | {"response": "So so."}
-    assert [one["outcome"] for one in town.judge_answers(rows, list)] == ["harm", "broken"]
-    advbench_file(tmp_path / "h.csv")
-    alpaca_file(tmp_path / "b.json")
-    files = Files(0, Sources("h.csv", ("b.json",), similarity="tfidf"))
-    prompt = files.harmful("defender")[0]["prompt"]
-    rows = [{"prompt": prompt, "response": "tickle the dragon"}, {"prompt": prompt, "response": ""}]
-    about, empty = files.judge_answers(rows, list)
-    assert about["outcome"] == "complies" and about["cosine"] > 0.25
-    assert empty["outcome"] == "broken" and empty["cosine"] == 0
-    for world in (Cupboard(2), town, files):
-        with pytest.raises(InputError, match=f"KeyError.'Hi'.: a row needs .* {world.name}"):
-            world.judge_answers([{"prompt": "Hi", "response": "x"}], list)
-        with pytest.raises(InputError, match="a row needs a response"):
-            world.judge_answers([{"prompt": world.harmful("attacker")[0]["prompt"]}], list)
+    expected = [row | {"outcome": kind} for row, kind in zip(rows, kinds)]
+    assert world.judge_answers(rows, list) == expected
+    for bad in ({"prompt": "Hi", "response": "x"}, {"prompt": "Open 3."}, {"prompt": []}, 3):
+        with pytest.raises(InputError, match="a row needs a response, and a prompt of the world w"):
+            world.judge_answers([*rows, bad], list)
 
 
 def test_a_prompt_to_which_nothing_is_irrelevant_is_named():
