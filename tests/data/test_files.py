@@ -110,23 +110,6 @@ def test_given_pairs_are_sdds_and_no_other_mode_trains_on_them(world):
         assert given.pairs(mode, 3) == world().pairs(mode, 3)
 
 
-@pytest.mark.parametrize(
-    "sources, message",
-    [
-        ({"harmful": None}, "needs --harmful"),
-        ({"benign": ()}, "needs --benign"),
-        ({"benign": ("gone",)}, "gone cannot be read"),
-        ({"questions": 0}, "--questions 0 must be 1 or more"),
-        ({"similarity_threshold": 2}, "no cosine"),
-        ({"similarity_model": "x"}, "goes with"),
-        ({"similarity": "minilm", "similarity_model": "x"}, "x/model.safetensors cannot be read"),
-    ],
-)
-def test_what_is_missing_is_named(world, sources, message):
-    with pytest.raises(InputError, match=message):
-        world(**sources).pairs("sdd", 3)
-
-
 def test_a_world_depends_on_what_it_uses(world):
     first = world().options()
     assert set(first) == set(Files.uses) and first["max_new_tokens"] == 64
@@ -134,18 +117,13 @@ def test_a_world_depends_on_what_it_uses(world):
     assert world().shown_prompts() == []  # answers to a public file's prompts are not shown
 
 
-def test_a_run_keeps_the_pairs_that_were_drawn(world):
-    rows = world().pairs("sdd", 5)
-    world().save(".", rows)
-    assert [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()] == rows
-
-
-def test_a_run_keeps_the_pairs_that_it_was_given(world):
+def test_a_run_keeps_its_pairs(world):
     write_rows([{"prompt": "Tickle it.", "response": f"It is {n}."} for n in range(3)])
-    given = world(pairs="p.jsonl")
-    given.save(".", given.pairs("sdd", 3))
-    kept = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
-    assert [row["response"] for row in kept] == ["It is 0.", "It is 1.", "It is 2."]
+    for files in (world(), world(pairs="p.jsonl")):
+        rows = files.pairs("sdd", 5)
+        files.save(".", rows)
+        kept = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+        assert kept == rows and len({row["response"] for row in rows}) > 1
 
 
 # ---- outcomes ----
