@@ -103,35 +103,36 @@ def test_without_the_package_the_error_says_what_to_do():
 # ---- comparisons with the peers ----
 
 
+@pytest.fixture
+def words():
+    """Pieces of the real vocabulary that are words or parts of words."""
+    return (package_folder() / "vocab.txt").read_text(encoding="utf-8").split("\n")[1996:]
+
+
 @REAL
-def test_ids_are_those_of_tokenizers_on_thousands_of_strings():
+def test_ids_are_those_of_tokenizers_on_a_thousand_strings(words):
     tokenizers = pytest.importorskip("tokenizers")
-    folder = package_folder()
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs = tokenizers.Tokenizer.from_file(str(package_folder() / "tokenizer.json"))
     theirs.no_padding()
     theirs.enable_truncation(256)
-    ours = SentenceEncoder(folder).tokenizer
+    ours = SentenceEncoder(package_folder()).tokenizer
     rng = random.Random(8)
     codes = (*range(0x600), *range(0x1E00, 0x2100), *range(0x3040, 0x5000), *range(0xAC00, 0xAC50))
-    alphabet = [chr(code) for code in codes]
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[1996:]
-    for _ in range(3000):
-        text = "".join(rng.choices(alphabet, k=rng.randrange(60)))
+    for _ in range(1000):
+        text = "".join(map(chr, rng.choices(codes, k=rng.randrange(60))))
         text += " ".join(rng.choices(words, k=rng.randrange(400))).replace(" ##", "")
         assert ours.encode(text, 256) == theirs.encode(text).ids, repr(text)
 
 
 @REAL
-def test_vectors_are_those_of_transformers():
+def test_vectors_are_those_of_transformers(words):
     transformers = pytest.importorskip("transformers")
-    folder = package_folder()
-    ours = SentenceEncoder(folder)
-    model = transformers.BertModel.from_pretrained(folder).eval()
+    ours = SentenceEncoder(package_folder())
+    model = transformers.BertModel.from_pretrained(package_folder()).eval()
     rng = random.Random(4)
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[1996:]
-    texts = [" ".join(rng.choices(words, k=k)) for k in (1, 3, 9, 30, 90, 290)]
-    for text, vector in zip(texts, ours.embed(texts)):
-        ids = torch.tensor([ours.tokenizer.encode(text, 256)])
+    for k in (1, 3, 9, 30, 90, 290):
+        text = " ".join(rng.choices(words, k=k))
         with torch.no_grad():
-            hidden = model(ids).last_hidden_state[0]  # (T,C)
-        assert torch.allclose(vector, F.normalize(hidden.mean(0), dim=0), atol=1e-5)
+            hidden = model(torch.tensor([ours.tokenizer.encode(text, 256)])).last_hidden_state[0]
+        expected = F.normalize(hidden.mean(0), dim=0)  # of (T,C)
+        assert torch.allclose(ours.embed([text])[0], expected, atol=1e-5)
