@@ -34,10 +34,6 @@ OURS = {name: name for name in JINJA} | {"llama32": "llama31"}  # which differ i
 PUBLISHED = sorted(JINJA.keys() - {"plain"})
 # one vocabulary in three kinds of file
 LLAMA2_KINDS = ["tiny_llama2_json", "tiny_metaspace_json", "tiny_sentencepiece"]
-CHATML_TURN = ["\n", "<|im_start|>", "user\n ask {text}", "<|im_end|>", "\n", "<|im_start|>"]
-CHATML_TURN += ["assistant\n"]
-LLAMA3_TURN = ["<|start_header_id|>", "user", "<|end_header_id|>", "\n\nask {text}", "<|eot_id|>"]
-LLAMA3_TURN += ["<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"]
 
 
 @lru_cache
@@ -65,24 +61,6 @@ def test_golden(name, kind):
         else:
             assert template in ("chatml", "smollm2") and case["response"][0].isspace()
             assert tokenizer.decode(prompt + response + after_end) == case["whole_text"]
-
-
-@pytest.mark.parametrize(
-    "template, folder, parts",
-    [
-        ("llama2", LLAMA2_KINDS[0], ["<s>", "[INST] ask {text} [/INST]"]),
-        ("zephyr", LLAMA2_KINDS[0], ["\n<|user|>\n ask {text}", "</s>", "\n<|assistant|>\n"]),
-        ("smollm2", "tiny_smollm2", CHATML_TURN),
-        ("llama31", "../chat/tiny_llama3", LLAMA3_TURN),
-    ],
-)
-def test_a_later_turn_by_hand(template, folder, parts):
-    tokenizer = tokenizer_in(f"../tokenizer/{folder}")
-    ids = []
-    for part in parts:
-        special = tokenizer.special.get(part)
-        ids += tokenizer.encode(part) if special is None else [special]
-    assert encode_next_turn(tokenizer, template, " ask {text}") == ids
 
 
 @pytest.mark.parametrize("template, name", [("zephyr", "</s>"), ("chatml", r"<\|im_start\|>")])

@@ -60,17 +60,14 @@ def openbookqa(found) -> Exam:
 )
 def test_prompt_and_choice_are_the_whole_text(folder, start):
     tokenizer = load_tokenizer(GOLDEN / folder)
-    for prompt, choices in [
-        ("the cat", ["sat on it", "is a dog"]),
-        ("Ends in a space ", ["and goes on", "is a cat"]),
-    ]:
+    for prompt in ("the cat", "Ends in a space "):
+        choices = ["sat on it", "is a dog"]
         examples = encode_choices(tokenizer, openbookqa([]), rows([(prompt, choices, 0)])[0], 0)
         for example, choice in zip(examples, choices, strict=True):
-            whole = tokenizer.encode(f"{prompt} {choice}")
-            assert example.ids == [tokenizer.special[start], *whole]
+            assert example.ids[0] == tokenizer.special[start]
+            assert example.ids[1:] == tokenizer.encode(f"{prompt} {choice}")
             assert example.ids[: example.prompt_length] == examples[0].ids[: example.prompt_length]
-            assert 0 < example.prompt_length < len(example.ids)
-            assert example.prompt_length <= 1 + len(tokenizer.encode(prompt))
+            assert 0 < example.prompt_length <= 1 + len(tokenizer.encode(prompt))
 
 
 class Characters:

@@ -405,14 +405,12 @@ REAL = os.environ.get("NANOSDD_REAL_DATA")
     reason="NANOSDD_REAL_DATA is not set: the folder with AdvBench, Alpaca, OpenBookQA, MMLU",
 )
 def test_the_real_files(tmp_path, capsys):
-    real = Path(REAL)
-    shutil.copy(real / "advbench/harmful_behaviors.csv", tmp_path / "x.json")
+    shutil.copy(Path(REAL) / "advbench/harmful_behaviors.csv", tmp_path / "x.json")
     rows = read_rows(tmp_path / "x.json")
     assert len(rows) == 520 and all(row["response"].startswith("Sure") for row in rows)
-    assert len(read_rows(real / "alpaca/alpaca_en_demo.json")) == 999
-    questions = read_questions(real / "openbookqa/test.jsonl")
+    assert len(read_rows(Path(REAL) / "alpaca/alpaca_en_demo.json")) == 999
+    questions = read_questions(Path(REAL) / "openbookqa/test.jsonl")
     assert len(questions) == 300 and questions[0]["answer"] == 1
-    counts = {path.stem: len(read_questions(path)) for path in real.glob("mmlu/*/*.csv")}
-    assert len(counts) == 20 and sum(counts.values()) == 50 + 1404
-    assert counts["anatomy_test"] == 135 and counts["marketing_test"] == 234
+    counts = [len(read_questions(path)) for path in Path(REAL).glob("mmlu/*/*.csv")]
+    assert len(counts) == 20 and sum(counts) == 50 + 1404
     assert capsys.readouterr().out == ""
