@@ -126,7 +126,8 @@ def drawn(count, seed=0, **sizes):
 )
 def test_categories_are_equal_and_short_ones_repeat_their_prompts(count, wanted, short, capsys):
     chosen = drawn(count, c=20, a=40, b=4)
-    assert Counter(row["category"] for row in chosen) == wanted
+    names = [row["category"] for row in chosen]
+    assert Counter(names) == wanted and names != sorted(names)
     assert [line.split("'")[1] for line in capsys.readouterr().out.splitlines()] == short
     used = Counter(row["prompt"] for row in chosen if row["category"] == "b")
     assert len(used) == min(5, wanted["b"]) and max(used.values()) - min(used.values()) <= 1
@@ -142,10 +143,8 @@ def test_rows_without_a_category_are_drawn_too():
     "text, words",
     [
         ("Is C++ like C#?", ["is", "c++", "like", "c#"]),
-        ("5 + 3 = 8, so", ["5", "+", "3", "=", "8", "so"]),
         ("\u0915\u094d\u092f\u093e \u0915\u0940?", ["\u0915\u094d\u092f\u093e", "\u0915\u0940"]),
         ("\U0001f642 \U0001f44d\U0001f3fd", ["\U0001f642", "\U0001f44d\U0001f3fd"]),
-        ("don't well-known", ["don", "t", "well", "known"]),
     ],
 )
 def test_words_keep_their_signs(text, words):
@@ -178,9 +177,9 @@ def command(tmp_path, monkeypatch):
 def test_the_command_writes_irrelevant_responses(command, capsys):
     rows = command("new/p.jsonl", "--seed", "3")
     printed = capsys.readouterr().out
-    cosines = [row["cosine"] for row in rows]
-    assert f"highest cosine {max(cosines):.4f}" in printed and "48  none" in printed
-    assert "tickle" not in printed and max(cosines) <= 0.05
+    highest = max(row["cosine"] for row in rows)
+    assert f"highest cosine {highest:.4f}" in printed and "48  none" in printed
+    assert "tickle" not in printed and highest <= 0.05
     assert {row["prompt"] for row in rows} == {row["prompt"] for row in read_rows("h.csv")}
     for row in rows:
         assert set(row) == {"prompt", "response", "category", "cosine", "owner"}

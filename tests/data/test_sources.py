@@ -243,12 +243,6 @@ def test_blank_questions_and_prompts_are_left_out(written, name, blank):
 # ---- files ----
 
 
-def test_paths_that_cannot_be_read(tmp_path):
-    for path in (tmp_path, tmp_path / "none", Path(__file__) / "below", tmp_path / ("x" * 999)):
-        message = refusal(read_rows, path)
-        assert "cannot be read (" in message and "; check the path" in message
-
-
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -128,17 +128,17 @@ def test_words_are_single_ids_and_special_tokens_follow(toy):
     assert toy.encode("cat cat sat") == [256, 257, 258]
     assert toy.encode("a") == [ord("a")] and toy.encode("don't") == list(b"don't")
     n = 256 + 5  # "a" is a byte already and "cat" was given twice
-    layout = {
-        "begin_of_text": 0,
-        "reserved_special_token_1": 3,
-        "reserved_special_token_2": 5,
-        "eom_id": 8,
-        "eot_id": 9,
-        "reserved_special_token_3": 11,
-        "reserved_special_token_247": 255,
-    }
-    assert {name: toy.special[f"<|{name}|>"] - n for name in layout} == layout
-    assert sorted(toy.special.values()) == list(range(n, n + 256)) and toy.n_vocab == n + 256
+    assert list(toy.special.values()) == list(range(n, n + 256)) and toy.n_vocab == n + 256
+    # as published: Llama 3.1's 128000, 128003, 128008, 128009, 128011 and 128255
+    for i, name in [
+        (0, "begin_of_text"),
+        (3, "reserved_special_token_1"),
+        (8, "eom_id"),
+        (9, "eot_id"),
+        (11, "reserved_special_token_3"),
+        (255, "reserved_special_token_247"),
+    ]:
+        assert toy.special[f"<|{name}|>"] == n + i
     assert toy.stop_tokens == [n + 9, n + 8, n + 1]  # eot_id, eom_id, end_of_text
 
 
