@@ -16,12 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
 MOST_BYTES = 2**29
 
 
-def main():
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    jinja, tokens = json.load(sys.stdin)
+def recognise(jinja: str, tokens: dict) -> str | None:
+    """Return the name of the known template that writes what this one does."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
         "add_generation_prompt": True,
@@ -35,8 +31,13 @@ def main():
         named = form["tokens"] | tokens
         texts = [template.render(named, messages=turns) for turns in known["conversations"]]
         if texts == form["texts"]:
-            print(name)
+            return name
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    print(recognise(*json.load(sys.stdin)))

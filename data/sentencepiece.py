@@ -97,16 +97,16 @@ def merge(symbols: list, rank_of) -> list:
     return [symbol for symbol in symbols if symbol is not None]
 
 
-def make_tokenizer(path, ids: dict[str, int], special: dict[str, int], rank_of, always_prefix=True):
+def make_tokenizer(ids: dict[str, int], special: dict[str, int], rank_of, always_prefix=True):
     """What Tokenizer takes. ids: of the pieces, the 256 byte pieces among them.
 
     always_prefix: whether "▁" also goes in front of a text that begins with a space.
     """
     for piece in ids:
         if re.search("[^▁]▁", piece):
-            raise InputError(f"{path}: the piece {piece!r} goes on after a word; it is not read")
+            raise ValueError(f"the piece {piece!r} goes on after a word")
     if not set(BYTE_PIECES) <= ids.keys():
-        raise InputError(f"{path}: some of the 256 byte pieces <0x00>..<0xFF> are missing")
+        raise ValueError("some of the 256 byte pieces <0x00>..<0xFF> are missing")
     token_bytes = {i: piece.replace(SPACE, " ").encode("utf-8") for piece, i in ids.items()}
     for byte, piece in enumerate(BYTE_PIECES):
         token_bytes[ids[piece]] = bytes([byte])
@@ -191,6 +191,10 @@ def read_model_file(path, contents: bytes):
             table[piece] = i
             if kind == NORMAL:
                 ranks[piece] = -struct.unpack("<f", entry[2])[0]  # the best is joined first
+        for setting, (default, read_here, problem) in SETTINGS.items():
+            if found.get(setting, default) != read_here:
+                raise ValueError(f"{problem}; only Llama 2's kind of SentencePiece is read")
+        return make_tokenizer(ids, special, lambda left, right: ranks.get(left + right))
     except (
         ValueError,
         LookupError,
@@ -203,25 +207,19 @@ def read_model_file(path, contents: bytes):
             f"{path}: not a tokenizer.model that can be read ({error}): download it again, or put "
             "a tokenizer.json beside it"
         ) from None
-    for setting, (default, read_here, problem) in SETTINGS.items():
-        if found.get(setting, default) != read_here:
-            raise InputError(f"{path}: {problem}; only Llama 2's kind of SentencePiece is read")
-    return make_tokenizer(path, ids, special, lambda left, right: ranks.get(left + right))
 
 
 # ---- tokenizer.json ----
 
 
-def read_json_spec(path, spec: dict, ids: dict, special: dict, ranks: dict):
+def read_json_spec(spec: dict, ids: dict, special: dict, ranks: dict):
     """The contents of a tokenizer.json with byte_fallback; ranks: of each pair of pieces."""
     normalizer = spec.get("normalizer")
     form = (normalizer, spec.get("pre_tokenizer"))
     if form not in FORMS or spec["model"].get("ignore_merges"):
-        raise InputError(
-            f"{path}: its normalizer, pre_tokenizer or ignore_merges is not Llama 2's (Prepend and "
-            "Replace, or Metaspace without split); remove this file if there is a tokenizer.model"
+        raise ValueError(
+            "its normalizer, pre_tokenizer or ignore_merges is not Llama 2's: Prepend and Replace, "
+            "or Metaspace without split"
         )
     always_prefix = normalizer is not None  # Metaspace adds no second "▁"
-    return make_tokenizer(
-        path, ids, special, lambda left, right: ranks.get((left, right)), always_prefix
-    )
+    return make_tokenizer(ids, special, lambda left, right: ranks.get((left, right)), always_prefix)

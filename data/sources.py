@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 
 from nanosdd.checkpoint import MOST_BYTES, check_readable
 from nanosdd.errors import InputError
@@ -304,27 +304,28 @@ def _system(record):
 
 
 def _lima_or_sharegpt(record):
-    turns = []
-    for number, turn in enumerate(_get(record, "conversations", list)):
-        if isinstance(turn, str):  # LIMA: user and assistant alternate
-            turns.append((("human", "gpt")[number % 2], turn))
-        else:
-            turns.append((_get(turn, "from"), _get(turn, "value")))
-    return _system(record) | _conversation(turns)
+    return _conversation(record, "conversations", "from", "value")
 
 
 def _messages(record):
-    turns = _get(record, "messages", list)
-    return _conversation([(_get(turn, "role"), _get(turn, "content")) for turn in turns])
+    return _conversation(record, "messages", "role", "content")
 
 
-def _conversation(turns):
-    row = {"prompt": "", "response": ""}
-    for (role, text), (next_role, next_text) in pairwise(turns):
+def _conversation(record, key, speaker, said):
+    """The row of the turns at `key`; speaker, said: the keys of a turn."""
+    turns = _get(record, key, list)
+    row = {"prompt": "", "response": ""} | _system(record)
+    prompt = None
+    for number, turn in enumerate(turns):
+        if isinstance(turn, str):  # LIMA: user and assistant alternate
+            turn = {speaker: ("human", "gpt")[number % 2], said: turn}
+        role = _get(turn, speaker)
+        text = _get(turn, said)
+        if role in ("gpt", "assistant") and prompt is not None:
+            return row | {"prompt": prompt, "response": text}
+        prompt = text if role in ("human", "user") else None
         if role == "system":
             row["system"] = text
-        if role in ("human", "user") and next_role in ("gpt", "assistant"):
-            return row | {"prompt": text, "response": next_text}
     return row
 
 
@@ -362,8 +363,8 @@ def _get(record, key, kind=str):
     kind."""
     if not isinstance(record, dict):
         raise ValueError("not a whole record")
-    value = record.get(key)
-    if value is None and key in record and kind is str:
+    value = record.get(key, ...)
+    if value is None and kind is str:
         value = ""
     if not isinstance(value, kind):
         raise ValueError(f"{key} is no {kind.__name__}")

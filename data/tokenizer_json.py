@@ -47,22 +47,22 @@ def read_tokenizer_json(path) -> Tokenizer:
         model = spec["model"]
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
-                raise InputError(f"{path}: only a plain BPE model is read, this one has {key}")
+                raise ValueError(f"only a plain BPE model is read, this one has {key}")
         if model.get("type", "BPE") != "BPE":
-            raise InputError(f"{path}: only a BPE model is read, this one is {model['type']}")
+            raise ValueError(f"only a BPE model is read, this one is {model['type']}")
         special = {}
         for token in spec.get("added_tokens", []):
             if not token["content"]:
                 continue  # no text holds it
             if not token["special"]:
-                raise InputError(
-                    f"{path}: the added token {token['content']!r} is not special, so ordinary "
-                    "text would turn into it: mark it special or take it out"
+                raise ValueError(
+                    f"the added token {token['content']!r} is not special, so ordinary text would "
+                    "turn into it: mark it special or take it out"
                 )
             special[token["content"]] = token["id"]
         ids = list((model["vocab"] | special).values())
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
-            raise InputError(f"{path}: an id is used twice or is not a whole number")
+            raise ValueError("an id is used twice or is not a whole number")
         # A special token may also be a piece of text: a letter, as "!", or a word that merges make,
         # as "pad". What is spelled like a tag is not.
         merged = {"".join(pair).replace(" ", "") for pair in model["merges"]}
@@ -71,18 +71,18 @@ def read_tokenizer_json(path) -> Tokenizer:
             word = name in merged and name[0] not in "<["
             if len(name) > 1 and not word:
                 vocab.pop(name, None)
-        ranks = read_merges(path, model["merges"], vocab, special)
+        ranks = read_merges(model["merges"], vocab, special)
         if model.get("byte_fallback"):
-            return Tokenizer(*read_json_spec(path, spec, vocab, special, ranks))
+            return Tokenizer(*read_json_spec(spec, vocab, special, ranks))
         return byte_level_tokenizer(path, spec, vocab, ranks, special)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(
-            f"{path}: not a tokenizer.json that can be read ({type(error).__name__}: {error}): "
-            "download it again, or use another model folder"
+            f"{path}: not a tokenizer.json that can be read ({error}): download it again, or use "
+            "another model folder"
         ) from None
 
 
-def read_merges(path, merges: list, vocab: dict[str, int], special: dict[str, int]) -> dict:
+def read_merges(merges: list, vocab: dict[str, int], special: dict[str, int]) -> dict:
     """The rank of each pair of pieces that merge; those of special tokens are dropped."""
     ranks = {}
     for rank, pair in enumerate(merges):
@@ -91,7 +91,7 @@ def read_merges(path, merges: list, vocab: dict[str, int], special: dict[str, in
         if not missing:
             ranks[left, right] = rank
         elif not missing & special.keys():
-            raise InputError(f"{path}: the merge {left!r} {right!r} is not made of its pieces")
+            raise ValueError(f"the merge {left!r} {right!r} is not made of its pieces")
     return ranks
 
 
@@ -111,7 +111,7 @@ def byte_letters() -> str:
 def byte_level_tokenizer(path, spec, vocab, ranks, special) -> Tokenizer:
     """Merges bytes spelled as letters, inside the pieces that a pattern cuts."""
     if spec.get("normalizer"):
-        raise InputError(f"{path}: a byte-level BPE with a normalizer is not read")
+        raise ValueError("a byte-level BPE with a normalizer is not read")
     letters = byte_letters()  # a string is also a table for translate
     byte_of = {letter: byte for byte, letter in enumerate(letters)}
     token_bytes = {}
@@ -134,11 +134,11 @@ def byte_level_tokenizer(path, spec, vocab, ranks, special) -> Tokenizer:
             ids.append(vocab[symbol])
         return ids
 
-    pattern = find_pattern(path, spec["pre_tokenizer"])
+    pattern = find_pattern(spec["pre_tokenizer"])
     return Tokenizer(byte_level_encoder(pattern, encode_piece), token_bytes, special)
 
 
-def find_pattern(path, pre_tokenizer: dict) -> str:
+def find_pattern(pre_tokenizer: dict) -> str:
     """The pattern of PATTERNS that cuts text as this pre_tokenizer does."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = steps[-1]
@@ -147,7 +147,7 @@ def find_pattern(path, pre_tokenizer: dict) -> str:
             if steps[:-1] == first and last.get("use_regex", True) == use_regex:
                 return pattern
     kinds = " + ".join(step["type"] for step in steps)
-    raise InputError(
-        f"{path}: the pre_tokenizer {kinds} is none of those read: Split by Llama 3's pattern, or "
-        "Digits one by one, or nothing, and then ByteLevel"
+    raise ValueError(
+        f"the pre_tokenizer {kinds} is none of those read: Split by Llama 3's pattern, or Digits "
+        "one by one, or nothing, and then ByteLevel"
     )

@@ -11,7 +11,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
+from jinja2.exceptions import TemplateError
 
+import data.chat
 from data.chat import (
     SPECIAL,
     TEMPLATES,
@@ -20,6 +22,7 @@ from data.chat import (
     encode_response,
     read_chat,
 )
+from data.recognise import recognise
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 from nanosdd.errors import InputError
 
@@ -28,12 +31,9 @@ KNOWN = json.loads((GOLDEN / "../../../data/chat_templates.json").read_text())
 CASES = json.loads((GOLDEN / "golden.json").read_text())["cases"]
 JINJA = {path.stem: path.read_text(encoding="utf-8") for path in sorted(GOLDEN.glob("*.jinja"))}
 OURS = {name: name for name in JINJA} | {"llama32": "llama31"}  # which differ in the date alone
+PUBLISHED = sorted(JINJA.keys() - {"plain"})
 # one vocabulary in three kinds of file
 LLAMA2_KINDS = ["tiny_llama2_json", "tiny_metaspace_json", "tiny_sentencepiece"]
-CHATML_TURN = ["\n", "<|im_start|>", "user\n ask {text}", "<|im_end|>", "\n", "<|im_start|>"]
-CHATML_TURN += ["assistant\n"]
-LLAMA3_TURN = ["<|start_header_id|>", "user", "<|end_header_id|>", "\n\nask {text}", "<|eot_id|>"]
-LLAMA3_TURN += ["<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"]
 
 
 @lru_cache
@@ -41,116 +41,32 @@ def tokenizer_in(folder):
     return load_tokenizer(GOLDEN / folder)
 
 
-def check(case, tokenizer):
-    """Prompt and response have the ids of the whole conversation or, where that merges the two,
-    at least its text."""
-    template = OURS[case["template"]]
-    prompt = encode_prompt(tokenizer, template, case["prompt"], case["system"])
-    response = encode_response(tokenizer, template, case["response"])
-    assert prompt == case["prompt_ids"], case["text"]
-    after_end = tokenizer.encode("\n") if case["whole_text"].endswith("\n") else []  # left out
-    if case["answer_ids"] is not None:
-        assert response + after_end == case["answer_ids"], case["whole_text"]
-    else:
-        assert template in ("chatml", "smollm2") and case["response"][0].isspace()
-        assert tokenizer.decode(prompt + response + after_end) == case["whole_text"]
-
-
 # --- golden cases ---
 
 
-@pytest.mark.parametrize("template", JINJA)
-def test_golden(template):
-    cases = [case for case in CASES if case["template"] == template]
-    assert cases
-    for case in cases:
-        check(case, tokenizer_in(case["tokenizer"]))
-
-
+@pytest.mark.parametrize("name", JINJA)
 @pytest.mark.parametrize("kind", LLAMA2_KINDS)
-def test_golden_whatever_file_holds_the_sentencepiece_vocabulary(kind):
-    cases = [case for case in CASES if "llama2" in case["tokenizer"]]
-    for case in cases:
-        check(case, tokenizer_in(f"../tokenizer/{kind}"))
-
-
-@pytest.mark.parametrize(
-    "template, folder, parts",
-    [
-        ("llama2", LLAMA2_KINDS[0], ["<s>", "[INST] ask {text} [/INST]"]),
-        ("zephyr", LLAMA2_KINDS[0], ["\n<|user|>\n ask {text}", "</s>", "\n<|assistant|>\n"]),
-        ("smollm2", "tiny_smollm2", CHATML_TURN),
-        ("llama31", "../chat/tiny_llama3", LLAMA3_TURN),
-    ],
-)
-def test_a_later_turn_by_hand(template, folder, parts):
-    tokenizer = tokenizer_in(f"../tokenizer/{folder}")
-    ids = []
-    for part in parts:
-        if part in tokenizer.special:
-            ids.append(tokenizer.special[part])
+def test_golden(name, kind):
+    """Prompt and response have the ids of the whole conversation or, where that merges the two,
+    at least its text."""
+    template = OURS[name]
+    for case in (case for case in CASES if case["template"] == name):
+        tokenizer = tokenizer_in(case["tokenizer"].replace(LLAMA2_KINDS[0], kind))
+        prompt = encode_prompt(tokenizer, template, case["prompt"], case["system"])
+        response = encode_response(tokenizer, template, case["response"])
+        assert prompt == case["prompt_ids"], case["text"]
+        after_end = tokenizer.encode("\n") if case["whole_text"].endswith("\n") else []  # left out
+        if case["answer_ids"] is not None:
+            assert response + after_end == case["answer_ids"], case["whole_text"]
         else:
-            ids += tokenizer.encode(part)
-    assert encode_next_turn(tokenizer, template, " ask {text}") == ids
+            assert template in ("chatml", "smollm2") and case["response"][0].isspace()
+            assert tokenizer.decode(prompt + response + after_end) == case["whole_text"]
 
 
-@pytest.mark.parametrize(
-    "template, name", [("llama2", "<s>"), ("zephyr", "</s>"), ("chatml", r"<\|im_start\|>")]
-)
+@pytest.mark.parametrize("template, name", [("zephyr", "</s>"), ("chatml", r"<\|im_start\|>")])
 def test_a_tokenizer_without_the_special_token_is_refused(template, name):
     with pytest.raises(InputError, match=f"{template}.*{name}.*--template"):
         encode_prompt(tokenizer_in("tiny_llama3"), template, "hi")
-
-
-# --- which template a folder needs ---
-
-# A system prompt of the template's own, where the published one has none.
-DEFAULT = (
-    "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
-)
-DEFAULT += "'Be brief.'}] + messages %}{% endif %}"
-NO_SYSTEM = "{% set system_message = false %}"
-
-
-@pytest.mark.parametrize("name", sorted(JINJA.keys() - {"plain"}))
-def test_a_published_template_is_recognised(name, tmp_path):
-    config = tmp_path / "tokenizer_config.json"
-    template = JINJA[name]
-    # in a JSON file "\n" may be a newline or, as in Python, a backslash and an n
-    for text in (template, template.replace("\\n", "\n"), template.replace("'", '"')):
-        config.write_text(json.dumps({"chat_template": text}))
-        assert read_chat(tmp_path) == OURS[name]
-    config.write_text(json.dumps({"chat_template": "{{ 'another' }}"}))
-    # the newer place goes first, as in transformers
-    (tmp_path / "chat_template.jinja").write_text(template)
-    assert read_chat(tmp_path) == OURS[name]
-
-
-SPOKEN = "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
-SPOKEN += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
-@pytest.mark.parametrize(
-    "name, template",
-    [
-        ("chatml", SPOKEN),
-        ("chatml", JINJA["smollm2"].replace("'system' %}", "'system' and false %}")),
-        ("chatml", "{%- if tools is not none %}tools{% endif %}" + JINJA["chatml"]),
-        ("smollm2", JINJA["smollm2"].replace("loop.first and ", "loop.index0 == 0 and ")),
-        ("llama2", "{% if false %}{{ raise_exception('no') }}{% endif %}" + JINJA["llama2"]),
-        (
-            "llama3",
-            JINJA["llama3"].split("{% if add_gen")[0] + "{{ '<|start_header_id|>assistant"
-            "<|end_header_id|>\n\n' }}",
-        ),  # its first version, with or without add_generation_prompt
-        ("llama3", JINJA["llama3"].replace("bos_token", "'<|begin_of_text|>'")),
-        ("llama31", JINJA["llama31"].replace("'role'", '"role"').replace("    ", "")),
-        ("zephyr", JINJA["zephyr"].replace("eos_token", "'</s>'")),
-    ],
-)
-def test_a_template_that_writes_the_same_is_the_same(name, template, tmp_path):
-    (tmp_path / "chat_template.jinja").write_text(template)
-    assert read_chat(tmp_path) == name
 
 
 class Spelled:
@@ -174,6 +90,63 @@ def test_our_templates_write_the_known_texts(name):
         assert "".join(ids) == text
 
 
+# --- which template a folder needs ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes a tokenizer_config.json, and returns its folder."""
+
+    def write(**config):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_template_is_recognised(name, folder):
+    template = JINJA[name]
+    # in a JSON file "\n" may be a newline or, as in Python, a backslash and an n
+    for text in (template, template.replace("\\n", "\n"), template.replace("'", '"')):
+        assert recognise(text, {}) == OURS[name]
+    # the newer place goes first, as in transformers
+    path = folder(chat_template="{{ 'another' }}")
+    (path / "chat_template.jinja").write_text(template)
+    assert read_chat(path) == OURS[name]
+
+
+SPOKEN = "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
+SPOKEN += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "name, template",
+    [
+        ("chatml", SPOKEN),
+        ("chatml", JINJA["smollm2"].replace("'system' %}", "'system' and false %}")),
+        ("chatml", "{%- if tools is not none %}tools{% endif %}" + JINJA["chatml"]),
+        ("llama2", "{% if false %}{{ raise_exception('no') }}{% endif %}" + JINJA["llama2"]),
+        (
+            "llama3",
+            JINJA["llama3"].split("{% if add_gen")[0] + "{{ '<|start_header_id|>assistant"
+            "<|end_header_id|>\n\n' }}",
+        ),  # its first version, with or without add_generation_prompt
+        ("llama3", JINJA["llama3"].replace("bos_token", "'<|begin_of_text|>'")),
+        ("zephyr", JINJA["zephyr"].replace("eos_token", "'</s>'")),
+    ],
+)
+def test_a_template_that_writes_the_same_is_the_same(name, template):
+    assert recognise(template, {}) == name
+
+
+# a system prompt of the template's own, where the published one has none
+DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': "
+    "'Be brief.'}] + messages %}{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -184,87 +157,80 @@ def test_our_templates_write_the_known_texts(name):
         JINJA["chatml"] + "{{ '<think>' }}",
         JINJA["llama3"].replace("\\n\\n", "\\n"),
         JINJA["llama3"].replace("| trim", ""),
-        "{{ '<|start_header_id|>system<|end_header_id|>' }}" + JINJA["llama3"],
-        JINJA["llama31"].replace("December 2023", "June 2024"),
         JINJA["llama31"].replace("26 Jul 2024", "1 Jan 2025"),
         JINJA["zephyr"].replace("eos_token", "'<|end|>'"),
         JINJA["zephyr"].replace("}}\n", "}}"),  # the same on one line: no newline after each turn
         JINJA["llama2"].replace("<<SYS>>", "").replace("<</SYS>>", ""),
         JINJA["llama2"].replace("bos_token + ", ""),
-        # a default system prompt
-        JINJA["llama2"].replace(NO_SYSTEM, "{% set system_message = 'Be brief.' %}"),
         *(DEFAULT + JINJA[name] for name in ("llama2", "llama3", "chatml", "zephyr")),
         # text that no mark mentions: before, between, after
-        JINJA["chatml"].replace(" + '\\n' }}{% endfor", " }}{% endfor"),
-        JINJA["chatml"].replace("assistant\\n", "assistant\\nSure, "),
         *("Hello. " + JINJA[name] for name in OURS),
         *(JINJA[name] + "{% if messages | length > 2 %}Hello.{% endif %}" for name in OURS),
         *(JINJA[name].replace("message['content']", "message['content'][:9]") for name in OURS),
-        JINJA["llama3"].replace("| trim", "| trim | upper"),
-        JINJA["llama31"].replace("Today Date", "Date"),
-        JINJA["zephyr"].replace("<|user|>", "<|human|>"),
-        # programs that do not end, or take all memory
-        "{% for i in range(99999) %}" * 9 + "x" + "{% endfor %}" * 9,
-        JINJA["chatml"] + "{% set x = 'x' * 2 ** 40 %}",
+    ],
+)
+def test_a_template_that_writes_anything_else_is_unknown(template):
+    assert template not in JINJA.values()
+    try:
+        assert recognise(template, {}) is None
+    except TemplateError:
+        assert "llama2" not in template
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'another' }}",
+        "{% for i in range(99999) %}" * 9 + "x" + "{% endfor %}" * 9,  # does not end
+        JINJA["chatml"] + "{% set x = 'x' * 2 ** 31 %}",  # takes memory and time
         "{% for",
         "\ud800",
         "",
         [{"name": "default", "template": JINJA["chatml"]}],
     ],
 )
-def test_an_unknown_template_is_refused_unless_one_is_named(template, tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert template not in JINJA.values()
+def test_an_unknown_template_is_refused_unless_one_is_named(template, folder, monkeypatch):
+    monkeypatch.setattr(data.chat, "RECOGNISE_SECONDS", 1)
+    path = folder(chat_template=template)
     with pytest.raises(InputError, match="none of those known.*--template .llama2, llama3, "):
-        read_chat(tmp_path)
-    assert read_chat(tmp_path, "chatml") == "chatml"
+        read_chat(path)
+    assert read_chat(path, "chatml") == "chatml"
 
 
 @pytest.mark.parametrize("name", ["llama2", "zephyr"])
-def test_an_eos_token_that_ours_does_not_write_is_refused(name, tmp_path):
+def test_an_eos_token_that_ours_does_not_write_is_unknown(name):
     """In transformers it takes the place of </s>."""
-    config = {"chat_template": JINJA[name]}
-    for eos in ("</s>", {"__type": "AddedToken", "content": "</s>", "lstrip": False}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": eos}))
-        assert read_chat(tmp_path) == name
-    for eos in ("", "<|im_end|>", {"content": "<|im_end|>"}, 2):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": eos}))
-        with pytest.raises(InputError, match="eos_token"):
-            read_chat(tmp_path)
-    config["chat_template"] = JINJA["chatml"]  # which does not name it
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": ""}))
-    assert read_chat(tmp_path) == "chatml"
+    for eos, expected in (("</s>", name), ("", None), ("<|im_end|>", None)):
+        assert recognise(JINJA[name], {"eos_token": eos}) == expected
+    assert recognise(JINJA["chatml"], {"eos_token": ""}) == "chatml"  # which does not name it
 
 
-def test_without_a_template(tmp_path):
-    config = tmp_path / "tokenizer_config.json"
+def test_a_token_may_be_an_object(folder):
+    for eos in ({"__type": "AddedToken", "content": "</s>", "lstrip": False}, None):
+        assert read_chat(folder(chat_template=JINJA["zephyr"], eos_token=eos)) == "zephyr"
+    with pytest.raises(InputError, match="eos_token"):
+        read_chat(folder(chat_template=JINJA["zephyr"], eos_token={"content": "<|im_end|>"}))
+
+
+def test_without_a_template(tmp_path, folder):
     with pytest.raises(InputError, match="no tokenizer"):
         read_chat(tmp_path)
     write_llama3_tokenizer(tmp_path, ["hi"])
     assert read_chat(tmp_path) == "llama3"
-    config.write_text('{"bos_token": "<|begin_of_text|>", "chat_template": null}')
+    assert read_chat(folder(bos_token="<|begin_of_text|>", chat_template=None)) == "plain"
+    (tmp_path / "tokenizer_config.json").write_text("[]")
     assert read_chat(tmp_path) == "plain"
-    config.write_text("[]")
-    assert read_chat(tmp_path) == "plain"
-    config.write_text("{")
-    with pytest.raises(InputError, match="tokenizer_config.json is not valid JSON"):
-        read_chat(tmp_path)
 
 
-def test_the_template_a_checkpoint_was_trained_with_stays(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": JINJA["llama2"]}))
-    assert read_chat(tmp_path) == "llama2"
-    assert read_chat(tmp_path, "plain") == "plain"
-    (tmp_path / "chat.txt").write_text("plain\n")
-    assert read_chat(tmp_path) == read_chat(tmp_path, "plain") == "plain"
+def test_the_template_a_checkpoint_was_trained_with_stays(folder):
+    path = folder(chat_template=JINJA["llama2"])
+    assert read_chat(path, "plain") == "plain"
+    with pytest.raises(InputError, match="'llama4' is unknown; known: llama2, "):
+        read_chat(path, "llama4")
+    (path / "chat.txt").write_text("plain\n")
+    assert read_chat(path) == read_chat(path, "plain") == "plain"
     with pytest.raises(InputError, match="trained with plain; leave out --template llama2"):
-        read_chat(tmp_path, "llama2")
-    (tmp_path / "chat.txt").write_text("alpaca\n")
-    with pytest.raises(InputError, match="'alpaca' is unknown; known: llama2, "):
-        read_chat(tmp_path)
-    (tmp_path / "chat.txt").unlink()
-    with pytest.raises(InputError, match="'llama4' is unknown"):
-        read_chat(tmp_path, "llama4")
+        read_chat(path, "llama2")
 
 
 # --- comparisons with the peers ---
@@ -285,49 +251,36 @@ ENDS = {  # of a document and of a turn
 }
 
 
-@pytest.mark.parametrize("template", sorted(JINJA.keys() - {"plain"}))
-def test_random_conversations_equal_transformers(template):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_random_conversations_equal_transformers(name):
     transformers = pytest.importorskip("transformers")
-    folder = next(case["tokenizer"] for case in CASES if case["template"] == template)
+    folder = next(case["tokenizer"] for case in CASES if case["template"] == name)
     begin, end = ENDS[Path(folder).name]
     peer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(GOLDEN / folder / "tokenizer.json"),
         bos_token=begin,
         eos_token=end,
-        chat_template=JINJA[template],
+        chat_template=JINJA[name],
     )
     apply = partial(peer.apply_chat_template, return_dict=False, date_string="26 Jul 2024")
     tokenizer = tokenizer_in(folder)
-    ours = OURS[template]
-    rng = random.Random(template)
+    rng = random.Random(name)
     for _ in range(40):
         system = rng.choice([None, random_text(rng)])
         prompt, response, later = (random_text(rng) for _ in range(3))
         turns = [{"role": "system", "content": system}] if system is not None else []
         turns.append({"role": "user", "content": prompt})
-        ids = apply(turns, add_generation_prompt=True)
+        ids = encode_prompt(tokenizer, OURS[name], prompt, system)
+        assert apply(turns, add_generation_prompt=True) == ids
         turns.append({"role": "assistant", "content": response})
-        whole = apply(turns)
-        merged = whole[: len(ids)] != ids
-        case = {
-            "template": template,
-            "system": system,
-            "prompt": prompt,
-            "response": response,
-            "text": prompt,
-            "whole_text": apply(turns, tokenize=False),
-            "prompt_ids": ids,
-            "answer_ids": None if merged else whole[len(ids) :],
-        }
-        check(case, tokenizer)
-        # transformers 5 drops SentencePiece's space after a special token
-        if not merged and begin != "<s>":
+        if apply(turns)[: len(ids)] != ids:
+            continue  # the border is merged
+        ids += encode_response(tokenizer, OURS[name], response)
+        assert apply(turns)[: len(ids)] == ids
+        if begin != "<s>":  # transformers 5 drops SentencePiece's space after a special token
             turns.append({"role": "user", "content": later})
-            assert apply(turns, add_generation_prompt=True) == [
-                *encode_prompt(tokenizer, ours, prompt, system),
-                *encode_response(tokenizer, ours, response),
-                *encode_next_turn(tokenizer, ours, later),
-            ]
+            ids += encode_next_turn(tokenizer, OURS[name], later)
+            assert apply(turns, add_generation_prompt=True) == ids
 
 
 @pytest.mark.parametrize("size", ["tiny", "real"])

