@@ -76,9 +76,10 @@ def tiny(study, steps: dict[int, int]):
             budgets = tuple(steps[one] for one in attack.budgets)
             shots = min(attack.shots, 3)
             plan.append((replace(attack, shots=shots, budgets=budgets), draw))
-        share = arm.settings.benign_replay if arm.settings else 0.0
-        settings = replace(TRAINED, benign_replay=share)
-        arms[name] = Arm(plan, arm.mode, settings if arm.settings else None)
+        settings = None
+        if arm.settings:
+            settings = replace(TRAINED, benign_replay=arm.settings.benign_replay)
+        arms[name] = Arm(plan, arm.mode, settings)
     return replace(study, arms=arms)
 
 
@@ -94,9 +95,10 @@ def run_town(study, town, path) -> list[dict]:
 def test_one_arm_is_run_scored_and_written(town):
     prefill = Attack("prefill", 3, 0.0, (0,))
     mft = Attack("mft", 3, 1e30, (1, 2), 2)
+    plan = [(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)]
     arms = {
-        "sdd": Arm([(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)], "sdd", TRAINED),
-        "deep": Arm([(RELEASED, 0)], "deep", TRAINED),
+        "sdd": Arm(plan, "sdd", TRAINED),
+        "deep": Arm(plan[:1], "deep", TRAINED),
     }
     path = town.root / "effects/town-0.json"
     cells = run_town(replace(STUDIES["town"], arms=arms), town, path)
@@ -155,18 +157,26 @@ def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
 
 
 def test_an_effects_file_keeps_scores_and_shares_exactly():
-    cells = [
-        {"arm": "sdd", "draw": 0, "facts": 111 / 112, "samples": ["x"], "row_nats": [1.25]},
-        {"arm": "sdd", "draw": 1, "diverged": True},
-    ]
+    scored = {
+        "arm": "sdd",
+        "draw": 0,
+        "facts": 111 / 112,
+        "samples": ["x"],
+        "row_nats": [1.25],
+    }
+    cells = [scored, {"arm": "sdd", "draw": 1, "diverged": True}]
     found = json.loads(effects_text({"seed": 7}, cells))
     assert found["columns"] == ["arm", "draw", "facts", "row_nats", "diverged"]
-    assert found["cells"] == [["sdd", 0, 0.991071, [1.25], None], ["sdd", 1, None, None, True]]
+    assert found["cells"] == [
+        ["sdd", 0, 0.991071, [1.25], None],
+        ["sdd", 1, None, None, True],
+    ]
     assert found["seed"] == 7
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
+    """A world of files, the folder of a chat model, and an exam."""
     monkeypatch.chdir(tmp_path)
     model = public_folder(tmp_path / "model", context=256)
     harmful = advbench_file(tmp_path / "h.csv", rows=80)
@@ -212,7 +222,8 @@ def test_a_whole_tiny_study_of_the_town(town, tmp_path):
     for cell in cells:
         cell["steps"] = {0: 0, 1: 50, 2: 200}[cell["steps"]]
     for seed in REPORT_SEEDS:  # as if all had been run
-        write_effects(effects, "town", seed, [cell | {"seed": seed} for cell in cells])
+        own = [cell | {"seed": seed} for cell in cells]
+        write_effects(effects, "town", seed, own)
     evidence = read_study("town", effects)
     assert list(evidence.seeds) == list(REPORT_SEEDS)
     assert evidence.incomplete == {}
