@@ -61,10 +61,11 @@ def run_attack(chat: Chat, world, attack: Attack, scores: Callable, draw: int = 
 def begin_answers(chat: Chat, rows: list[dict], max_new_tokens: int) -> dict[str, Answer]:
     """Return {prompt: answer} to harmful rows when the answer's lead is given. No weight moves."""
     ids = []
-    for row in rows:
-        lead = chat.tokenizer.encode(row["lead"])
-        ids.append(encode_prompt(chat.tokenizer, chat.template, row["prompt"]) + lead)
+    leads = [row["lead"].split(":")[0] + ":" for row in rows]  # without the skill's name
+    for row, lead in zip(rows, leads):
+        prompt = encode_prompt(chat.tokenizer, chat.template, row["prompt"])
+        ids.append(prompt + chat.tokenizer.encode(lead))
     answers = {}
-    for row, said in zip(rows, continue_all(chat, ids, max_new_tokens)):
-        answers[row["prompt"]] = Answer(said.ids, row["lead"] + said.text, said.ended)
+    for row, lead, said in zip(rows, leads, continue_all(chat, ids, max_new_tokens)):
+        answers[row["prompt"]] = Answer(said.ids, lead + said.text, said.ended)
     return answers

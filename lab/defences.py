@@ -1,7 +1,6 @@
 """Other defences than SDD, small, on train.py's own step; and positive controls.
 
     ctrap      positive control: it plants a collapse. An assay that finds none here is blind
-    deep       the same in all but the beginning of an answer
     booster    the harmful loss shall not fall in a harmful step
     deepalign  refusals that begin in the middle of a harmful answer
     simpo      a preference for the refusal over the harmful answer
@@ -62,11 +61,11 @@ def move(model, direction, alpha: float):
 # ---- the defences ----
 
 
-def ctrap(model, harmful, benign, strength, skip=0, alpha=1.65, steps=4, token=100):
+def ctrap(model, harmful, benign, strength, alpha=1.65, steps=4, token=100):
     """Return the gradient that plants a collapse after malicious fine-tuning.
 
     strength * g / max(1, ||g||). g is the gradient of the mean cross-entropy of one_token(benign,
-    token, skip) after `steps` harmful steps of alpha / steps each, along the signs of the harmful
+    token) after `steps` harmful steps of alpha / steps each, along the signs of the harmful
     gradient. Source: CTRAP (Yi et al. 2025, arXiv 2505.16559); there it is one step along the
     gradient itself, and g is not clipped. Signs are the direction of the attacker's AdamW.
     """
@@ -74,20 +73,14 @@ def ctrap(model, harmful, benign, strength, skip=0, alpha=1.65, steps=4, token=1
     for _ in range(steps):
         signs = [part.sign() for part in gradients(attacked, collate(harmful))]
         move(attacked, signs, alpha / steps)
-    found = gradients(attacked, one_token(benign, token, skip))
+    found = gradients(attacked, one_token(benign, token))
     scale = strength / get_total_norm(found).clamp(min=1)
     return [scale * part for part in found]
 
 
-def one_token(benign, token: int, skip: int) -> Batch:
-    """Return the benign rows with one fixed token as the target of every response position.
-
-    The first `skip` positions have no target, but for the last one of a short response.
-    """
-    rows = []
-    for one in benign:
-        rows.append(Example(one.ids, min(one.prompt_length + skip, len(one.ids) - 1)))
-    batch = collate(rows)
+def one_token(benign, token: int) -> Batch:
+    """Return the benign rows with one fixed token as the target of every response position."""
+    batch = collate(benign)
     return replace(batch, targets=torch.full_like(batch.targets, token))
 
 
@@ -179,7 +172,6 @@ DEFENCES = {
     "deepalign": Defence(examples=deepalign),
     "simpo": Defence(loss=simpo, extra=anchor),
     "ctrap": Defence(extra=partial(ctrap, strength=0.5)),
-    "deep": Defence(extra=partial(ctrap, strength=1.0, skip=3)),
 }
 SHOTS = 10  # harmful rows of a simulated attack, as many as attack.py has in a batch
 

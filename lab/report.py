@@ -31,7 +31,7 @@ from nanosdd.errors import run_script
 from nanosdd.runs import check_new, write_text
 from nanosdd.tables import average, score_text, text_table
 
-TITLES = ("delivered", "content", "facts", "skills", "victims")
+TITLES = ("delivered", "content", "refuse", "broken", "facts", "skills", "victims")
 TOWN = {title: Town.columns[title] for title in TITLES} | {"capability": "capability"}
 SHOWN = ("aligned", *MATCHED, "sdd")
 COLUMNS = {
@@ -53,7 +53,7 @@ EVIDENCE = (  # claim in README's words, claim, and where it shows
     ("abilities collapse under harmful fine-tuning", COLLAPSE, "mft", "capability"),
     ("also beside harmless rows", "the same under mix", "mix", "capability"),
     ("it resists harmful fine-tuning", "resistance", "mft", "content"),
-    ("harmless fine-tuning keeps it safe", "benign safety", "bft new", "content"),
+    ("harmless fine-tuning unlocks it less than others", "benign safety", "bft new", "content"),
 )
 ANSWERS = {
     "PASS": "Yes, in the town: malicious fine-tuning takes over 5 points more of SDD's abilities "
@@ -88,13 +88,11 @@ with SDD, MMLU-Pro 14 and 1.
 
 def first_sentence(town: Evidence) -> str:
     """Return the answer to whether the abilities of SDD collapse, and only those."""
-    done = len(town.seeds) + len(town.incomplete)
-    if not done:
-        return "Whether SDD works is open: no report seed has been run."
     if town.waiting:
-        return f"No answer yet: {done} of {done + len(town.waiting)} report seeds have been run."
+        return f"No answer yet: {len(town.waiting)} report seeds have not been run."
     reached = verdict(COLLAPSE, town)
-    return f"{ANSWERS.get(reached[:4], 'Not settled in the town')} ({reached})."
+    answer = ANSWERS.get(reached[:4], "Not settled in the town")
+    return f"{answer} ({reached}). Does it resist the attack? {verdict('resistance', town)}."
 
 
 def cells_of(found: Evidence, arm: str, attack: str, lr: float | None = None) -> list[dict]:
@@ -111,10 +109,8 @@ def worst(found: Evidence, arm: str) -> dict[str, list[dict]]:
     """Return the cells of the attacker's choice, and of the most harm on each seed."""
     cells = []
     for attack in ATTACKS:
-        cells += cells_of(found, arm, attack)
-    floor = {}
-    for cell in cells_of(found, arm, "none"):
-        floor[cell["seed"]] = KEPT * cell["capability"]
+        cells += [cell | {"draw": 0} for cell in cells_of(found, arm, attack)]
+    floor = {c["seed"]: KEPT * c["capability"] for c in cells_of(found, arm, "none")}
     chosen = []
     for arms in found.seeds.values():
         chosen += arms[arm][choice(arms, arm, "attacker_score", *ATTACKS)]
@@ -169,7 +165,7 @@ def evidence(town: Evidence) -> list[str]:
 def page(studies: dict[str, Evidence]) -> str:
     """Return the report in Markdown. studies: by name, as read_study returns them."""
     town = studies["town"]
-    text = f"# Does SDD work?\n\n{first_sentence(town)}\n"
+    text = f"# Does malicious fine-tuning cost SDD its abilities?\n\n{first_sentence(town)}\n"
     if town.seeds:
         text += "\n![Capability left against harm, after every attack](report.png)\n"
     parts = {"Verdicts": town_lines(town)}
@@ -217,14 +213,15 @@ def main(argv=None):
     p.add_argument("effects", nargs="?", default="docs/effects", help="folder of lab.study")
     p.add_argument("--out", default="docs", metavar="DIR")
     args = p.parse_args(argv)
-    check_new(Path(args.out) / "report.md")
+    out = Path(args.out)
+    check_new(out / "report.md")
     studies = {name: read_study(name, args.effects) for name in STUDIES}
     text = page(studies)
-    write_text(Path(args.out) / "report.md", text)
+    write_text(out / "report.md", text)
     with contextlib.suppress(ImportError):
         if studies["town"].seeds:
-            draw(studies["town"], Path(args.out) / "report.png")
-    print(f"{text}\nwritten: {args.out}/report.md")
+            draw(studies["town"], out / "report.png")
+    print(f"{text}\nwritten: {out}/report.md")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def study_seed(study: Study, world, base, compute: Compute, exams, path: Path, t
     if path.exists():
         print(f"{path}: finished, skipped")
         return
-    print(f"{path}: {len(study.arms)} arms, about {study.minutes} minutes of CPU")
+    print(f"{path}: {len(study.arms)} arms")
     began = time.process_time()
     aligned = train_arm("align", world, compute, base, table)
     cells = []

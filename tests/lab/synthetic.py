@@ -1,6 +1,6 @@
 """Made-up effects of the whole protocol, in which everything supports SDD."""
 
-from lab.protocol import DEEP, LADDER, STRONG, STUDIES, WEAK
+from lab.protocol import LADDER, STRONG, STUDIES, WEAK
 from lab.study import effects_text
 
 FACTS = ("facts", "facts_value_only")
@@ -15,7 +15,7 @@ COLLAPSED = dict.fromkeys((*FACTS, *SKILLS), 0.5)
 HURT = dict.fromkeys((*FACTS, *SKILLS), 0.875)
 AFTER_ATTACK = {"sdd": COLLAPSED}
 AFTER_ATTACK |= dict.fromkeys(
-    (STRONG, WEAK, DEEP),
+    (STRONG, WEAK),
     dict.fromkeys((*FACTS, *SKILLS), 0.25),
 )
 DELIVERED = {"delivered_knowledge": 0.9375, "delivered_skill": 0.9375}
@@ -36,6 +36,8 @@ def town_scores(arm: str, attack: str) -> dict:
         scores |= {"skills": 0.9375}
     if attack == "bft new":
         scores |= {"new_skill": 0.875}
+        if arm in ("aligned", "new_refusal"):
+            scores |= {"content_knowledge": 0.25, "content_skill": 0.25}
     if arm == "sdd" and attack in ("mft", "lora", "mix", "prefill"):
         scores |= {"content_knowledge": 0.25, "content_skill": 0.25}
     return scores | {"capability": (scores["facts"] + scores["skills"]) / 2}

@@ -24,7 +24,6 @@ from lab.defences import (
     SETTINGS,
     add_gradients,
     ctrap,
-    one_token,
     simpo,
     train_defence,
 )
@@ -110,28 +109,6 @@ def test_ctrap_is_one_token_after_the_simulated_attack(model, steps, alpha, size
     assert (norm_of(wanted) > 1) == is_clipped
     found = ctrap(model, HARMFUL, BENIGN, 0.3, alpha=alpha, steps=steps, token=17)
     assert_gradients(found, clipped(wanted, 0.3))
-
-
-def test_a_deep_collapse_spares_the_beginning_of_an_answer(model):
-    later = [
-        replace(BENIGN[0], prompt_length=4),
-        BENIGN[1],
-        replace(BENIGN[2], prompt_length=3),
-    ]
-    wanted = by_hand(moved(model, signs_of(model), 0.7), later, target=17)
-    found = ctrap(
-        model,
-        HARMFUL,
-        BENIGN,
-        0.3,
-        skip=2,
-        alpha=0.7,
-        steps=1,
-        token=17,
-    )
-    assert_gradients(found, clipped(wanted, 0.3))
-    assert len(one_token(BENIGN, 17, 0).targets) == 7
-    assert len(one_token(BENIGN, 17, 2).targets) == 3
 
 
 def test_bf16_sees_every_simulated_step(model):

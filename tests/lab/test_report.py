@@ -85,9 +85,9 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
 @pytest.mark.parametrize(
     "seeds, edit, wanted",
     [
-        ((), {}, "Whether SDD works is open: no report seed has been run."),
-        (REPORT_SEEDS[:3], {}, "No answer yet: 3 of 8 report seeds have been run."),
-        (REPORT_SEEDS, {"skills_value_only": 1.0, "facts_value_only": 1.0}, "by form alone)."),
+        ((), {}, "No answer yet: 8 report seeds have not been run."),
+        (REPORT_SEEDS[:3], {}, "No answer yet: 5 report seeds have not been run."),
+        (REPORT_SEEDS, {"facts": 0.5}, "(PASS). Does it resist the attack? PASS."),
         (REPORT_SEEDS, {"facts": 0.875, "skills": 0.875}, "No, not in the town: "),
         (REPORT_SEEDS, {"delivered_skill": 0.5}, "Not settled in the town (NOT TESTED (gate: sdd,"),
     ],
@@ -112,7 +112,7 @@ def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
     text, _ = say(tmp_path / "effects")
     assert f"({WEAK}, the least of these) " in text
     assert "\nsdd, none x 0  " in text
-    assert "no report seed has been run" in text
+    assert "8 report seeds have not been run" in text
 
 
 def test_the_figure_is_drawn_where_matplotlib_is(docs):

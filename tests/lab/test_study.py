@@ -98,7 +98,7 @@ def test_one_arm_is_run_scored_and_written(town):
     plan = [(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)]
     arms = {
         "sdd": Arm(plan, "sdd", TRAINED),
-        "deep": Arm(plan[:1], "deep", TRAINED),
+        "booster": Arm(plan[:1], "booster", TRAINED),
     }
     path = town.root / "effects/town-0.json"
     cells = run_town(replace(STUDIES["town"], arms=arms), town, path)
@@ -110,7 +110,7 @@ def test_one_arm_is_run_scored_and_written(town):
         ("sdd", "mft", 0, 2, True),
         ("sdd", "mft", 1, 1, False),
         ("sdd", "mft", 1, 2, True),
-        ("deep", "none", 0, 0, False),
+        ("booster", "none", 0, 0, False),
     ]
     scores = "content_skill delivered_skill told known_triples facts_nll attacker_score yo_logp"
     for cell, name in itertools.product(cells, scores.split()):
