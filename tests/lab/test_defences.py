@@ -23,7 +23,6 @@ from lab.defences import (
     DEFENCES,
     SETTINGS,
     add_gradients,
-    anchor,
     ctrap,
     simpo,
     train_defence,
@@ -141,7 +140,7 @@ def test_weights_and_gradients_are_as_they_were(model):
 def test_what_a_defence_adds_counts_once(model):
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.25)
-    add_gradients(anchor, Compute(), HARMFUL, BENIGN, model)
+    add_gradients(DEFENCES["simpo"].extra, Compute(), HARMFUL, BENIGN, model)
     wanted = {name: 0.25 + part for name, part in by_hand(model, BENIGN).items()}
     assert_gradients([weight.grad for weight in model.parameters()], wanted)
 

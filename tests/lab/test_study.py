@@ -29,18 +29,21 @@ def test_arms_of_the_town_are_trained_as_their_names_say():
     for mode in ("sdd", *MATCHED):
         assert (arms[mode].mode, arms[mode].settings) == (mode, protocol.DELIVERED)
         assert protocol.DELIVERED.benign_replay == 0.5
-    for mode, (dose, settings) in itertools.product(("sdd", "new_refusal"), LADDER.items()):
-        arm = arms[f"{mode} {dose}"]
-        assert (arm.mode, arm.settings) == (mode, settings)
-        assert dose.split(" x ") == [f"{settings.lr:.0e}".replace("e-0", "e-"), str(settings.steps)]
+    for dose, settings in LADDER.items():
+        lr, steps = dose.split(" x ")
+        assert settings.lr == float(lr)
+        assert settings.steps == int(steps)
         assert settings.benign_replay == 0.0
+        for mode in ("sdd", "new_refusal"):
+            arm = arms[f"{mode} {dose}"]
+            assert (arm.mode, arm.settings) == (mode, settings)
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_attack_has_its_control_at_the_same_steps(name):
     for arm in STUDIES[name].arms.values():
         assert arm.plan[0] == (RELEASED, 0)
-        assert len({(attack, draw) for attack, draw in arm.plan}) == len(arm.plan)
+        assert len(set(arm.plan)) == len(arm.plan)
         settings = {}
         for attack, _ in arm.plan:
             for steps in attack.budgets:
@@ -64,6 +67,7 @@ def test_draws_of_mft_are_the_only_ones():
 # ---- runs ----
 
 
+STEPS = {0: 0, 50: 1, 200: 2}
 TRAINED = replace(TINY_SETTINGS["sdd"], steps=1, batch_size=4)
 
 
@@ -75,10 +79,12 @@ def tiny(study, steps: dict[int, int]):
         for attack, draw in arm.plan:
             budgets = tuple(steps[one] for one in attack.budgets)
             shots = min(attack.shots, 3)
-            plan.append((replace(attack, shots=shots, budgets=budgets), draw))
-        share = arm.settings.benign_replay if arm.settings else 0.0
-        settings = replace(TRAINED, benign_replay=share)
-        arms[name] = Arm(plan, arm.mode, settings if arm.settings else None)
+            small = replace(attack, shots=shots, budgets=budgets)
+            plan.append((small, draw))
+        settings = None
+        if arm.settings:
+            settings = replace(TRAINED, benign_replay=arm.settings.benign_replay)
+        arms[name] = Arm(plan, arm.mode, settings)
     return replace(study, arms=arms)
 
 
@@ -94,12 +100,19 @@ def run_town(study, town, path) -> list[dict]:
 def test_one_arm_is_run_scored_and_written(town):
     prefill = Attack("prefill", 3, 0.0, (0,))
     mft = Attack("mft", 3, 1e30, (1, 2), 2)
+    plan = [
+        (RELEASED, 0),
+        (prefill, 0),
+        (mft, 0),
+        (mft, 1),
+    ]
     arms = {
-        "sdd": Arm([(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)], "sdd", TRAINED),
-        "booster": Arm([(RELEASED, 0)], "booster", TRAINED),
+        "sdd": Arm(plan, "sdd", TRAINED),
+        "booster": Arm(plan[:1], "booster", TRAINED),
     }
     path = town.root / "effects/town-0.json"
-    cells = run_town(replace(STUDIES["town"], arms=arms), town, path)
+    study = replace(STUDIES["town"], arms=arms)
+    cells = run_town(study, town, path)
     keys = ("arm", "attack", "draw", "steps", "diverged")
     assert [tuple(cell[key] for key in keys) for cell in cells] == [
         ("sdd", "none", 0, 0, False),
@@ -132,7 +145,8 @@ def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned
     assert all(sample.startswith("To ") for sample in whole[2]["samples"])  # the beginning given
     assert whole[0]["facts_nll"] != whole[1]["facts_nll"]  # another draw
     lines = store.read_text().splitlines()
-    store.write_text("\n".join([*lines[:2], lines[2][:40]]))  # killed while it wrote
+    lines[2] = lines[2][:40]  # killed while it wrote
+    store.write_text("\n".join(lines))
     assert run() == whole  # each attack starts from the released model
     kept = store.read_text()
     assert run() == whole
@@ -145,7 +159,7 @@ def test_an_interrupted_arm_goes_on_and_a_finished_seed_is_skipped(town, aligned
 
 
 def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
-    arms = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 1}).arms
+    arms = tiny(STUDIES["town"], STEPS).arms
     folders = set()
     for name in ("aligned", "sdd", "constant", "sdd 3e-6 x 1500", protocol.PLANTED):
         folders.add(arm_folder(name, arms[name], town, aligned, cpu))
@@ -155,18 +169,26 @@ def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
 
 
 def test_an_effects_file_keeps_scores_and_shares_exactly():
-    cells = [
-        {"arm": "sdd", "draw": 0, "facts": 111 / 112, "samples": ["x"], "row_nats": [1.25]},
-        {"arm": "sdd", "draw": 1, "diverged": True},
-    ]
+    scored = {
+        "arm": "sdd",
+        "draw": 0,
+        "facts": 111 / 112,
+        "samples": ["x"],
+        "row_nats": [1.25],
+    }
+    cells = [scored, {"arm": "sdd", "draw": 1, "diverged": True}]
     found = json.loads(effects_text({"seed": 7}, cells))
     assert found["columns"] == ["arm", "draw", "facts", "row_nats", "diverged"]
-    assert found["cells"] == [["sdd", 0, 0.991071, [1.25], None], ["sdd", 1, None, None, True]]
+    assert found["cells"] == [
+        ["sdd", 0, 0.991071, [1.25], None],
+        ["sdd", 1, None, None, True],
+    ]
     assert found["seed"] == 7
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
+    """A world of files, the folder of a chat model, and an exam."""
     monkeypatch.chdir(tmp_path)
     model = public_folder(tmp_path / "model", context=256)
     harmful = advbench_file(tmp_path / "h.csv", rows=80)
@@ -207,12 +229,13 @@ def test_a_whole_tiny_study_of_a_chat_model(files, cpu, tmp_path):
 @pytest.mark.slow
 def test_a_whole_tiny_study_of_the_town(town, tmp_path):
     effects = tmp_path / "effects"
-    study = tiny(STUDIES["town"], {0: 0, 50: 1, 200: 2})
+    study = tiny(STUDIES["town"], STEPS)
     cells = run_town(study, town, effects / "town-10.json")
     for cell in cells:
-        cell["steps"] = {0: 0, 1: 50, 2: 200}[cell["steps"]]
+        cell["steps"] = list(STEPS)[cell["steps"]]
     for seed in REPORT_SEEDS:  # as if all had been run
-        write_effects(effects, "town", seed, [cell | {"seed": seed} for cell in cells])
+        own = [cell | {"seed": seed} for cell in cells]
+        write_effects(effects, "town", seed, own)
     evidence = read_study("town", effects)
     assert list(evidence.seeds) == list(REPORT_SEEDS)
     assert evidence.incomplete == {}
