@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from small import small_model
 
 from nanosdd.device import Compute
-from nanosdd.errors import InputError
 from nanosdd.lora import LoRALinear, add_lora, lora_layers, merge_lora
 from nanosdd.optimizer import make_optimizer
 
@@ -147,17 +146,3 @@ def test_bf16_weights_are_summed_in_fp32():
     exact = (base.weight.double() + layer.B.double() @ layer.A.double()).bfloat16()
     assert (layer.merged() != exact).float().mean() < 0.01  # rounded once, not twice
     assert (base.weight + layer.B @ layer.A != exact).float().mean() > 0.1
-
-
-def test_what_cannot_be_is_refused():
-    model = small_model()
-    for rank, alpha in ((0, 1), (-1, 1), (2, 0), (2, float("nan")), (2, float("inf"))):
-        with pytest.raises(InputError, match="rank of 1 or more"):
-            add_lora(model, rank, alpha, 0)
-    assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(InputError, match="no LoRA layers"):
-        merge_lora(model)
-    add_lora(model, 2, 4, 0)
-    with pytest.raises(InputError, match="already"):
-        add_lora(model, 2, 4, 0)
-    assert len(lora_layers(model)) == 14

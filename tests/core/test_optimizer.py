@@ -7,9 +7,8 @@ import torch
 from small import small_model
 
 from nanosdd.device import Compute
-from nanosdd.errors import InputError
 from nanosdd.optimizer import clip_gradient, make_optimizer
-from nanosdd.split_adamw import SplitAdamW, gradient_norm, join, round_stochastically, split
+from nanosdd.split_adamw import SplitAdamW, join, round_stochastically, split
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -30,20 +29,8 @@ def test_split_and_join_on_random_patterns():
     assert torch.equal(bits(join(*split(master))), bits(master))
 
 
-HIGH_HALVES = [  # zero, denormal, odd, even, at powers of two, largest
-    0x0000,
-    0x0001,
-    0x007F,
-    0x3CA3,
-    0x3CA4,
-    0x3F7F,
-    0x3F80,
-    0x7F7E,
-    0x7F7F,
-]
-
-
-@pytest.mark.parametrize("high", HIGH_HALVES)
+# zero, denormal, odd, even, at a power of two, largest
+@pytest.mark.parametrize("high", [0x0000, 0x0001, 0x3CA3, 0x3CA4, 0x3F7F, 0x7F7F])
 @pytest.mark.parametrize("sign", [0, 2**31])
 def test_split_rounds_to_nearest_and_ties_away_from_zero(sign, high):
     """All 65,536 low halves. To even, two masters would have the same two parts."""
@@ -132,42 +119,21 @@ def test_200_steps_make_the_update_of_fp32(lr, weight_decay):
     assert 0.99 < found.norm() / expected.norm() < 1.01
 
 
-def test_the_second_moment_decays_as_in_fp32_where_nearest_freezes():
+def test_the_second_moment_decays_as_in_fp32():
     """1,000 constant gradients, then 2,000 zeros, at beta2 = 0.999: fp32 goes to 0.135 of where it
-    was. 20,000 weights in expectation within 0.5%, and one weight within 20% (rms)."""
-    p = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+    was; rounded to nearest, bf16 would stay there. 5,000 weights in expectation within 1%, and one
+    weight within 20% (rms)."""
+    p = torch.nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
     ours = SplitAdamW([p], lr=1e-6)
-    exact, nearest = torch.zeros(()), torch.zeros((), dtype=torch.bfloat16)
+    exact = 0.0
     for step in range(3000):
-        gradient = 1e-3 if step < 1000 else 0.0
-        p.grad = torch.full_like(p, gradient)
+        p.grad = torch.full_like(p, 1e-3 if step < 1000 else 0.0)
         ours.step()
-        gradient = p.grad[0].float()
-        exact = exact * 0.999 + 0.001 * gradient**2
-        nearest = (nearest.float() * 0.999 + 0.001 * gradient**2).bfloat16()
-        if step == 999:
-            peak, frozen = exact.clone(), nearest.clone()
+        exact = exact * 0.999 + 0.001 * p.grad[0].item() ** 2
+        if step in (999, 2999):
             square = ours.state[p]["exp_avg_sq"].float()
-            assert square.mean() == pytest.approx(peak.item(), rel=5e-3)
-            assert nearest < 0.5 * peak  # it stops on the way up as well
-    square = ours.state[p]["exp_avg_sq"].float()
-    assert exact == pytest.approx(0.999**2000 * peak.item(), rel=1e-4)
-    assert square.mean() == pytest.approx(exact.item(), rel=5e-3)
+            assert square.mean() == pytest.approx(exact, rel=1e-2)
     assert (square / exact - 1).square().mean().sqrt() < 0.2
-    assert nearest == frozen
-
-
-def test_the_first_moment_to_nearest_stays_near_fp32_at_beta1_0_9():
-    p = torch.nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16))
-    ours = SplitAdamW([p], lr=1e-6)
-    exact = torch.zeros(10_000)
-    signal = torch.randn(10_000)
-    for step in range(150):  # at last zeros, which leave 0.5% of it
-        p.grad = (signal + torch.randn(10_000)).bfloat16() * (step < 100)
-        ours.step()
-        exact = exact.lerp(p.grad.float(), 0.1)
-        error = ours.state[p]["exp_avg"].float() - exact
-        assert step < 20 or error.norm() < 0.02 * exact.norm(), step
 
 
 # ---- clipping ----
@@ -203,15 +169,15 @@ def test_fp32_gradients_are_clipped_in_place():
     p.grad = torch.full((5,), 3.0)
     theirs = torch.optim.AdamW([p])
     assert clip_gradient(theirs, 1.5) == pytest.approx(3 * 5**0.5)
-    assert gradient_norm([p]) == pytest.approx(1.5, rel=1e-5)
+    assert p.grad.norm() == pytest.approx(1.5, rel=1e-5)
 
 
 def test_more_than_a_slice():
     p = torch.nn.Parameter(torch.zeros(5_000_000, dtype=torch.bfloat16))
     p.grad = torch.full_like(p, 0.01)
     norm = p.grad[0].item() * 5_000_000**0.5
-    assert gradient_norm([p]) == pytest.approx(norm, rel=1e-6)
     ours = SplitAdamW([p], lr=1e-3)
+    assert clip_gradient(ours, 1e9) == pytest.approx(norm, rel=1e-6)
     ours.step()
     assert ours.master(p).unique().tolist() == pytest.approx([-1e-3], rel=1e-5)
     held = [value for value in ours.state[p].values() if value.shape == p.shape]
@@ -277,13 +243,3 @@ def test_make_optimizer_trains_what_requires_gradients(dtype, kind):
     (group,) = ours.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in model.model.parameters()}
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.0, (0.8, 0.9), 0.3)
-
-
-def test_other_parameters_are_refused():
-    for p in (
-        torch.ones(2),
-        torch.ones(2, dtype=torch.float16),
-        torch.ones(3, 2, dtype=torch.bfloat16).T,
-    ):
-        with pytest.raises(InputError, match="use torch.optim.AdamW for fp32 weights"):
-            SplitAdamW([torch.nn.Parameter(p)], lr=1.0)
