@@ -146,38 +146,27 @@ def read_weights(model, folder, device, dtype):
     """
     wanted = model.state_dict()
     tied = model.config.tie_word_embeddings
-    files = {name: path for name, path in find_tensors(folder).items() if not BUFFER.search(name)}
-    differing = wanted.keys() ^ files.keys()
-    if tied:
-        differing.discard("lm_head.weight")  # some files hold it all the same
-    if differing:
-        raise InputError(
-            f"{folder}: the weights and config.json disagree about {len(differing)} tensors: "
-            f"{', '.join(sorted(differing)[:4])}; is it another architecture?"
-        )
     found = {}
-    for name, path in files.items():
-        with open_weights(path, device) as file:  # each time anew: what was read is unmapped again
-            found[name] = read_tensor(file, path, name, wanted[name], dtype)
-    if tied:
-        embedding = found["model.embed_tokens.weight"]
-        head = found.setdefault("lm_head.weight", embedding)
-        if not torch.equal(local(head), local(embedding)):
-            raise InputError(
-                f"{folder}: lm_head.weight differs from the embedding, and config.json ties them"
-            )
-    model.load_state_dict(found, assign=True)
+    for name, path in find_tensors(folder).items():
+        if not BUFFER.search(name):
+            with open_weights(path, device) as file:  # anew: what was read is unmapped again
+                found[name] = read_tensor(file, path, name, wanted.get(name), dtype)
+    if tied:  # some files hold the head all the same
+        found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight"))
+    try:
+        model.load_state_dict(found, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over or of another shape
+        words = " ".join(str(error).split())
+        raise InputError(f"{folder}: config.json is of another model: {words:.300}") from None
+    if tied and not torch.equal(
+        local(model.lm_head.weight), local(model.model.embed_tokens.weight)
+    ):
+        raise InputError(f"{folder}: lm_head.weight differs, and config.json ties it")
 
 
 def read_tensor(file, path, name: str, wanted: torch.Tensor, dtype) -> torch.Tensor:
-    """A tensor of an open file in `dtype`, of the shape of `wanted` and sharded like it."""
+    """A tensor of an open file in `dtype`, sharded like `wanted`."""
     part = file.get_slice(name)
-    shape = part.get_shape()
-    if shape != list(wanted.shape):
-        raise InputError(
-            f"{path}: {name} has shape {shape}, config.json asks for {list(wanted.shape)}; "
-            "the two belong to different models"
-        )
     if part.get_dtype() not in ("BF16", "F16", "F32", "F64"):
         raise InputError(
             f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized"
