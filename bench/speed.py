@@ -8,19 +8,15 @@ decode  greedy answers to 100 prompts of unequal lengths, beside transformers' g
         where none stops; one prompt alone
 
 The model is SmolLM2, or has random weights of a --shape and the tokenizer of --tokenizer. All take
-turns on the same weights and token ids, each time in a fresh process; loading and a warm-up are not
-timed. Lines show the medians of the rounds so far, so the last round's are the result:
+turns on the same weights and token ids, in one --dtype, each time in a fresh process; loading and a
+warm-up are not timed. Lines show the medians of the rounds so far, so the last are the result:
 
-    tokens/s  of responses        GiB     the most memory of the process, or allocated on its GPU
-    loss      of the timed step   MFU     useful FLOP/s, as a share of those of a matrix product
-    attention, loss share, AdamW          shares of another step's CPU time
+    tokens/s  of responses                GiB   the most memory of the process, or on its GPU
+    loss      of the timed step           TFLOP/s   useful ones
     answers   a checksum, equal where all answers are
-
-The figures of every round go to out/bench.json.
 """
 
 import argparse
-import json
 import random
 import tempfile
 import time
@@ -42,52 +38,16 @@ from data.sources import read_rows
 from data.tokenizer import load_tokenizer
 from data.worlds import named_in
 from model import Llama, LlamaConfig
-from nanosdd.checkpoint import read_config, read_json
+from nanosdd.checkpoint import read_config
 from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
-from nanosdd.errors import InputError, run_script
+from nanosdd.errors import run_script
 from nanosdd.optimizer import make_optimizer
-from nanosdd.runs import write_text
 from train import train_step
 
-SHAPES = {
-    "small": {  # about SmolLM2 with a fifth of its layers
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    "360m": {  # SmolLM2-360M
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "tie_word_embeddings": True,
-    },
-    "1.7b": {  # SmolLM2-1.7B
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "1b": {  # Llama-3.2-1B
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "7b": {},  # Llama-2-7b, LlamaConfig's defaults
-}
-PARTS = {  # of a step, by the beginning of the profiler's names
-    "attention": "aten::_scaled_dot_product",
-    "loss share": "LinearCrossEntropy",
-    "AdamW": "Optimizer.step",
+SHAPES = {  # hidden size, of the MLP, layers, heads, key-value heads
+    "small": (576, 1536, 6, 9, 3),  # about SmolLM2 with a fifth of its layers
+    "1b": (2048, 8192, 16, 32, 8),  # Llama-3.2-1B
+    "7b": (4096, 11008, 32, 32, 32),  # Llama-2-7b
 }
 MAX_LENGTH = 512  # longer rows and prompts are cut
 LR = 2e-5  # SFTConfig's default
@@ -120,31 +80,17 @@ def figures_of(seconds: float, tokens: int, compute: Compute) -> dict:
 # ---- a training step: the second of two ----
 
 
-def train_nanosdd(folder, examples: list[Example], ideal: dict, compute: Compute) -> dict:
-    """The figures of a step of train.py. ideal: the seconds for an MFU of 1, by dtype."""
+def train_nanosdd(folder, examples: list[Example], compute: Compute) -> dict:
+    """The figures of a step of train.py."""
     model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights])
     optimizer = make_optimizer(model, compute)
     step = partial(train_step, model, optimizer, examples, LR, compute)
     step()
     seconds, done = timed(compute.device, step)
-    figures = step_figures(examples, ideal, compute, seconds, done["loss"])
-    return figures | shares_of(step) if compute.device == "cpu" else figures
+    return step_figures(folder, examples, compute, seconds, done["loss"])
 
 
-def shares_of(step) -> dict:
-    """What each of PARTS takes of the CPU time of a step, from 0 to 1."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    events = profiler.key_averages()
-    whole = sum(event.self_cpu_time_total for event in events)
-    shares = {}
-    for name, beginning in PARTS.items():
-        parts = [event for event in events if event.key.startswith(beginning)]
-        shares[name] = sum(event.cpu_time_total for event in parts) / whole
-    return shares
-
-
-def train_trl(folder, examples, ideal: dict, compute: Compute, **settings) -> dict:
+def train_trl(folder, examples, compute: Compute, **settings) -> dict:
     """The same of trl's SFTTrainer. settings: of its SFTConfig, over the defaults."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -183,13 +129,15 @@ def train_trl(folder, examples, ideal: dict, compute: Compute, **settings) -> di
     )
     trainer.train()
     loss = float(trainer.state.log_history[1]["loss"])
-    return step_figures(examples, ideal, compute, ends[1] - ends[0], loss)
+    return step_figures(folder, examples, compute, ends[1] - ends[0], loss)
 
 
-def step_figures(examples, ideal: dict, compute: Compute, seconds: float, loss: float) -> dict:
+def step_figures(folder, examples, compute: Compute, seconds: float, loss: float) -> dict:
+    """The figures of a step of training."""
     tokens = sum(example.response_length for example in examples)
     figures = figures_of(seconds, tokens, compute)
-    return figures | {"MFU": ideal[compute.dtype] / seconds, "loss": loss}
+    flops = useful_flops(LlamaConfig.from_dict(read_config(folder)), examples)
+    return figures | {"TFLOP/s": flops / seconds / 1e12, "loss": loss}
 
 
 def useful_flops(config: LlamaConfig, examples: list[Example]) -> int:
@@ -210,14 +158,6 @@ def useful_flops(config: LlamaConfig, examples: list[Example]) -> int:
         head = config.hidden_size * config.vocab_size * example.response_length
         flops += 6 * (config.num_hidden_layers * layer + head)
     return flops
-
-
-def matrix_product(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of large square matrices, the median of five after one to warm up."""
-    size = 2048 if device == "cpu" else 8192
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    seconds = [timed(device, torch.mm, matrix, matrix)[0] for _ in range(6)]
-    return 2 * size**3 / median(seconds[1:])
 
 
 # ---- greedy answers: of at most `limit` tokens, after four to warm up ----
@@ -287,50 +227,29 @@ def race(contestants: dict, rounds: int) -> dict[str, list[dict]]:
 
 def bench_train(folder, examples: list[Example], compute: Compute, rounds: int) -> dict:
     """The figures of all that train on these examples, from the model in a folder."""
-    flops = useful_flops(LlamaConfig.from_dict(read_config(folder)), examples)
-    ideal = {}
-    for name, dtype in DTYPES.items():
-        speed = matrix_product(compute.device, dtype)
-        print(f"a matrix product in {name}: {speed / 1e12:.2f} TFLOP/s")
-        ideal[name] = flops / speed
-    ours = partial(train_nanosdd, folder, examples, ideal)
-    trl = partial(train_trl, folder, examples, ideal)
-    whole = partial(trl, gradient_checkpointing=False)
-    best = partial(whole, padding_free=True, max_length=None)
-    bf16 = replace(compute, dtype="bf16")
+    task = (folder, examples, compute)
+    best = {"gradient_checkpointing": False, "padding_free": True, "max_length": None}
+    checkpointed = replace(compute, checkpoint_activations=True)
     contestants = {
-        "nanoSDD": partial(ours, compute),
-        "nanoSDD, bf16": partial(ours, bf16),
-        "nanoSDD, activations checkpointed": partial(
-            ours, replace(compute, checkpoint_activations=True)
-        ),
-        "SFTTrainer, its defaults": partial(trl, compute),
-        "SFTTrainer, no checkpointing": partial(whole, compute),
-        "SFTTrainer, that and padding-free": partial(best, compute),
-        "SFTTrainer, that in bf16": partial(best, bf16),
+        "nanoSDD": partial(train_nanosdd, *task),
+        "nanoSDD, activations checkpointed": partial(train_nanosdd, *task[:2], checkpointed),
+        "SFTTrainer, its defaults": partial(train_trl, *task),
+        "SFTTrainer, the fastest way": partial(train_trl, *task, **best),
     }
     return race(contestants, rounds)
 
 
 def bench_decode(folder, prompts, stop, limit: int, compute: Compute, rounds: int) -> dict:
-    """The figures of all that answer these prompts, by task."""
-    tasks = {
-        "own stops": (prompts, stop, limit),
-        "none stops": (prompts, [], limit // 4),
-        "one prompt": (prompts[:1], [], limit // 4),
-    }
-    figures = {}
-    for name, task in tasks.items():
-        print(name)
-        ours = partial(decode_nanosdd, folder, *task)
-        theirs = partial(decode_transformers, folder, *task)
-        contestants = {}
-        for dtype in DTYPES:
-            at = replace(compute, dtype=dtype)
-            contestants[f"nanoSDD, {dtype}"] = partial(ours, at)
-            contestants[f"generate, {dtype}"] = partial(theirs, at)
-        figures[name] = race(contestants, rounds)
-    return figures
+    """The figures of all that answer these prompts."""
+    contestants = {}
+    for name, task in {
+        "own stops": (prompts, stop, limit, compute),
+        "none stops": (prompts, [], limit // 4, compute),
+        "one prompt": (prompts[:1], [], limit // 4, compute),
+    }.items():
+        contestants[f"nanoSDD, {name}"] = partial(decode_nanosdd, folder, *task)
+        contestants[f"generate, {name}"] = partial(decode_transformers, folder, *task)
+    return race(contestants, rounds)
 
 
 # ---- the command ----
@@ -340,26 +259,33 @@ def write_random(folder, shape: str, tokenizer_folder):
     """Write a model with random weights and the tokenizer of another folder."""
     tokenizer = load_tokenizer(tokenizer_folder)
     torch.manual_seed(0)
-    config = LlamaConfig(tokenizer.n_vocab, initializer_range=0.04, **SHAPES[shape])
+    config = LlamaConfig(tokenizer.n_vocab, *SHAPES[shape], initializer_range=0.04)
+    config.tie_word_embeddings = shape != "7b"
     chat = Chat(Llama(config), tokenizer, read_chat(tokenizer_folder), Compute())
     save_chat(Path(folder), chat, chat.model.state_dict())
 
 
-def bench_model(folder, args) -> dict:
+def rows_of(args) -> list[dict]:
+    """The rows of a step, harmful prompts with random responses; for decode, 100 benign ones."""
+    rng = random.Random(0)
+    benign = read_rows(args.benign)
+    if args.what == "decode":
+        return rng.choices(benign, k=100)
+    harmful = rng.choices(read_rows(args.harmful), k=args.batch_size)
+    answers = rng.choices(benign, k=args.batch_size)
+    return [row | {"response": answer["response"]} for row, answer in zip(harmful, answers)]
+
+
+def bench(args, folder) -> dict:
     """The figures of train or decode, of the model in a folder."""
     compute = resolve_compute(**named_in(args, Compute))
     tokenizer = load_tokenizer(folder)
     template = read_chat(folder)
-    rng = random.Random(0)
-    rows = read_rows(args.benign)
+    rows = rows_of(args)
     if args.what == "train":
-        asked = rng.choices(read_rows(args.harmful), k=args.batch_size)
-        answers = rng.choices(rows, k=args.batch_size)
-        rows = [row | {"response": answer["response"]} for row, answer in zip(asked, answers)]
         examples = encode_rows(tokenizer, template, rows, MAX_LENGTH)
         return bench_train(folder, examples, compute, args.rounds)
-    asked = rng.choices(rows, k=100)
-    prompts = [encode_prompt(tokenizer, template, row["prompt"])[:MAX_LENGTH] for row in asked]
+    prompts = [encode_prompt(tokenizer, template, row["prompt"])[:MAX_LENGTH] for row in rows]
     stop = tokenizer.stop_tokens
     if args.shape != "smollm2":  # random weights hardly ever stop: one token in 64 ends an answer
         stop = range(tokenizer.n_vocab // 64)
@@ -381,21 +307,14 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv=None) -> dict:
     args = parse(argv)
-    if min(args.rounds, args.batch_size) < 1:
-        raise InputError("--rounds and --batch-size must be 1 or more")
     print(machine())
+    if args.shape == "smollm2":
+        return bench(args, model_folder("smollm2"))
     with tempfile.TemporaryDirectory() as folder:
-        if args.shape == "smollm2":
-            folder = model_folder("smollm2")
-        else:
-            write_random(folder, args.shape, args.tokenizer)
-        figures = bench_model(folder, args)
-    path = Path("out/bench.json")
-    kept = read_json(path) if path.is_file() else {}
-    kept[args.what] = {"machine": machine(), "settings": vars(args), **figures}
-    write_text(path, json.dumps(kept, indent=1) + "\n")
+        write_random(folder, args.shape, args.tokenizer)
+        return bench(args, folder)
 
 
 if __name__ == "__main__":
