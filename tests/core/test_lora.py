@@ -1,13 +1,15 @@
-"""LoRA: no change at the start, only A and B train, and merging changes nothing but rounding."""
+"""LoRA: no change at the start, only A and B train, and merging changes nothing but rounding.
+
+The update by hand and in bf16 is tried in assignment 4's tests.
+"""
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from small import small_model
 
 from nanosdd.device import Compute
-from nanosdd.lora import LoRALinear, add_lora, lora_layers, merge_lora
+from nanosdd.lora import add_lora, lora_layers, merge_lora
 from nanosdd.optimizer import make_optimizer
 
 TOKENS = torch.arange(3 * 17).reshape(3, 17) * 29 % 89  # (B,T)
@@ -51,18 +53,6 @@ def test_every_linear_layer_of_the_blocks_is_wrapped_and_nothing_changes_at_the_
     assert [id(p) for p in trainable] == [id(model.get_parameter(name)) for name in parts]
     down = model.model.layers[1].mlp.down_proj
     assert down.A.shape == (3, 80) and down.B.shape == (48, 3)
-
-
-def test_the_update_by_hand():
-    base = nn.Linear(5, 4, bias=False)
-    layer = LoRALinear(base, rank=2, alpha=3.0, generator=torch.Generator().manual_seed(0))
-    assert 0 < layer.A.abs().max() < 5**-0.5 and layer.A.unique().numel() == 10
-    assert layer.B.count_nonzero() == 0
-    layer.B.data.normal_()
-    x = torch.randn(7, 5)
-    W = base.weight + 1.5 * layer.B @ layer.A  # alpha / rank is 1.5
-    torch.testing.assert_close(layer(x), x @ W.T)
-    torch.testing.assert_close(layer.merged(), W.detach())
 
 
 def test_seeds_draw_other_updates_and_the_same_again():
@@ -136,13 +126,3 @@ def test_gradients_are_those_of_the_merged_weights():
         dW = plain.get_submodule(name).weight.grad
         torch.testing.assert_close(layer.B.grad, 2 * dW @ layer.A.detach().T, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(layer.A.grad, 2 * layer.B.detach().T @ dW, atol=1e-6, rtol=1e-4)
-
-
-def test_bf16_weights_are_summed_in_fp32():
-    base = nn.Linear(64, 48, bias=False).bfloat16()
-    layer = LoRALinear(base, rank=8, alpha=8, generator=torch.Generator().manual_seed(0))
-    layer.B.data.normal_()
-    assert layer.A.dtype == layer.B.dtype == layer.merged().dtype == torch.bfloat16
-    exact = (base.weight.double() + layer.B.double() @ layer.A.double()).bfloat16()
-    assert (layer.merged() != exact).float().mean() < 0.01  # rounded once, not twice
-    assert (base.weight + layer.B @ layer.A != exact).float().mean() > 0.1

@@ -8,7 +8,7 @@ from small import small_model
 
 from nanosdd.device import Compute
 from nanosdd.optimizer import clip_gradient, make_optimizer
-from nanosdd.split_adamw import SplitAdamW, join, round_stochastically, split
+from nanosdd.split_adamw import SplitAdamW, join, split
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -23,17 +23,12 @@ def numbers(patterns) -> torch.Tensor:
 # ---- bf16 and 16 more bits ----
 
 
-def test_split_and_join_on_random_patterns():
-    patterns = torch.randint(0, 2**32, (2_000_000,), generator=torch.Generator().manual_seed(0))
-    master = numbers(patterns)  # both signs, denormals, infinities and NaN too: bits are bits
-    assert torch.equal(bits(join(*split(master))), bits(master))
-
-
 # zero, denormal, odd, even, at a power of two, largest
 @pytest.mark.parametrize("high", [0x0000, 0x0001, 0x3CA3, 0x3CA4, 0x3F7F, 0x7F7F])
 @pytest.mark.parametrize("sign", [0, 2**31])
 def test_split_rounds_to_nearest_and_ties_away_from_zero(sign, high):
-    """All 65,536 low halves. To even, two masters would have the same two parts."""
+    """All 65,536 low halves. To even, two masters would have the same two parts. More of `split`,
+    `join` and `round_stochastically` is tried in assignment 5's tests."""
     master = numbers(torch.arange(2**16) + (high << 16) + sign)
     weight, low = split(master)
     assert weight.dtype == torch.bfloat16 and low.dtype == torch.int16
@@ -41,18 +36,6 @@ def test_split_rounds_to_nearest_and_ties_away_from_zero(sign, high):
     tie = torch.arange(2**16) == 2**15
     assert torch.equal(weight[~tie], master.bfloat16()[~tie])
     assert weight[tie].view(torch.int16).item() & 0x7FFF == high + 1
-
-
-def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_seeded():
-    fraction = torch.tensor([0.0, 1 / 16, 0.5, 0.9])
-    x = ((1 + fraction / 128) * 2.0**-20).repeat(100_000, 1)
-    rounded = round_stochastically(x, torch.Generator().manual_seed(3))
-    up = (rounded.float() * 2.0**20 - 1) * 128
-    assert set(up.unique().tolist()) == {0.0, 1.0}
-    assert up[:, 0].sum() == 0
-    assert torch.allclose(up.mean(0), fraction, atol=5 * 0.5 / 100_000**0.5)
-    assert torch.equal(rounded, round_stochastically(x, torch.Generator().manual_seed(3)))
-    assert not torch.equal(rounded, round_stochastically(x, torch.Generator().manual_seed(4)))
 
 
 # ---- against torch.optim.AdamW in fp32 ----
@@ -96,27 +79,6 @@ def test_eight_steps_bit_by_bit_where_bf16_holds_the_moments(weight_decay):
             optimizer.step()
         assert torch.equal(bits(ours.master(two)), bits(one.detach()))
     assert not torch.equal(ours.master(two), two.float())  # the low half holds something
-
-
-@pytest.mark.parametrize("lr", [5e-7, 5e-5])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_200_steps_make_the_update_of_fp32(lr, weight_decay):
-    """Learning noisy data from a teacher; gradients of both are computed in fp32."""
-    teacher = torch.randn(24, 8)
-    start = teacher + 0.1 * torch.randn(24, 8)
-    one, torch_adamw, two, ours = pair(start, lr=lr, weight_decay=weight_decay)
-    begin = one.detach().clone()
-    for _ in range(200):
-        x = torch.randn(32, 24)
-        y = x @ teacher + 0.1 * torch.randn(32, 8)
-        one.grad = x.T @ (x @ one.detach() - y)
-        two.grad = (x.T @ (x @ two.detach().float() - y)).bfloat16()
-        torch_adamw.step()
-        ours.step()
-    expected = (one.detach() - begin).flatten()
-    found = (ours.master(two) - begin).flatten()
-    assert torch.cosine_similarity(expected, found, dim=0) > 0.999
-    assert 0.99 < found.norm() / expected.norm() < 1.01
 
 
 def test_the_second_moment_decays_as_in_fp32():
