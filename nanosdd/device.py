@@ -76,7 +76,7 @@ def add_compute_arguments(p, training: bool = False):
 def resolve_compute(device: str, dtype: str, compile: bool | None = None, **training) -> Compute:
     """The Compute that these arguments ask for; training: its other fields.
 
-    InputError for a device that is not there or cannot do it.
+    InputError for a device that is not there.
     """
     seen = ["cpu"]
     if torch.backends.mps.is_available():
@@ -88,15 +88,13 @@ def resolve_compute(device: str, dtype: str, compile: bool | None = None, **trai
     if device not in seen:
         raise InputError(f"--device {device} is not there: PyTorch sees {', '.join(seen)}")
     on_cuda = device.startswith("cuda")
-    has_bf16 = device == "cpu" or on_cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if training.get("weights") == "bf16":
         if dtype == "fp32":
             raise InputError("--weights bf16 computes in bf16; leave --dtype fp32 out")
         dtype = "bf16"
-    if dtype == "bf16" and not has_bf16:
-        raise InputError(f"{device} has no bf16 arithmetic; use --dtype fp32 and --weights fp32")
     if dtype == "auto":
-        dtype = "bf16" if on_cuda and has_bf16 else "fp32"
+        has_bf16 = on_cuda and torch.cuda.get_device_capability(device)[0] >= 8
+        dtype = "bf16" if has_bf16 else "fp32"
     if compile is None:
         compile = on_cuda
     if min(training.get("micro_batch", 0), training.get("save_every", 0)) < 0:
@@ -141,7 +139,7 @@ def join_processes(compute: Compute) -> Compute:
 
     InputError for split weights.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return compute
     if compute.weights == "bf16":
         raise InputError("--weights bf16 is for one process; several spread fp32 weights")

@@ -1,7 +1,5 @@
 """SplitAdamW: a weight in two parts keeps every bit, and its steps are those of fp32 AdamW."""
 
-import copy
-
 import pytest
 import torch
 from small import small_model
@@ -157,30 +155,6 @@ def test_the_scale_of_clipping_by_hand():
 
 
 # ---- an optimizer like any other ----
-
-
-def test_a_saved_run_goes_on_as_if_it_had_not_stopped():
-    def fresh():
-        generator = torch.Generator().manual_seed(1)
-        p = torch.nn.Parameter(torch.randn(8, 5, generator=generator).bfloat16())
-        return p, SplitAdamW([p], lr=1e-4, weight_decay=0.1)
-
-    def steps(p, optimizer, numbers):
-        for number in numbers:
-            generator = torch.Generator().manual_seed(number)
-            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
-            optimizer.step()
-
-    whole, ours = fresh()
-    steps(whole, ours, range(20))
-    first, saved = fresh()
-    steps(first, saved, range(9))
-    second, resumed = fresh()
-    second.data.copy_(first.data)
-    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
-    steps(second, resumed, range(9, 20))
-    assert torch.equal(bits(ours.master(whole)), bits(resumed.master(second)))
-    assert torch.equal(ours.state[whole]["exp_avg_sq"], resumed.state[second]["exp_avg_sq"])
 
 
 def test_each_parameter_is_rounded_by_draws_of_its_own():
