@@ -254,7 +254,7 @@ class Run:
             os.write(2, b"\nstopping after this step; Ctrl-C again: at once, and it is lost\n")
 
     def load_state(self, model, optimizer) -> dict:
-        """Put a saved state in place; returns its content and "step", {} when none was saved."""
+        """Put a saved state in place; returns its content with "step", {} when none was saved."""
         if "step" not in self.saved:
             return {}
         file = self._rank_file(self.saved["step"])
@@ -270,7 +270,7 @@ class Run:
                 tensor.copy_(tensors[name])
         except (OSError, SafetensorError, RuntimeError, *DAMAGED) as error:
             raise InputError(f"{file} is damaged ({error}); --fresh starts over") from None
-        return self.saved["content"] | {"step": self.saved["step"]}
+        return self.saved
 
     def should_save(self, step: int) -> bool:
         """Whether a state is due after so many steps, or a stop was asked for, on any rank."""
@@ -284,7 +284,7 @@ class Run:
         save_tensors(state_tensors(model, optimizer), self._rank_file(step))
         barrier()
         if self.rank == 0:
-            state = self.record | {"step": step, "content": content}
+            state = self.record | content | {"step": step}
             write_text(self.state_file, json.dumps(state))
             self._remove("*rank*-step*", but=f"-step{step}.")
         self.saved_at = time.monotonic()
