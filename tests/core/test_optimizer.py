@@ -139,15 +139,6 @@ def test_more_than_a_slice():
 # ---- an optimizer like any other ----
 
 
-def test_each_parameter_is_rounded_by_draws_of_its_own():
-    one, two = (torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2))
-    ours = SplitAdamW([one, two], lr=1e-3)
-    for p in (one, two):
-        p.grad = torch.full_like(p, 0.3)
-    ours.step()
-    assert not torch.equal(ours.state[one]["exp_avg_sq"], ours.state[two]["exp_avg_sq"])
-
-
 @pytest.mark.parametrize(
     "dtype, kind", [(torch.float32, torch.optim.AdamW), (torch.bfloat16, SplitAdamW)]
 )

@@ -302,11 +302,3 @@ def test_a_file_of_another_program_gets_no_results(tmp_path):
     (tmp_path / "sdd.jsonl").write_text('{"prompt": "mine"}\n')
     with pytest.raises(InputError, match="sdd.jsonl is of another program; move it"):
         Results(tmp_path / "sdd.jsonl", RECORD)
-
-
-def test_a_folder_under_the_temporary_name_is_not_emptied(tmp_path):
-    (tmp_path / ".run.json.new").mkdir()
-    (tmp_path / ".run.json.new/mine").write_text("a")
-    with pytest.raises(OSError):
-        write_text(tmp_path / "run.json", "b")
-    assert (tmp_path / ".run.json.new/mine").read_text() == "a"
