@@ -122,11 +122,11 @@ def open_weights(path, device="cpu"):
 
 def find_tensors(folder) -> dict[str, Path]:
     """The file of each tensor: model.safetensors, or the shards that an index names."""
-    shards = {"model.safetensors"}
+    shards = ["model.safetensors"]
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file() and not (Path(folder) / "model.safetensors").is_file():
         try:
-            shards = set(read_json(index)["weight_map"].values())
+            shards = sorted(set(read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{index} has no weight_map of tensors; download it again") from None
     files = {}
@@ -158,9 +158,8 @@ def read_weights(model, folder, device, dtype):
     except RuntimeError as error:  # it names what is missing, left over or of another shape
         words = " ".join(str(error).split())
         raise InputError(f"{folder}: config.json is of another model: {words:.300}") from None
-    if tied and not torch.equal(
-        local(model.lm_head.weight), local(model.model.embed_tokens.weight)
-    ):
+    embedding = local(model.model.embed_tokens.weight)
+    if tied and not torch.equal(local(model.lm_head.weight), embedding):
         raise InputError(f"{folder}: lm_head.weight differs, and config.json ties it")
 
 
