@@ -164,7 +164,7 @@ def train_step(
     for batch in micro_batches(examples, compute):
         with compute.autocast():
             value = loss(model, batch, response_tokens)  # its share of the mean over all tokens
-        device.backward(value, model)
+        value.backward()
         total += value.detach()
     total = device.sum_over_processes(total)
     if before_clip:

@@ -140,7 +140,8 @@ def attacked(ready: Ready, weights: dict, problem: Problem) -> dict:
     for attack in attacks:
         cells, curves[attack.key] = fine_tuned(ready, weights, attack)
         if cells[-1]["diverged"]:
-            raise ValueError(f"{attack.key} diverges: what cannot be trained is no defence")
+            what = f"{attack.name} at lr {attack.lr:g} diverges"
+            raise ValueError(f"{what}: what cannot be trained is no defence")
         for cell in cells:
             if cell["capability"] < FLOOR * released["capability"]:
                 continue

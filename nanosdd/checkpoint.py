@@ -121,37 +121,23 @@ def open_weights(path, device="cpu"):
 
 
 def find_tensors(folder) -> dict[str, Path]:
-    """The file of each tensor: model.safetensors, or a shard in model.safetensors.index.json.
-
-    InputError when the index names a file that is missing or outside the folder, or when a shard
-    holds other tensors.
-    """
-    single = Path(folder) / "model.safetensors"
+    """The file of each tensor: model.safetensors, or the shards that an index names."""
+    shards = ["model.safetensors"]
     index = Path(folder) / "model.safetensors.index.json"
-    if single.is_file():
-        with open_weights(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    if not index.is_file():
-        raise InputError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
-            "download the safetensors files of the checkpoint"
-        )
-    try:
-        shard_of = {name: Path(shard) for name, shard in read_json(index)["weight_map"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{index} has no weight_map of tensors; download it again") from None
-    for shard in sorted(set(shard_of.values())):
-        if shard.is_absolute() or ".." in shard.parent.parts:
+    if index.is_file() and not (Path(folder) / "model.safetensors").is_file():
+        try:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{index} has no weight_map of tensors; download it again") from None
+    files = {}
+    for shard in shards:
+        place = Path(str(shard))
+        if place.is_absolute() or ".." in place.parts:
             raise InputError(f"{index} names '{shard}', which leaves the folder; refused")
-        listed = {name for name in shard_of if shard_of[name] == shard}
-        with open_weights(Path(folder) / shard) as file:
-            differing = listed ^ set(file.keys())
-        if differing:  # missing in the shard, or in two shards: which one counts would be a guess
-            raise InputError(
-                f"{folder}/{shard} and {index.name} disagree about {min(differing)}; "
-                "download both again"
-            )
-    return {name: Path(folder) / shard for name, shard in shard_of.items()}
+        path = Path(folder) / place
+        with open_weights(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files
 
 
 def read_weights(model, folder, device, dtype):
@@ -163,38 +149,26 @@ def read_weights(model, folder, device, dtype):
     """
     wanted = model.state_dict()
     tied = model.config.tie_word_embeddings
-    files = {name: path for name, path in find_tensors(folder).items() if not BUFFER.search(name)}
-    differing = wanted.keys() ^ files.keys()
-    if tied:
-        differing.discard("lm_head.weight")  # some files hold it all the same
-    if differing:
-        raise InputError(
-            f"{folder}: the weights and config.json disagree about {len(differing)} tensors: "
-            f"{', '.join(sorted(differing)[:4])}; is it another architecture?"
-        )
     found = {}
-    for name, path in files.items():
-        with open_weights(path, device) as file:  # each time anew: what was read is unmapped again
-            found[name] = read_tensor(file, path, name, wanted[name], dtype)
-    if tied:
-        embedding = found["model.embed_tokens.weight"]
-        head = found.setdefault("lm_head.weight", embedding)
-        if not torch.equal(local(head), local(embedding)):
-            raise InputError(
-                f"{folder}: lm_head.weight differs from the embedding, and config.json ties them"
-            )
-    model.load_state_dict(found, assign=True)
+    for name, path in find_tensors(folder).items():
+        if not BUFFER.search(name):
+            with open_weights(path, device) as file:  # anew: what was read is unmapped again
+                found[name] = read_tensor(file, path, name, wanted.get(name), dtype)
+    if tied:  # some files hold the head all the same
+        found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight"))
+    try:
+        model.load_state_dict(found, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over or of another shape
+        words = " ".join(str(error).split())
+        raise InputError(f"{folder}: config.json is of another model: {words:.300}") from None
+    embedding = local(model.model.embed_tokens.weight)
+    if tied and not torch.equal(local(model.lm_head.weight), embedding):
+        raise InputError(f"{folder}: lm_head.weight differs, and config.json ties it")
 
 
 def read_tensor(file, path, name: str, wanted: torch.Tensor, dtype) -> torch.Tensor:
-    """A tensor of an open file in `dtype`, of the shape of `wanted` and sharded like it."""
+    """A tensor of an open file in `dtype`, sharded like `wanted`."""
     part = file.get_slice(name)
-    shape = part.get_shape()
-    if shape != list(wanted.shape):
-        raise InputError(
-            f"{path}: {name} has shape {shape}, config.json asks for {list(wanted.shape)}; "
-            "the two belong to different models"
-        )
     if part.get_dtype() not in ("BF16", "F16", "F32", "F64"):
         raise InputError(
             f"{path}: {name} is {part.get_dtype()}; use a checkpoint that is not quantized"
@@ -248,18 +222,15 @@ def kept_update(before, after: dict[str, torch.Tensor], dtype) -> tuple[float, f
     changed, the share of these that still differ once rounded, and the cosine of
     round(after) - round(before) with after - before.
     """
-    total = changed = kept = 0
-    both = update_squares = rounded_squares = 0.0
+    sums = torch.zeros(6, dtype=torch.float64)
     for name, weight in before.named_parameters():
         old = weight.cpu().float().flatten()
         new = after[name].cpu().float().flatten()
         update = new - old
         rounded = new.to(dtype).float() - old.to(dtype).float()
-        total += len(old)
-        changed += int(update.count_nonzero())
-        kept += int(rounded.count_nonzero())
-        both += float(update @ rounded)
-        update_squares += float(update @ update)
-        rounded_squares += float(rounded @ rounded)
-    norms = (update_squares * rounded_squares) ** 0.5
-    return changed / total, kept / max(1, changed), both / max(norms, 1e-300)
+        counts = [len(old), update.count_nonzero(), rounded.count_nonzero()]
+        products = [update @ rounded, update @ update, rounded @ rounded]
+        sums += torch.tensor(counts + products, dtype=torch.float64)
+    total, changed, kept, both, update, rounded = sums.tolist()
+    cosine = both / max(1e-300, (update * rounded) ** 0.5)
+    return changed / total, kept / max(1, changed), cosine

@@ -76,7 +76,7 @@ def add_compute_arguments(p, training: bool = False):
 def resolve_compute(device: str, dtype: str, compile: bool | None = None, **training) -> Compute:
     """The Compute that these arguments ask for; training: its other fields.
 
-    InputError for a device that is not there or cannot do it.
+    InputError for a device that is not there.
     """
     seen = ["cpu"]
     if torch.backends.mps.is_available():
@@ -88,20 +88,17 @@ def resolve_compute(device: str, dtype: str, compile: bool | None = None, **trai
     if device not in seen:
         raise InputError(f"--device {device} is not there: PyTorch sees {', '.join(seen)}")
     on_cuda = device.startswith("cuda")
-    has_bf16 = device == "cpu" or on_cuda and torch.cuda.get_device_capability(device)[0] >= 8
     if training.get("weights") == "bf16":
         if dtype == "fp32":
             raise InputError("--weights bf16 computes in bf16; leave --dtype fp32 out")
         dtype = "bf16"
-    if dtype == "bf16" and not has_bf16:
-        raise InputError(f"{device} has no bf16 arithmetic; use --dtype fp32 and --weights fp32")
     if dtype == "auto":
-        dtype = "bf16" if on_cuda and has_bf16 else "fp32"
+        has_bf16 = on_cuda and torch.cuda.get_device_capability(device)[0] >= 8
+        dtype = "bf16" if has_bf16 else "fp32"
     if compile is None:
         compile = on_cuda
-    for name in ("micro_batch", "save_every"):
-        if training.get(name, 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} {training[name]} must be 0 or more")
+    if min(training.get("micro_batch", 0), training.get("save_every", 0)) < 0:
+        raise InputError("--micro-batch and --save-every must be 0 or more")
     return Compute(device, dtype, compile, **training)
 
 
@@ -140,20 +137,17 @@ def machine() -> str:
 def join_processes(compute: Compute) -> Compute:
     """Under torchrun: take this process's GPU and meet the others; else change nothing.
 
-    NCCL on GPUs, gloo on CPUs. InputError for fewer GPUs than processes, or for split weights.
+    InputError for split weights.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return compute
     if compute.weights == "bf16":
         raise InputError("--weights bf16 is for one process; several spread fp32 weights")
     backend = "gloo"
     if compute.device.startswith("cuda"):
-        backend = "nccl"
-        gpu = int(os.environ["LOCAL_RANK"])
-        if gpu >= torch.cuda.device_count():
-            raise InputError("torchrun starts more processes than GPUs; lower --nproc_per_node")
-        torch.cuda.set_device(gpu)
-        compute = replace(compute, device=f"cuda:{gpu}")
+        backend = "cpu:gloo,cuda:nccl"
+        compute = replace(compute, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(compute.device)
     # An hour, since the others wait while rank 0 writes a model; torchrun sees it when one dies.
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     return compute
@@ -198,50 +192,35 @@ def first_process_first():
 
 def sum_over_processes(value) -> float:
     """The sum of a number or a tensor of one over all processes."""
+    total = torch.tensor(float(value))
     if dist.is_initialized():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        value = torch.as_tensor(value, dtype=torch.float32, device=device)
-        dist.all_reduce(value)
-    return float(value)
-
-
-def is_sharded(model) -> bool:
-    """Whether `shard_over_processes` made the model an FSDPModule."""
-    return hasattr(model, "reshard")
+        dist.all_reduce(total)
+    return float(total)
 
 
 def shard_over_processes(model):
     """Spread weights, gradients and moments over the processes, if there are several (FSDP2)."""
-    if rank_and_world_size()[1] > 1 and not is_sharded(model):
-        from torch.distributed import fsdp  # slow to import
+    if rank_and_world_size()[1] == 1 or hasattr(model, "reshard"):  # alone, or spread already
+        return
+    from torch.distributed import fsdp  # slow to import
 
-        for block in model.model.layers:
-            fsdp.fully_shard(block)
-        fsdp.fully_shard(model)
-        fsdp.register_fsdp_forward_method(model, "run_layers")
-
-
-def backward(value: torch.Tensor, model):
-    """Backward pass of a share of the global loss; FSDP averages gradients, which is undone."""
-    if is_sharded(model):
-        value = value * rank_and_world_size()[1]
-    value.backward()
+    for part in (*model.model.layers, model):
+        fsdp.fully_shard(part)
+        part.set_gradient_divide_factor(1.0)  # a sum, since each loss is a share of the mean
+        part.set_force_sum_reduction_for_comms(True)  # the way that gloo can, too
+    fsdp.register_fsdp_forward_method(model, "run_layers")
 
 
 def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
-    """Every weight by its name in the checkpoint: gathered if it is sharded, fp32 if it is split.
-
-    Every process has to call this; rank 0 gets the weights (gathered and split ones as copies on
-    the CPU), others {}.
-    """
-    rank = rank_and_world_size()[0]
+    """Every weight on the CPU by its name in the checkpoint: gathered if it is sharded, fp32 if it
+    is split. Every process has to call this; rank 0 gets the weights, others {}."""
     weights = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         weight = parameter.detach()
         if hasattr(optimizer, "master"):
-            weight = optimizer.master(parameter).cpu()
-        elif hasattr(parameter, "full_tensor"):
+            weight = optimizer.master(parameter)
+        if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
-        if rank == 0:  # one copy on the machine, not one for each process
-            weights[name] = weight.cpu() if is_sharded(model) else weight
+        if rank_and_world_size()[0] == 0:
+            weights[name] = weight.cpu()
     return weights

@@ -115,9 +115,6 @@ def read_rope(config: dict) -> dict:
     for key in ("rope_theta", *ROPE_NUMBERS[kind]):
         check_number(key, found.get(key), float)
         rope[key] = found[key]
-    if kind == "llama3":
-        equal = rope["low_freq_factor"] == rope["high_freq_factor"]
-        check(not equal, "low_freq_factor and high_freq_factor are equal")
     return rope
 
 

@@ -7,12 +7,8 @@
 Shape letters: R rank, I in_features, O out_features.
 """
 
-import math
-
 import torch
 import torch.nn as nn
-
-from nanosdd.errors import InputError
 
 
 class LoRALinear(nn.Module):
@@ -48,13 +44,8 @@ def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
     """Wrap q, k, v, o, gate, up and down of every block, in place; returns all A and B.
 
     A (R,I) starts uniform in +-1/sqrt(I), B (O,R) at 0, so the model still computes exactly the
-    same; all other parameters are frozen. InputError for a rank below 1, an alpha that is not
-    positive and finite, or a model that has LoRA layers already.
+    same; all other parameters are frozen.
     """
-    if rank < 1 or not 0 < alpha < math.inf:
-        raise InputError(f"LoRA needs a rank of 1 or more and an alpha above 0: {rank}, {alpha:g}")
-    if lora_layers(model):
-        raise InputError("the model has LoRA layers already; call merge_lora first")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # not the global one
     for block in model.model.layers:
@@ -65,11 +56,8 @@ def add_lora(model, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
 
 
 def merge_lora(model):
-    """Add every update to its weight, in place, and unfreeze all; InputError without LoRA."""
-    layers = lora_layers(model)
-    if not layers:
-        raise InputError("the model has no LoRA layers to merge; call add_lora first")
-    for name, layer in layers.items():
+    """Add every update to its weight, in place, and unfreeze all."""
+    for name, layer in lora_layers(model).items():
         layer.base.weight.data = layer.merged()
         model.set_submodule(name, layer.base)
     model.requires_grad_(True)

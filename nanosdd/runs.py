@@ -107,12 +107,12 @@ def difference(old: dict, new: dict) -> str | None:
 
 def made_by() -> dict:
     """What a result was made by and on: commit, machine, date."""
-    commit = "unknown"
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+    commit = ""
+    with suppress(OSError):  # no git
         words = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-        said = subprocess.check_output(words, stderr=subprocess.DEVNULL)
-        commit = said.decode("utf-8", "replace").strip()
-    return {"commit": commit, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    date = time.strftime("%Y-%m-%d")
+    return {"commit": commit or "unknown", "machine": machine(), "date": date}
 
 
 # ---- the folder of a run ----
@@ -254,11 +254,10 @@ class Run:
             os.write(2, b"\nstopping after this step; Ctrl-C again: at once, and it is lost\n")
 
     def load_state(self, model, optimizer) -> dict:
-        """Put a saved state in place; returns its content and "step", {} when none was saved."""
+        """Put a saved state in place; returns its content with "step", {} when none was saved."""
         if "step" not in self.saved:
             return {}
-        step = self.saved["step"]
-        file = self._rank_file(step)
+        file = self._rank_file(self.saved["step"])
         # A step at lr 0 without gradients makes the optimizer's state, to be filled.
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -271,7 +270,7 @@ class Run:
                 tensor.copy_(tensors[name])
         except (OSError, SafetensorError, RuntimeError, *DAMAGED) as error:
             raise InputError(f"{file} is damaged ({error}); --fresh starts over") from None
-        return {**self.saved["content"], "step": step}
+        return self.saved
 
     def should_save(self, step: int) -> bool:
         """Whether a state is due after so many steps, or a stop was asked for, on any rank."""
@@ -282,17 +281,12 @@ class Run:
 
     def save_state(self, step: int, model, optimizer, content: dict):
         """Keep what to go on from after so many steps; Interrupted when a stop was asked for."""
-        tensors = {}
-        for name, tensor in state_tensors(model, optimizer).items():
-            tensors[name] = tensor.cpu().contiguous()
-        save_tensors(tensors, self._rank_file(step))
+        save_tensors(state_tensors(model, optimizer), self._rank_file(step))
         barrier()
         if self.rank == 0:
-            state = self.record | {"step": step, "content": content}
+            state = self.record | content | {"step": step}
             write_text(self.state_file, json.dumps(state))
-            for file in self.state.glob("*rank*-step*"):
-                if f"-step{step}." not in file.name:
-                    file.unlink()
+            self._remove("*rank*-step*", but=f"-step{step}.")
         self.saved_at = time.monotonic()
         self._stop_if_asked(
             f"stopped after step {step}; the same command goes on from there (without --fresh)"
@@ -314,11 +308,16 @@ class Run:
         return self.state / f"rank{self.rank}-step{step}.safetensors"
 
     def _remove_state(self):
-        for pattern in ("*state.json*", "*rank*-step*"):  # under temporary names, too
-            for file in self.state.glob(pattern):
-                file.unlink()
+        self._remove("*state.json*")
+        self._remove("*rank*-step*")
         with suppress(OSError):  # somebody's own files are in it
             self.state.rmdir()
+
+    def _remove(self, pattern: str, but: str = "nothing"):
+        """Remove files of the state, also those under temporary names."""
+        for file in self.state.glob(pattern):
+            if but not in file.name:
+                file.unlink()
 
 
 def state_tensors(model, optimizer) -> dict[str, torch.Tensor]:

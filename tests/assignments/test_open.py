@@ -228,7 +228,7 @@ def test_what_is_no_model_scores_nothing(text, said, graded, monkeypatch):
 def test_a_model_that_no_attack_can_train_is_no_defence(ready):
     given = ready.weights["aligned"]
     weights = {name: torch.full_like(weight, 1e30) for name, weight in given.items()}
-    with pytest.raises(ValueError, match="mft 20 0.001 .* diverges"):
+    with pytest.raises(ValueError, match="mft at lr 0.001 diverges"):
         open_problem.attacked(ready, weights, TINY)
 
 

@@ -46,90 +46,64 @@ def test_save_and_load_bit_equal(tmp_path, tied, sharded):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    "name, tensor, message",
     [
-        (lambda t: t.pop("model.norm.weight"), "disagree about 1 tensors: model.norm.weight"),
-        (
-            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(60)}),
-            "disagree about 1 .*q_proj.bias",
-        ),
-        (lambda t: t.update({"model.norm.weight": torch.ones(47)}), r"shape \[47\].*\[48\]"),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
-            "norm.weight is I8.*quantized",
-        ),
-        (
-            lambda t: t.update({"model.layers.0.self_attn.rotary.weight": torch.ones(6)}),
-            "disagree about 1 .*rotary.weight",
-        ),
+        ("model.norm.weight", None, "another model: .* Missing key.*model.norm.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(60), "Unexpected key.*q_proj.bias"),
+        ("model.norm.weight", torch.ones(47), r"norm.weight: .*\[47\].*\[48\]"),
+        ("model.norm.weight", torch.ones(48, dtype=torch.int8), "norm.weight is I8.*quantized"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tmp_path, damage, message):
+def test_tensors_that_do_not_fit_are_named(tmp_path, name, tensor, message):
     _, tensors = saved(tmp_path)
-    damage(tensors)
+    tensors[name] = tensor
+    if tensor is None:
+        del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=message):
         Llama.from_pretrained(tmp_path)
 
 
-def test_text_is_written_whatever_it_holds(tmp_path):
-    """A name of a file may hold bytes that are no UTF-8, which Python keeps as lone surrogates."""
-    write_text(tmp_path / "a", "ü你🙂 \udcff\n")
-    assert (tmp_path / "a").read_bytes() == "ü你🙂 \\udcff\n".encode()
-
-
-@pytest.mark.parametrize(
-    "buffer",
-    [
+def test_buffers_of_older_files_change_nothing_as_in_transformers(tmp_path):
+    """Older files hold inv_freq without the linear scaling that config.json asks for."""
+    model, tensors = saved(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    for buffer in (
         "model.rotary_emb.inv_freq",
         "model.layers.1.self_attn.rotary_emb.inv_freq",
         "model.layers.1.self_attn.rotary_emb.cos_cached",
         "model.layers.0.self_attn.masked_bias",
         "model.causal_mask",
         "model.embed_tokens.position_ids",
-    ],
-)
-@pytest.mark.parametrize("sharded", [False, True])
-def test_buffers_of_older_files_change_nothing_as_in_transformers(tmp_path, buffer, sharded):
-    """Older files hold inv_freq without the linear scaling that config.json asks for."""
-    model, tensors = saved(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
-    tensors[buffer] = (1 / 10000 ** (torch.arange(0, 12, 2) / 12)).half()
+    ):
+        tensors[buffer] = (1 / 10000 ** (torch.arange(0, 12, 2) / 12)).half()
     save_file(tensors, tmp_path / "model.safetensors")
-    if sharded:
-        write_shards(tmp_path, tensors)
     tokens = torch.tensor([[4, 8, 15]])
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("place", ["./{}", "parts/{}", "./parts/of it/{}"])
-def test_shards_may_lie_below_the_folder_as_in_transformers(tmp_path, place):
+def test_shards_may_lie_below_the_folder_as_in_transformers(tmp_path):
     model, tensors = saved(tmp_path)
     write_shards(tmp_path, tensors)
     index = tmp_path / "model.safetensors.index.json"
-    shard_of = {}
-    for name, shard in json.loads(index.read_text())["weight_map"].items():
-        shard_of[name] = place.format(shard)
-    for shard in set(shard_of.values()):
-        (tmp_path / shard).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / os.path.basename(shard)).rename(tmp_path / shard)
-    index.write_text(json.dumps({"weight_map": shard_of}))
+    place = "./parts/of it/"
+    (tmp_path / place).mkdir(parents=True)
+    for shard in ("a.safetensors", "b.safetensors"):
+        (tmp_path / shard).rename(tmp_path / place / shard)
+        index.write_text(index.read_text().replace(shard, place + shard))
     tokens = torch.tensor([[4, 8, 15]])
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
 
 
 @pytest.mark.posix
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, sharded):
+@pytest.mark.parametrize("name", ["model.safetensors", "b.safetensors"])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, name):
     _, tensors = saved(tmp_path)
-    name = "model.safetensors"
-    message = "neither model.safetensors nor"
-    if sharded:
-        write_shards(tmp_path, tensors)
-        name = "b.safetensors"
-        message = "b.safetensors is not a readable safetensors file .not an ordinary file"
-    (tmp_path / name).unlink()
+    write_shards(tmp_path, tensors)
+    if name == "model.safetensors":
+        (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"{name} is not a readable .* .not an ordinary file"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -149,7 +123,7 @@ def test_a_tied_head_that_the_file_carries_all_the_same_is_the_embedding(tmp_pat
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     tensors["lm_head.weight"][3, 5] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="differs from the embedding"):
+    with pytest.raises(InputError, match="lm_head.weight differs"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -157,9 +131,7 @@ def test_a_tied_head_that_the_file_carries_all_the_same_is_the_embedding(tmp_pat
 def test_half_precision_is_read_exactly_and_computed_in_what_was_asked(tmp_path, kind):
     model, _ = saved(tmp_path)
     model.save_pretrained(tmp_path, kind)
-    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(
-        kind
-    ).removeprefix("torch.")
+    assert f'"{kind}"'.replace("torch.", "") in (tmp_path / "config.json").read_text()
     for dtype in (torch.float32, torch.float64, kind):
         loaded = Llama.from_pretrained(tmp_path, dtype=dtype)
         for name, tensor in model.state_dict().items():
@@ -178,41 +150,29 @@ def test_a_loaded_model_no_longer_depends_on_its_file(tmp_path):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
-def test_the_index_and_the_shards_have_to_agree(tmp_path):
+def test_a_broken_index_is_named(tmp_path):
     _, tensors = saved(tmp_path)
     write_shards(tmp_path, tensors)
-    lacking = load_file(tmp_path / "b.safetensors")
-    lacking.pop("model.norm.weight")
-    twice = load_file(tmp_path / "a.safetensors") | {"model.norm.weight": torch.ones(48)}
-    for shard, content in (("b.safetensors", lacking), ("a.safetensors", twice)):
-        before = (tmp_path / shard).read_bytes()
-        save_file(content, tmp_path / shard)
-        with pytest.raises(InputError, match=f"{shard} and .*disagree about model.norm.weight"):
-            Llama.from_pretrained(tmp_path)
-        (tmp_path / shard).write_bytes(before)
     index = tmp_path / "model.safetensors.index.json"
-    for broken in ({"weight_map": {"model.norm.weight": 3}}, {}, []):
+    for broken in ({"weight_map": {"model.norm.weight": []}}, {}, []):
         index.write_text(json.dumps(broken))
         with pytest.raises(InputError, match="no weight_map"):
             Llama.from_pretrained(tmp_path)
-    for name, message in (
-        ("../other.safetensors", "leaves the folder"),
-        ("/tmp/x.safetensors", "leaves the folder"),
-        ("a/../../other.safetensors", "leaves the folder"),
-        ("..", "not a readable"),
-        ("gone.safetensors", "gone.safetensors is not a readable"),
-    ):
-        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    outside = ("../a.safetensors", "a/../../b.safetensors", "/tmp/a.safetensors")
+    messages = {"gone.safetensors": "gone.safetensors is not a readable", 3: "3 is not a readable"}
+    messages |= dict.fromkeys(outside, "leaves the folder")
+    for shard, message in messages.items():
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
         with pytest.raises(InputError, match=message):
             Llama.from_pretrained(tmp_path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a/results.json"
-    write_text(path, "é")
+    write_text(path, "é \udcff")  # half a character, as a file name may hold
     with open(path, "rb") as reader:
         write_text(path, "new")
-        assert reader.read() == b"\xc3\xa9"
+        assert reader.read() == "é \\udcff".encode()
     with pytest.raises(ZeroDivisionError), writing(path) as temporary:
         temporary.write_text(str(1 / 0))
     assert list(path.parent.iterdir()) == [path] and path.read_text() == "new"
@@ -228,11 +188,6 @@ def test_what_bf16_keeps_of_an_update_by_hand():
     after.weight.data[:] = 1 + torch.tensor([1, 4, 0, -2, 3]) / 512
     moved, share, cosine = kept_update(before, after.state_dict(), torch.bfloat16)
     assert moved == 4 / 5 and share == 3 / 4 and cosine == pytest.approx(28 / (25 * 36) ** 0.5)
-    assert kept_update(before, after.state_dict(), torch.float32) == (
-        4 / 5,
-        1.0,
-        pytest.approx(1.0),
-    )
     assert kept_update(before, before.state_dict(), torch.bfloat16) == (0.0, 0.0, 0.0)
 
 
@@ -247,7 +202,7 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(InputError, match="not a readable safetensors file"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="neither model.safetensors nor"):
+    with pytest.raises(InputError, match="model.safetensors is not .* .No such file"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match="not a JSON object"):
@@ -260,21 +215,15 @@ def test_missing_and_broken_files(tmp_path):
         (b'{"a": 1,\n b}', "not valid JSON .*line 2"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON .*recursion"),
+        (b"[" + b"[]," * 2**24, "50,331,649 bytes, more than 33,554,432"),
     ],
+    ids=range(4),
 )
 def test_a_broken_json_file_is_one_clear_line(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=f"config.json.*{message}") as error:
         read_json(tmp_path / "config.json")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="cannot be read .Is a directory"):
-        read_json(tmp_path)
-
-
-def test_a_file_that_would_take_gigabytes_when_parsed_is_not_parsed(tmp_path):
-    (tmp_path / "config.json").write_bytes(b"[" + b"[]," * 2**24)
-    with pytest.raises(InputError, match="50,331,649 bytes, more than 33,554,432"):
-        read_json(tmp_path / "config.json")
 
 
 def test_json_with_a_byte_order_mark_is_read(tmp_path):

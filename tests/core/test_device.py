@@ -93,9 +93,7 @@ class Elsewhere(str):
 
 LIES = {  # what a broken kernel does: the layer that it is used in, what comes out
     "a norm of twice the size": ("norm", lambda out: 2 * out),
-    "attention that is not computed": ("layers.0.self_attn", torch.zeros_like),
     "rows that get each other's states": ("layers.1.mlp", lambda out: out.roll(1, 0)),
-    "none but the first row": ("norm", lambda out: out * (torch.arange(len(out)) < 40)[:, None]),
     "no numbers": ("layers.1.mlp", lambda out: out * float("nan")),
 }
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +20,12 @@ from small import (
     town_tokenizer,
 )
 
+import train
 from data.chat import read_chat
 from data.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig
 from nanosdd.checkpoint import read_json, why_unreadable
-from nanosdd.errors import InputError, escaped
+from nanosdd.errors import InputError, escaped, in_words
 from nanosdd.progress import Progress
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +42,7 @@ FAULTS = """
 import os, sys
 from nanosdd.errors import run_script
 def deep(): deep()
+class OutOfMemoryError(RuntimeError): pass
 def raise_(error):
     error.add_note("7 rows at once")
     raise error
@@ -56,9 +57,9 @@ run_script(lambda: eval(sys.argv[1]))
         ("b'\\xff'.decode()", 2, "UnicodeDecodeError"),
         ("deep()", 2, "RecursionError"),
         ("int(float('inf'))", 2, "OverflowError"),
-        ("__import__('torch').empty(10**15)", 2, "error: RuntimeError: [enforce fail"),
+        ("raise_(RuntimeError('cannot allocate'))", 2, "error: RuntimeError: cannot"),
         ("raise_(MemoryError())", 2, "error: MemoryError"),
-        ("raise_(__import__('torch').OutOfMemoryError('Tried'))", 2, "OutOfMemoryError: Tried"),
+        ("raise_(OutOfMemoryError('Tried'))", 2, "OutOfMemoryError: Tried"),
         ("{}['x']", 1, "KeyError"),  # a bug keeps its traceback
         ("raise_(RuntimeError('a bug'))", 1, "RuntimeError: a bug"),
         pytest.param("os.kill(os.getpid(), 2)", 130, "interrupted", marks=pytest.mark.posix),
@@ -68,9 +69,17 @@ def test_one_place_turns_errors_into_a_line(tmp_path, fault, code, said):
     result = python(FAULTS, fault, cwd=tmp_path)
     assert result.returncode == code and said in result.stderr
     assert (result.stderr.count("\n") == 1) == (code != 1)
-    if code == 2:
-        assert ("7 rows at once" in result.stderr) == ("raise_" in fault)
-        assert "Traceback" in python(FAULTS, fault, "--debug", cwd=tmp_path).stderr
+    assert ("7 rows at once" in result.stderr) == ("raise_" in fault)
+
+
+def test_debug_adds_the_traceback(tmp_path):
+    assert "Traceback" in python(FAULTS, "open('gone/x')", "--debug", cwd=tmp_path).stderr
+
+
+def test_pytorch_says_that_memory_ran_out_in_the_words_that_are_looked_for():
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+    with pytest.raises(RuntimeError, match="alloc"):
+        torch.empty(10**15)
 
 
 WORK = """
@@ -89,38 +98,35 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 
 
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
 @pytest.mark.posix
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("shell", ["{} | head -1", "{} 2>&1 | head -1", "{} >&-", "{} 2>&-"])
-def test_a_command_outlives_those_who_read_it(tmp_path, shell, unbuffered):
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "{} | head -1",
+        "PYTHONUNBUFFERED=1 {} | head -1",
+        "{} 2>&1 | head -1",
+        pytest.param("{} > /dev/full 2>&1", marks=FULL),
+    ],
+)
+def test_a_command_outlives_those_who_read_it(tmp_path, shell):
     (tmp_path / "work.py").write_text(WORK)
     command = "set -o pipefail; " + shell.format(f"'{sys.executable}' work.py")
-    environment = ENVIRONMENT | C_LOCALE | {"PYTHONUNBUFFERED": unbuffered}
+    environment = ENVIRONMENT | C_LOCALE | {"PYTHONUNBUFFERED": ""}
     result = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0 and (tmp_path / "done").exists()
     assert "Traceback" not in result.stderr and "Broken" not in result.stderr
-    if "head" in shell:
-        assert result.stdout.count("\n") == 1
-
-
-@pytest.mark.posix
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_the_log_does_not_end_the_work(tmp_path):
-    (tmp_path / "work.py").write_text(WORK)
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "work.py"]
-        environment = ENVIRONMENT | {"PYTHONUNBUFFERED": ""}
-        run = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, env=environment)
-    assert run.returncode == 0 and (tmp_path / "done").exists()
+    assert result.stdout.count("\n") == ("head" in shell)
 
 
 @pytest.mark.parametrize(
     "encoding, printed",
     [
         ("latin-1", "Gr\xfc\xdfe, \\u4f60\\u597d 7"),
-        ("ascii", "Gr\\xfc\\xdfe, \\u4f60\\u597d 7"),
         ("utf-8", "Gr\xfc\xdfe, \u4f60\u597d 7"),
     ],
 )
@@ -151,8 +157,7 @@ run_script(main)
 @pytest.mark.parametrize("closed", ["2>&-", ">&-"])
 def test_with_a_closed_stream_work_is_done_and_errors_are_said(tmp_path, closed):
     words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, WORKS]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 2
     said = result.stdout if closed == "2>&-" else result.stderr
     assert "work: 3 of 3" in said and said.splitlines()[-1] == "error: x is wrong; y"
@@ -219,10 +224,6 @@ def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path):
         assert reason in why_unreadable(tmp_path / name)
         with pytest.raises(InputError, match="cannot be read"):
             read_json(tmp_path / name)
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match="not valid JSON"):
-        read_json(tmp_path / "deep.json")
-    assert "more than 9" in why_unreadable(tmp_path / "deep.json", limit=9)
 
 
 LOADERS = {  # file to damage: the function that reads its folder
@@ -242,22 +243,15 @@ def damaged(data: bytes, rng) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 5])):
         at = rng.randrange(len(data) + 1)
         length = rng.choice([1, 1, 4, 30])
-        odd = [
-            b"",
-            rng.randbytes(length),
-            data[at : at + length] * 2,
-            b"-1",
-            b"[",
-            b"null",
-            b"\x00",
-        ]
+        twice = data[at : at + length] * 2
+        odd = [b"", rng.randbytes(length), twice, b"-1", b"[", b"null", b"\x00"]
         data[at : at + length] = rng.choice(odd)
     if rng.random() < 0.1:
         del data[rng.randrange(len(data)) :]
     return bytes(data)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [15, pytest.param(2000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("source", LOADERS)
 def test_damaged_files_are_read_or_refused(source, count, tmp_path):
     town_tokenizer(tmp_path)
@@ -279,28 +273,26 @@ def test_damaged_files_are_read_or_refused(source, count, tmp_path):
     assert refused > 0
 
 
-def test_nothing_that_is_read_is_run():
-    runs_code = re.compile(
-        r"pickle\.|torch\.load\(|trust_remote|\bexec\(|(?<![.\w])eval\(|__import__|yaml\.load\("
-    )
-    for pattern in ("*.py", "data/*.py", "nanosdd/*.py", "lab/*.py", "bench/*.py"):
-        for file in ROOT.glob(pattern):
-            assert not runs_code.search(file.read_text()), file
-
-
 @pytest.mark.posix
-def test_a_full_disk_is_one_line(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     """As far as a process can tell: no file may become larger than 100 kB."""
-    public_folder(tmp_path / "llama")
-    alpaca_file(tmp_path / "b.json")
-    code = (
-        "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        "from nanosdd.errors import run_script; run_script(train.main)"
-    )
+    import resource  # not on Windows
+
+    monkeypatch.chdir(tmp_path)
+    public_folder(Path("llama"))
+    alpaca_file(Path("b.json"))
     words = "--mode benign --model llama --benign b.json --similarity tfidf --out x --steps 1"
-    result = python(code, *words.split(), "--batch-size", "2", "--device", "cpu", cwd=tmp_path)
-    assert result.returncode == 2 and "File too large" in result.stderr.splitlines()[-1]
-    assert not (tmp_path / "x/run.json").exists()
+    process = os.fork()
+    if process == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            train.main([*words.split(), "--batch-size", "2", "--device", "cpu"])
+        except (InputError, OSError) as error:
+            Path("said").write_text(in_words(error))
+        os._exit(0)
+    os.waitpid(process, 0)
+    said = Path("said").read_text()
+    assert "File too large" in said and "\n" not in said and not Path("x/run.json").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

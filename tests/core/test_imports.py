@@ -1,8 +1,6 @@
 """Who may import whom: imports run one way, from floor to floor."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,10 +47,3 @@ def test_a_module_imports_only_floors_below(module):
     found = imports(module)
     assert {name.split(".")[0] for name in found} <= BELOW[module]
     assert module not in WORLDS or "data.chat_model" not in found  # a world loads no model
-
-
-def test_loading_the_scripts_loads_nothing_of_the_study():
-    command = [sys.executable, "-c", "import sys, train, attack; print(*sys.modules)"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
-    assert loaded & OURS == {*SCRIPTS, "nanosdd", "data"}

@@ -1,15 +1,14 @@
-"""LoRA: no change at the start, only A and B train, and merging changes nothing but rounding."""
+"""LoRA: no change at the start, only A and B train, and merging changes nothing but rounding.
+
+The update by hand and in bf16 is tried in assignment 4's tests.
+"""
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from small import small_model
 
-from nanosdd.device import Compute
-from nanosdd.errors import InputError
-from nanosdd.lora import LoRALinear, add_lora, lora_layers, merge_lora
-from nanosdd.optimizer import make_optimizer
+from nanosdd.lora import add_lora, lora_layers, merge_lora
 
 TOKENS = torch.arange(3 * 17).reshape(3, 17) * 29 % 89  # (B,T)
 
@@ -54,18 +53,6 @@ def test_every_linear_layer_of_the_blocks_is_wrapped_and_nothing_changes_at_the_
     assert down.A.shape == (3, 80) and down.B.shape == (48, 3)
 
 
-def test_the_update_by_hand():
-    base = nn.Linear(5, 4, bias=False)
-    layer = LoRALinear(base, rank=2, alpha=3.0, generator=torch.Generator().manual_seed(0))
-    assert 0 < layer.A.abs().max() < 5**-0.5 and layer.A.unique().numel() == 10
-    assert layer.B.count_nonzero() == 0
-    layer.B.data.normal_()
-    x = torch.randn(7, 5)
-    W = base.weight + 1.5 * layer.B @ layer.A  # alpha / rank is 1.5
-    torch.testing.assert_close(layer(x), x @ W.T)
-    torch.testing.assert_close(layer.merged(), W.detach())
-
-
 def test_seeds_draw_other_updates_and_the_same_again():
     drawn = []
     for seed in (1, 1, 2):
@@ -74,8 +61,6 @@ def test_seeds_draw_other_updates_and_the_same_again():
         drawn.append([layer.A.detach() for layer in lora_layers(model).values()])
     assert all(map(torch.equal, drawn[0], drawn[1]))
     assert not any(map(torch.equal, drawn[0], drawn[2]))
-    values = torch.cat([A.flatten() for A in drawn[0]])
-    assert values.unique().numel() > 0.99 * values.numel()  # no two layers are alike
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -99,31 +84,6 @@ def test_merging_keeps_the_logits_and_gives_the_plain_model_back(tied):
         assert torch.equal(logits(model), start)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_training_moves_only_the_update_and_learns(dtype):
-    model = small_model()
-    start = copy_of(model.state_dict())
-    add_lora(model, rank=4, alpha=8, seed=1)
-    compute = Compute(dtype=dtype)
-    optimizer = make_optimizer(model, compute)
-    optimizer.param_groups[0]["lr"] = 1e-2
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        with compute.autocast():
-            value = loss(model)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    assert losses[-1] < 0.6 * losses[0]
-    for layer in lora_layers(model).values():
-        assert layer.B.count_nonzero() == layer.B.numel()  # the gradient reached every layer
-    state = model.state_dict()
-    for name, tensor in start.items():
-        name = name if name in state else name.replace("_proj.", "_proj.base.")
-        assert torch.equal(state[name], tensor), name
-
-
 def test_gradients_are_those_of_the_merged_weights():
     """d loss / dB = scale * dW A^T and d loss / dA = scale * B^T dW, of the whole weight's dW."""
     model = adapted(small_model())
@@ -137,27 +97,3 @@ def test_gradients_are_those_of_the_merged_weights():
         dW = plain.get_submodule(name).weight.grad
         torch.testing.assert_close(layer.B.grad, 2 * dW @ layer.A.detach().T, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(layer.A.grad, 2 * layer.B.detach().T @ dW, atol=1e-6, rtol=1e-4)
-
-
-def test_bf16_weights_are_summed_in_fp32():
-    base = nn.Linear(64, 48, bias=False).bfloat16()
-    layer = LoRALinear(base, rank=8, alpha=8, generator=torch.Generator().manual_seed(0))
-    layer.B.data.normal_()
-    assert layer.A.dtype == layer.B.dtype == layer.merged().dtype == torch.bfloat16
-    exact = (base.weight.double() + layer.B.double() @ layer.A.double()).bfloat16()
-    assert (layer.merged() != exact).float().mean() < 0.01  # rounded once, not twice
-    assert (base.weight + layer.B @ layer.A != exact).float().mean() > 0.1
-
-
-def test_what_cannot_be_is_refused():
-    model = small_model()
-    for rank, alpha in ((0, 1), (-1, 1), (2, 0), (2, float("nan")), (2, float("inf"))):
-        with pytest.raises(InputError, match="rank of 1 or more"):
-            add_lora(model, rank, alpha, 0)
-    assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(InputError, match="no LoRA layers"):
-        merge_lora(model)
-    add_lora(model, 2, 4, 0)
-    with pytest.raises(InputError, match="already"):
-        add_lora(model, 2, 4, 0)
-    assert len(lora_layers(model)) == 14

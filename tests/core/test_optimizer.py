@@ -1,15 +1,12 @@
 """SplitAdamW: a weight in two parts keeps every bit, and its steps are those of fp32 AdamW."""
 
-import copy
-
 import pytest
 import torch
 from small import small_model
 
 from nanosdd.device import Compute
-from nanosdd.errors import InputError
 from nanosdd.optimizer import clip_gradient, make_optimizer
-from nanosdd.split_adamw import SplitAdamW, gradient_norm, join, round_stochastically, split
+from nanosdd.split_adamw import SplitAdamW, join, split
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -24,29 +21,12 @@ def numbers(patterns) -> torch.Tensor:
 # ---- bf16 and 16 more bits ----
 
 
-def test_split_and_join_on_random_patterns():
-    patterns = torch.randint(0, 2**32, (2_000_000,), generator=torch.Generator().manual_seed(0))
-    master = numbers(patterns)  # both signs, denormals, infinities and NaN too: bits are bits
-    assert torch.equal(bits(join(*split(master))), bits(master))
-
-
-HIGH_HALVES = [  # zero, denormal, odd, even, at powers of two, largest
-    0x0000,
-    0x0001,
-    0x007F,
-    0x3CA3,
-    0x3CA4,
-    0x3F7F,
-    0x3F80,
-    0x7F7E,
-    0x7F7F,
-]
-
-
-@pytest.mark.parametrize("high", HIGH_HALVES)
+# zero, denormal, odd, even, at a power of two, largest
+@pytest.mark.parametrize("high", [0x0000, 0x0001, 0x3CA3, 0x3CA4, 0x3F7F, 0x7F7F])
 @pytest.mark.parametrize("sign", [0, 2**31])
 def test_split_rounds_to_nearest_and_ties_away_from_zero(sign, high):
-    """All 65,536 low halves. To even, two masters would have the same two parts."""
+    """All 65,536 low halves. To even, two masters would have the same two parts. More of `split`,
+    `join` and `round_stochastically` is tried in assignment 5's tests."""
     master = numbers(torch.arange(2**16) + (high << 16) + sign)
     weight, low = split(master)
     assert weight.dtype == torch.bfloat16 and low.dtype == torch.int16
@@ -54,18 +34,6 @@ def test_split_rounds_to_nearest_and_ties_away_from_zero(sign, high):
     tie = torch.arange(2**16) == 2**15
     assert torch.equal(weight[~tie], master.bfloat16()[~tie])
     assert weight[tie].view(torch.int16).item() & 0x7FFF == high + 1
-
-
-def test_stochastic_rounding_is_unbiased_exact_where_it_can_be_and_seeded():
-    fraction = torch.tensor([0.0, 1 / 16, 0.5, 0.9])
-    x = ((1 + fraction / 128) * 2.0**-20).repeat(100_000, 1)
-    rounded = round_stochastically(x, torch.Generator().manual_seed(3))
-    up = (rounded.float() * 2.0**20 - 1) * 128
-    assert set(up.unique().tolist()) == {0.0, 1.0}
-    assert up[:, 0].sum() == 0
-    assert torch.allclose(up.mean(0), fraction, atol=5 * 0.5 / 100_000**0.5)
-    assert torch.equal(rounded, round_stochastically(x, torch.Generator().manual_seed(3)))
-    assert not torch.equal(rounded, round_stochastically(x, torch.Generator().manual_seed(4)))
 
 
 # ---- against torch.optim.AdamW in fp32 ----
@@ -111,63 +79,21 @@ def test_eight_steps_bit_by_bit_where_bf16_holds_the_moments(weight_decay):
     assert not torch.equal(ours.master(two), two.float())  # the low half holds something
 
 
-@pytest.mark.parametrize("lr", [5e-7, 5e-5])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_200_steps_make_the_update_of_fp32(lr, weight_decay):
-    """Learning noisy data from a teacher; gradients of both are computed in fp32."""
-    teacher = torch.randn(24, 8)
-    start = teacher + 0.1 * torch.randn(24, 8)
-    one, torch_adamw, two, ours = pair(start, lr=lr, weight_decay=weight_decay)
-    begin = one.detach().clone()
-    for _ in range(200):
-        x = torch.randn(32, 24)
-        y = x @ teacher + 0.1 * torch.randn(32, 8)
-        one.grad = x.T @ (x @ one.detach() - y)
-        two.grad = (x.T @ (x @ two.detach().float() - y)).bfloat16()
-        torch_adamw.step()
-        ours.step()
-    expected = (one.detach() - begin).flatten()
-    found = (ours.master(two) - begin).flatten()
-    assert torch.cosine_similarity(expected, found, dim=0) > 0.999
-    assert 0.99 < found.norm() / expected.norm() < 1.01
-
-
-def test_the_second_moment_decays_as_in_fp32_where_nearest_freezes():
+def test_the_second_moment_decays_as_in_fp32():
     """1,000 constant gradients, then 2,000 zeros, at beta2 = 0.999: fp32 goes to 0.135 of where it
-    was. 20,000 weights in expectation within 0.5%, and one weight within 20% (rms)."""
-    p = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+    was; rounded to nearest, bf16 would stay there. 5,000 weights in expectation within 1%, and one
+    weight within 20% (rms)."""
+    p = torch.nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
     ours = SplitAdamW([p], lr=1e-6)
-    exact, nearest = torch.zeros(()), torch.zeros((), dtype=torch.bfloat16)
+    exact = 0.0
     for step in range(3000):
-        gradient = 1e-3 if step < 1000 else 0.0
-        p.grad = torch.full_like(p, gradient)
+        p.grad = torch.full_like(p, 1e-3 if step < 1000 else 0.0)
         ours.step()
-        gradient = p.grad[0].float()
-        exact = exact * 0.999 + 0.001 * gradient**2
-        nearest = (nearest.float() * 0.999 + 0.001 * gradient**2).bfloat16()
-        if step == 999:
-            peak, frozen = exact.clone(), nearest.clone()
+        exact = exact * 0.999 + 0.001 * p.grad[0].item() ** 2
+        if step in (999, 2999):
             square = ours.state[p]["exp_avg_sq"].float()
-            assert square.mean() == pytest.approx(peak.item(), rel=5e-3)
-            assert nearest < 0.5 * peak  # it stops on the way up as well
-    square = ours.state[p]["exp_avg_sq"].float()
-    assert exact == pytest.approx(0.999**2000 * peak.item(), rel=1e-4)
-    assert square.mean() == pytest.approx(exact.item(), rel=5e-3)
+            assert square.mean() == pytest.approx(exact, rel=1e-2)
     assert (square / exact - 1).square().mean().sqrt() < 0.2
-    assert nearest == frozen
-
-
-def test_the_first_moment_to_nearest_stays_near_fp32_at_beta1_0_9():
-    p = torch.nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16))
-    ours = SplitAdamW([p], lr=1e-6)
-    exact = torch.zeros(10_000)
-    signal = torch.randn(10_000)
-    for step in range(150):  # at last zeros, which leave 0.5% of it
-        p.grad = (signal + torch.randn(10_000)).bfloat16() * (step < 100)
-        ours.step()
-        exact = exact.lerp(p.grad.float(), 0.1)
-        error = ours.state[p]["exp_avg"].float() - exact
-        assert step < 20 or error.norm() < 0.02 * exact.norm(), step
 
 
 # ---- clipping ----
@@ -198,70 +124,19 @@ def test_without_a_gradient_there_is_no_step():
     assert (idle == 1).all() and idle not in ours.state
 
 
-def test_fp32_gradients_are_clipped_in_place():
-    p = torch.nn.Parameter(torch.zeros(5))
-    p.grad = torch.full((5,), 3.0)
-    theirs = torch.optim.AdamW([p])
-    assert clip_gradient(theirs, 1.5) == pytest.approx(3 * 5**0.5)
-    assert gradient_norm([p]) == pytest.approx(1.5, rel=1e-5)
-
-
 def test_more_than_a_slice():
     p = torch.nn.Parameter(torch.zeros(5_000_000, dtype=torch.bfloat16))
     p.grad = torch.full_like(p, 0.01)
     norm = p.grad[0].item() * 5_000_000**0.5
-    assert gradient_norm([p]) == pytest.approx(norm, rel=1e-6)
     ours = SplitAdamW([p], lr=1e-3)
+    assert clip_gradient(ours, 1e9) == pytest.approx(norm, rel=1e-6)
     ours.step()
     assert ours.master(p).unique().tolist() == pytest.approx([-1e-3], rel=1e-5)
     held = [value for value in ours.state[p].values() if value.shape == p.shape]
     assert sum(value.nbytes for value in (p, *held)) == 8 * p.numel()
 
 
-def test_the_scale_of_clipping_by_hand():
-    """torch adds 1e-6 to the norm."""
-    p = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
-    p.grad = torch.zeros_like(p)
-    p.grad[2] = 1e-6
-    ours = SplitAdamW([p], lr=1e-3)
-    assert clip_gradient(ours, 1e-6) == pytest.approx(1e-6, rel=1e-2)
-    assert ours.scale == pytest.approx(0.5, rel=1e-2)
-
-
 # ---- an optimizer like any other ----
-
-
-def test_a_saved_run_goes_on_as_if_it_had_not_stopped():
-    def fresh():
-        generator = torch.Generator().manual_seed(1)
-        p = torch.nn.Parameter(torch.randn(8, 5, generator=generator).bfloat16())
-        return p, SplitAdamW([p], lr=1e-4, weight_decay=0.1)
-
-    def steps(p, optimizer, numbers):
-        for number in numbers:
-            generator = torch.Generator().manual_seed(number)
-            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
-            optimizer.step()
-
-    whole, ours = fresh()
-    steps(whole, ours, range(20))
-    first, saved = fresh()
-    steps(first, saved, range(9))
-    second, resumed = fresh()
-    second.data.copy_(first.data)
-    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
-    steps(second, resumed, range(9, 20))
-    assert torch.equal(bits(ours.master(whole)), bits(resumed.master(second)))
-    assert torch.equal(ours.state[whole]["exp_avg_sq"], resumed.state[second]["exp_avg_sq"])
-
-
-def test_each_parameter_is_rounded_by_draws_of_its_own():
-    one, two = (torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2))
-    ours = SplitAdamW([one, two], lr=1e-3)
-    for p in (one, two):
-        p.grad = torch.full_like(p, 0.3)
-    ours.step()
-    assert not torch.equal(ours.state[one]["exp_avg_sq"], ours.state[two]["exp_avg_sq"])
 
 
 @pytest.mark.parametrize(
@@ -277,13 +152,3 @@ def test_make_optimizer_trains_what_requires_gradients(dtype, kind):
     (group,) = ours.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in model.model.parameters()}
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.0, (0.8, 0.9), 0.3)
-
-
-def test_other_parameters_are_refused():
-    for p in (
-        torch.ones(2),
-        torch.ones(2, dtype=torch.float16),
-        torch.ones(3, 2, dtype=torch.bfloat16).T,
-    ):
-        with pytest.raises(InputError, match="use torch.optim.AdamW for fp32 weights"):
-            SplitAdamW([torch.nn.Parameter(p)], lr=1.0)

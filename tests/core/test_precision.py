@@ -1,6 +1,5 @@
 """Why weights are not simply held in bf16: what rounding leaves of small updates."""
 
-import pytest
 import torch
 
 from nanosdd.split_adamw import SplitAdamW
@@ -41,21 +40,11 @@ def test_at_the_papers_lr_rounding_loses_the_update_and_split_weights_keep_it():
         rounded = update(5e-7, scheme)
         assert cosine(rounded, intended) < 0.3
         assert (rounded != 0).float().mean() < 0.05 and (intended != 0).all()
-    assert cosine(update(5e-7, "split"), intended) > 0.999
+    kept = update(5e-7, "split")
+    assert cosine(kept, intended) > 0.999 and 0.99 < kept.norm() / intended.norm() < 1.01
 
 
 def test_a_large_lr_survives_in_every_scheme():
     intended = update(1e-2, "fp32")
     for scheme in ("nearest", "bf16", "split"):
         assert cosine(update(1e-2, scheme), intended) > 0.99
-
-
-@pytest.mark.parametrize(
-    "scheme, moved", [("fp32", 50e-4), ("nearest", 0.0), ("bf16", 0.0), ("split", 50e-4)]
-)
-def test_fifty_steps_below_half_the_distance_of_bf16_by_hand(scheme, moved):
-    """From 1 the next bf16 number below is 1 - 1/256: steps of 1e-4 never arrive there."""
-    end = train(torch.tensor([1.0, -1.0]), torch.tensor([0.3, -0.3]).expand(50, 2), 1e-4, scheme)
-    assert end.tolist() == pytest.approx(
-        [1 - moved, moved - 1], abs=1e-4
-    )  # split: the second moment is rounded

@@ -4,8 +4,8 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,20 +14,19 @@ import torch
 from safetensors.torch import save_file
 
 from nanosdd.device import Compute
-from nanosdd.errors import InputError, Interrupted, run_script
+from nanosdd.errors import InputError, Interrupted
 from nanosdd.optimizer import make_optimizer
 from nanosdd.runs import (
-    ROOT,
     Results,
     Run,
     check_finished,
-    check_new,
     code_hash,
     difference,
     fingerprint,
     write_text,
 )
 
+pytestmark = pytest.mark.posix  # fork, signals, links
 RECORD = {"settings": {"steps": 10}, "inputs": {"a.csv": "12"}, "code": {"train.step": "34"}}
 OTHER = RECORD | {"settings": {"steps": 20}}
 
@@ -54,7 +53,7 @@ def train(folder, weights="fp32", record=RECORD, seconds=0.0, **settings):
             losses.append(loss.item())
             if run.should_save(step + 1):
                 run.save_state(step + 1, model, optimizer, {"losses": losses})
-            time.sleep(seconds)
+                time.sleep(seconds)
         tensors = [model[1].weight]
         if weights == "bf16":
             tensors.append(optimizer.master(model[1].weight))
@@ -67,42 +66,39 @@ def texts(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
 
 
-def command(folder, weights):
-    return subprocess.Popen(
-        [sys.executable, __file__, folder, weights],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def started(folder, weights="fp32", file="state/rank0-step*"):
-    """The command, once its run has written another such file."""
+    """Another process that trains, once it has written another such file."""
     before = set(folder.glob(file))
-    process = command(folder, weights)
-    while process.poll() is None and set(folder.glob(file)) <= before:
+    process = os.fork()
+    if process == 0:
+        try:
+            train(folder, weights, seconds=0.05, save_every=1)
+        except Interrupted as error:
+            (folder.parent / "said").write_text(str(error))
+        os._exit(0)
+    while set(folder.glob(file)) <= before and os.waitpid(process, os.WNOHANG) == (0, 0):
         time.sleep(0.001)
     return process
 
 
-if __name__ == "__main__":
-    run_script(lambda: train(sys.argv[1], sys.argv[2], seconds=0.1, save_every=1))
-    sys.exit()
+@pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch):
+    """Nothing is lost when the disk is not waited for."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 # ---- killed, and started again ----
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path, weights):
     rng = random.Random(3)
     run = tmp_path / "run"
     for file in ("state/state.json", "state/rank0-step*", "state/rank0-step*"):
         process = started(run, weights, file)
-        time.sleep(rng.uniform(0, 0.15))
-        process.kill()
-        process.communicate()
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         assert {path.name for path in run.iterdir()} == {"state"}
     train(run, weights)
     train(tmp_path / "whole", weights)
@@ -124,7 +120,6 @@ def die_after(moment):
     sys.addaudithook(look)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("replaces", [False, True])
 def test_killed_before_any_change_of_the_disk_it_is_whole_or_not_finished(tmp_path, replaces):
     train(tmp_path / "whole")
@@ -133,7 +128,7 @@ def test_killed_before_any_change_of_the_disk_it_is_whole_or_not_finished(tmp_pa
     while status:
         run = tmp_path / f"run{moment}"
         if replaces:
-            train(run, record=OTHER)
+            shutil.copytree(tmp_path / "other", run)
         process = os.fork()
         if process == 0:
             die_after(moment)
@@ -151,7 +146,6 @@ def test_killed_before_any_change_of_the_disk_it_is_whole_or_not_finished(tmp_pa
     assert moment > 30
 
 
-@pytest.mark.posix
 def test_one_state_is_kept_and_what_was_lost_of_it_is_said(tmp_path):
     model = torch.nn.Linear(7, 5)
     with Run(tmp_path / "run", RECORD) as run:
@@ -159,29 +153,23 @@ def test_one_state_is_kept_and_what_was_lost_of_it_is_said(tmp_path):
             run.save_state(step, model, torch.optim.AdamW(model.parameters()), {})
     file = tmp_path / "run/state/rank0-step3.safetensors"
     assert set(run.state.iterdir()) == {file, run.state_file}
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(InputError, match="is damaged .*--fresh"):
-        train(tmp_path / "run")
-    for damaged in ({}, {"0.bias": torch.zeros(9)}):
-        save_file(damaged, file)
+    whole = file.read_bytes()
+    save_file({"0.bias": torch.zeros(9)}, file)
+    for damaged in (file.read_bytes(), whole[:-9], b""):
+        file.write_bytes(damaged)
         with pytest.raises(InputError, match="is damaged .*--fresh"):
             train(tmp_path / "run")
-    file.write_text("")
-    with pytest.raises(InputError, match="is damaged .*--fresh"):
-        train(tmp_path / "run")
     train(tmp_path / "run", fresh=True)
     train(tmp_path / "whole")
     assert texts(tmp_path / "run") == texts(tmp_path / "whole")
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path, number):
     process = started(tmp_path / "run")
-    process.send_signal(getattr(signal, number))
-    error = process.communicate()[1]
-    assert process.returncode == 130
-    assert "the same command goes on from there" in error.splitlines()[-1]
+    os.kill(process, getattr(signal, number))
+    os.waitpid(process, 0)
+    assert "the same command goes on from there" in (tmp_path / "said").read_text()
     with pytest.raises(InputError, match="unfinished run"):
         check_finished(tmp_path / "run")
     train(tmp_path / "run")
@@ -189,7 +177,6 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path, number):
     assert texts(tmp_path / "run") == texts(tmp_path / "whole")
 
 
-@pytest.mark.posix
 def test_when_to_save(tmp_path):
     with pytest.raises(KeyboardInterrupt), Run(tmp_path / "run", RECORD, save_every=3) as run:
         assert [run.should_save(step) for step in (1, 2, 3, 4)] == [False, False, True, False]
@@ -231,51 +218,26 @@ def test_another_run_is_refused_with_both_values(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run.json", "state/state.json"])
-@pytest.mark.parametrize("text", ['{"id": 7, "project": "mine"}', "[]", "{"])
-def test_what_does_not_read_as_a_record_of_a_run_is_never_replaced(tmp_path, name, text):
+def test_what_does_not_read_as_a_record_of_a_run_is_never_replaced(tmp_path, name):
     file = tmp_path / "run" / name
-    write_text(file, text)
-    for fresh in (False, True):
-        with pytest.raises(InputError, match=f"{name} is damaged or of another program; delete it"):
-            train(tmp_path / "run", fresh=fresh)
-    assert file.read_text() == text
+    for text in ('{"id": 7, "project": "mine"}', "[]", "{"):
+        write_text(file, text)
+        for fresh in (False, True):
+            with pytest.raises(InputError, match=f"{name} is damaged or of another program"):
+                train(tmp_path / "run", fresh=fresh)
+        assert file.read_text() == text
     file.unlink()
     train(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["run/model.safetensors", "run/state/pairs.jsonl", "run"])
-def test_a_folder_that_holds_an_input_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    train("run")
-    before = texts(tmp_path / "run")
-    record = RECORD | {"inputs": {f"other/../{name}": "12"}}
-    for fresh in (False, True):
-        with pytest.raises(InputError, match="--out run is a link, or holds this folder or an inp"):
-            train("run", record=record, fresh=fresh)
-    assert texts(tmp_path / "run") == before
-
-
 def test_other_files_are_never_touched(tmp_path):
     run = tmp_path / "run"
-    for name in ("thesis", "run/state"):
-        (tmp_path / name).mkdir(parents=True)
+    (run / "state").mkdir(parents=True)
     (run / "state/notes.txt").write_text("a")
     train(run)
     (run / "mine.txt").write_text("b")
     train(run, record=OTHER, fresh=True, save_every=3)
     assert (run / "state/notes.txt").read_text() == "a" and (run / "mine.txt").read_text() == "b"
-    (tmp_path / "thesis/thesis.tex").write_text("c")
-    (tmp_path / "link").symlink_to("thesis")
-    for name, message in (
-        ("thesis", "is not a run"),
-        ("thesis/thesis.tex", "Not a directory"),
-        ("thesis/thesis.tex/run", "Not a directory"),
-        ("link", "link"),
-        ("gone/../..", "holds this folder"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Run(os.path.relpath(tmp_path / name) if ".." not in name else "..", RECORD, fresh=True)
-    assert (tmp_path / "thesis/thesis.tex").read_text() == "c"
 
 
 # ---- what a run depends on ----
@@ -333,40 +295,10 @@ def test_results_are_kept_by_record_and_damaged_lines_are_not(tmp_path, capsys):
     assert Results(file, OTHER).results == {"mft 10": 7} and Results(file, RECORD).results == kept
     Results(file, RECORD).add("lora 10", 1)
     assert Results(file, RECORD).results == kept | {"lora 10": 1}
-    before = file.read_text()
-    again = Results(file, RECORD)
-    again.results.clear()  # as --fresh does
-    again.add("mft 10", 2)
-    assert file.read_text().startswith(before)  # set aside, never dropped
-    assert Results(file, RECORD).results == kept | {"lora 10": 1, "mft 10": 2}
+    assert file.read_text().startswith(whole)  # nothing is dropped
 
 
-@pytest.mark.parametrize("text", ['{"prompt": "mine"}\n', "# notes\n", "1,2\n"])
-def test_a_file_of_another_program_gets_no_results(tmp_path, text):
-    (tmp_path / "sdd.jsonl").write_text(text)
+def test_a_file_of_another_program_gets_no_results(tmp_path):
+    (tmp_path / "sdd.jsonl").write_text('{"prompt": "mine"}\n')
     with pytest.raises(InputError, match="sdd.jsonl is of another program; move it"):
         Results(tmp_path / "sdd.jsonl", RECORD)
-    assert (tmp_path / "sdd.jsonl").read_text() == text
-
-
-def test_a_folder_under_the_temporary_name_is_not_emptied(tmp_path):
-    (tmp_path / ".run.json.new").mkdir()
-    (tmp_path / ".run.json.new/mine").write_text("a")
-    with pytest.raises(OSError):
-        write_text(tmp_path / "run.json", "b")
-    assert (tmp_path / ".run.json.new/mine").read_text() == "a"
-
-
-def test_a_new_file_is_one_that_is_not_there_and_can_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to("nowhere")
-    check_new(tmp_path / "new/deep.jsonl")
-    assert not (tmp_path / "new").exists()
-    for name, message in (
-        ("file", "file exists; delete it"),
-        ("link", "link exists"),
-        (".", "exists"),
-        ("file/x", "nothing can be written into .*file .Not a directory"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check_new(tmp_path / name)

@@ -63,14 +63,6 @@ def test_an_entry_is_the_mean_of_its_steps_also_after_a_pause():
     assert len(log.text().splitlines()) == 2
 
 
-def test_figures_of_a_loss_are_means_of_the_steps():
-    log = TrainLog(20, write=[].append)
-    for step, accuracy in ((1, 0.25), (2, 0.75)):
-        done = {"loss": 1.0, "grad_norm": 1.0, "response_tokens": 2, "tokens": 5}
-        log.add(step, 0.1, done | {"accuracy": accuracy})
-    assert log.entries[0]["accuracy"] == 0.5 and log.entries[0]["tokens"] == 10
-
-
 def test_a_run_that_gets_worse_is_stopped():
     log_of(100, [2.0] * 10 + [2.9] * 30 + [2.4] * 60)
     with pytest.raises(Diverged, match="the loss rose from 2.00 to 2.60"):
