@@ -87,10 +87,11 @@ def read_merges(merges: list, vocab: dict[str, int], special: dict[str, int]) ->
     ranks = {}
     for rank, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
-        missing = {left, right, left + right} - vocab.keys()
+        # Not `set - vocab.keys()`, which goes through the whole vocabulary for each merge.
+        missing = [piece for piece in (left, right, left + right) if piece not in vocab]
         if not missing:
             ranks[left, right] = rank
-        elif not missing & special.keys():
+        elif special.keys().isdisjoint(missing):
             raise ValueError(f"the merge {left!r} {right!r} is not made of its pieces")
     return ranks
 
