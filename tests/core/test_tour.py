@@ -1,4 +1,4 @@
-"""The notebook docs/tour.ipynb: its cells run in order, small."""
+"""The notebook docs/tour.ipynb: its cells run in order, small, and it is committed as it ran."""
 
 import json
 import os
@@ -25,6 +25,7 @@ SMALL = {  # in the place of the notebook's sizes
     "OWN_STEPS": "2",
 }
 SHORT_ANSWERS = "from data.kitchen import Kitchen; Kitchen.max_new_tokens = 8"
+SHOWS = re.compile(r"(?m)^( {4})?(\w+ = )?(print|train|follow)\(")  # not in a function's body
 
 
 def small_sources() -> list[str]:
@@ -68,3 +69,13 @@ def test_it_is_short_and_written_plainly():
     assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
     assert len({cell["id"] for cell in NOTEBOOK["cells"]}) == len(NOTEBOOK["cells"])
     assert TEXT == json.dumps(NOTEBOOK, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def test_it_is_committed_as_it_ran():
+    counts = [cell["execution_count"] for cell in CODE]
+    assert counts == list(range(1, len(CODE) + 1))  # from the first cell to the last, once
+    assert "error" not in [output["output_type"] for cell in CODE for output in cell["outputs"]]
+    for cell in CODE:
+        text = output_text(cell)
+        assert text or not SHOWS.search("".join(cell["source"]))
+        assert not re.search("Traceback|/home/|/root/|/tmp/", text)
