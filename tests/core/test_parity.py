@@ -1,4 +1,4 @@
-"""Our Llama beside transformers': its stored logits and texts; test_hub_folders.py runs the library.
+"""Our Llama beside the logits and texts that transformers gave; test_hub_folders.py asks it anew.
 
 tests/golden/model/make_golden.py made the golden files. Weights are larger than freshly initialised
 ones, and rows pass 2,000 positions: at small weights a wrong rotation or norm hides below the
