@@ -223,6 +223,8 @@ def test_a_record_holds_settings_model_files_and_code(tmp_path):
     (tmp_path / "llama").mkdir()
     for name in ("config.json", "model.safetensors", "run.json", "notes.txt"):
         (tmp_path / "llama" / name).write_text(name)
+    (tmp_path / "llama/tokenizer").mkdir()
+    os.mkfifo(tmp_path / "llama/chat.bak")  # would be waited for
     (tmp_path / "rows.json").write_text("[]")
     inputs = [tmp_path / "llama", str(tmp_path / "rows.json")]
     record = fingerprint({"betas": (0.5, 0.9)}, inputs, [train, Run.finish, Results])
