@@ -145,30 +145,6 @@ def test_checkpoints_named_by_a_dot_or_alike_keep_rows_of_their_own(files, monke
         attack.main(["--released", ".", "../../two/sdd", *words.split()])
 
 
-@pytest.mark.slow
-@pytest.mark.posix
-def test_an_ascii_locale_loses_nothing(files):
-    """Prompts, answers and folders with other letters, in a terminal that knows none of them."""
-    long_conversations()
-    text = Path("h.csv").read_text().replace("dragon", "Drachen ü你🙂")
-    Path("h.csv").write_text(text, encoding="utf-8")
-    out = "out ü你"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0"}
-    environment |= {"PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    short = f"{FILES} --max-new-tokens 2"
-    for words in (
-        ["train.py", "--mode", "benign", *TRAIN.split(), "--out", out],
-        ["eval.py", out, *short.split(), "--save-answers", "a.jsonl"],
-        ["eval.py", out, "--prompt", "What?", "--max-new-tokens", "2"],
-        ["attack.py", "--released", out, *short.split(), *"--shots 4 --steps 1 --epochs 0".split()],
-    ):
-        command = [sys.executable, ROOT / words[0], *words[1:]]
-        result = subprocess.run(command, capture_output=True, env=environment)
-        assert result.returncode == 0, result.stderr
-    assert "ü你🙂" in next(read_records("a.jsonl"))["prompt"]
-    assert (Path(out) / "run.json").exists() and (Path("out/attack/table.txt")).exists()
-
-
 def test_a_model_of_the_town_goes_through_the_commands(tiny_arms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = f"--mode sdd_reject --model {tiny_arms / 'aligned'} --out mine"
@@ -249,19 +225,27 @@ else:
 
 
 @pytest.mark.slow
-def test_the_commands_run_without_what_only_posix_has(files):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    short = "--max-new-tokens 2"
+@pytest.mark.posix
+def test_the_commands_need_neither_posix_nor_a_locale(files):
+    """Prompts, answers and folders with other letters, in a terminal that knows none of them."""
+    long_conversations()
+    text = Path("h.csv").read_text().replace("dragon", "Drachen ü你🙂")
+    Path("h.csv").write_text(text, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
+    environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    short = f"{FILES} --max-new-tokens 2"
     for script, words in (
         ("data.pairs", f"{FILES} --out p.jsonl"),
-        (ROOT / "train.py", f"--mode sdd {TRAIN} --steps 2 --save-every 1 --out x"),
-        (ROOT / "attack.py", f"--released x {FILES} {short} --shots 4 --steps 2 --epochs 0"),
-        (ROOT / "eval.py", f"x {FILES} {short}"),
+        (ROOT / "train.py", f"--mode benign {TRAIN} --steps 2 --save-every 1 --out ü你"),
+        (ROOT / "eval.py", f"ü你 {short} --save-answers a.jsonl"),
+        (ROOT / "eval.py", "ü你 --prompt What? --max-new-tokens 2"),
+        (ROOT / "attack.py", f"--released ü你 {short} --shots 4 --steps 1 --epochs 0"),
     ):
         command = [sys.executable, "-c", WITHOUT, script, *words.split()]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        result = subprocess.run(command, capture_output=True, env=environment)
         assert result.returncode == 0, result.stderr
-    for name in ("p.jsonl", "x/run.json", "out/attack/results.json", "x/metrics.json", "flushed"):
+    assert "ü你🙂" in next(read_records("a.jsonl"))["prompt"]
+    for name in ("p.jsonl", "ü你/run.json", "out/attack/table.txt", "flushed"):
         assert Path(name).is_file()
 
 

@@ -324,7 +324,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     for name in ("llama", "trained"):
         public_folder(place / name)
-    for name in ("broken", "notes"):
+    for name in ("broken", "list", "notes"):
         (place / name).mkdir()
     advbench_file(place / "h.csv")
     advbench_file(place / "few.csv", rows=3)
@@ -332,6 +332,7 @@ def place(tmp_path_factory):
     (place / "trained/chat.txt").write_text("llama3")
     (place / "prompts.csv").write_text("".join(f'"Tickle it, {i}"\n' for i in range(60)))
     (place / "broken/config.json").write_text("{")
+    (place / "list/config.json").write_text("[]")
     (place / "notes/a.txt").write_text("x")
     (place / "empty").write_text("")
     (place / "cut.json").write_text((place / "b.json").read_text()[:-9])

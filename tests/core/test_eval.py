@@ -1,6 +1,5 @@
 """Greedy answers, teacher forcing, the scores of a world, checkpoint folders and the command."""
 
-import itertools
 import json
 import random
 import shutil
@@ -232,38 +231,6 @@ def test_scores_that_cannot_be_saved_are_printed_and_the_error_comes_last(
     printed = capsys.readouterr().out
     assert "\none " in printed and "\ntwo " in printed
     assert json.loads(Path("two/metrics.json").read_text())["facts_nll"] > 0
-
-
-FLAGS = {  # of eval.py, each with a value
-    "prompt": "hi",
-    "chat": None,
-    "world": "town",
-    "harmful": "h.csv",
-    "benign": "b.json",
-    "tuning": None,
-    "save-answers": "new.jsonl",
-    "mmlu": "m",
-    "openbookqa": "o",
-    "xstest": "x",
-    "template": "plain",
-    "max-new-tokens": "3",
-    "dtype": "fp32",
-}
-
-
-def test_two_flags_of_which_one_leaves_the_other_without_use_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused = set()
-    for one, other in itertools.combinations(FLAGS, 2):
-        words = ["llama"]
-        for flag in (one, other):
-            words += [f"--{flag}"] + [FLAGS[flag]] * (FLAGS[flag] is not None)
-        try:
-            evaluate.check(evaluate.parse(words))
-        except InputError:
-            refused.add((one, other))
-    scored = list(FLAGS)[2:-3]
-    assert refused == {("prompt", "chat"), *itertools.product(("prompt", "chat"), scored)}
 
 
 def test_beside_exams_a_world_is_scored_where_a_flag_asks_for_it(

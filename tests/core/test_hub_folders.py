@@ -4,7 +4,6 @@ True files and config keys, shrunk shapes, tiny vocabularies.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from data.tokenizer import load_tokenizer
 from data.worlds import Sources
 from model import Llama, LlamaConfig, rope_frequencies
 from nanosdd.device import Compute
-from sdd_loss import sdd_loss
 from train import Settings, train
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -71,13 +69,13 @@ def hub_folder(folder, name) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def train_one_step(root, loss=None):
+def train_one_step(root):
     """Train root/model into root/out."""
     rows = [{"prompt": f"how old is the town {i}", "response": f"it is {i} days"} for i in range(6)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = Sources(pairs=str(root / "pairs.jsonl"), prompts="all", similarity="tfidf")
     settings = Settings(steps=1, batch_size=5, lr=1e-3)
-    train(Files(0, sources), "sdd", root / "model", root / "out", settings, Compute(), loss=loss)
+    train(Files(0, sources), "sdd", root / "model", root / "out", settings, Compute())
 
 
 @pytest.fixture(scope="module", params=HUB)
@@ -114,34 +112,6 @@ def test_a_step_moves_every_tensor_and_is_saved_with_older_keys(trained):
     names = {path.name for path in folder.glob("*token*")} | {"generation_config.json"}
     for file in names:
         assert (out / file).read_bytes() == (folder / file).read_bytes()
-
-
-def test_a_tokenizer_that_is_removed_during_a_run_is_saved_all_the_same(tmp_path):
-    folder = tmp_path / "model"
-    hub_folder(folder, "Llama-3.2-1B-Instruct")
-    files = {path.name: path.read_bytes() for path in folder.glob("*token*")}
-
-    def remove_and_train(model, batch, global_tokens):
-        for name in files:
-            (folder / name).unlink(missing_ok=True)
-        return sdd_loss(model, batch, global_tokens)
-
-    train_one_step(tmp_path, remove_and_train)
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
-
-
-@pytest.mark.posix
-def test_what_only_has_the_name_of_a_file_is_left_alone(tmp_path):
-    folder = tmp_path / "model"
-    hub_folder(folder, "Llama-3.2-1B-Instruct")
-    (folder / "tokenizer").mkdir()
-    (folder / "chat.bak").mkdir()
-    os.mkfifo(folder / "tokenizer.extra")
-    os.mkfifo(folder / "old.safetensors")
-    train_one_step(tmp_path)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "tokenizer.json" in names
-    assert not names & {"tokenizer", "chat.bak", "tokenizer.extra", "old.safetensors"}
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -31,21 +30,20 @@ RECORD = {"settings": {"steps": 10}, "inputs": {"a.csv": "12"}, "code": {"train.
 OTHER = RECORD | {"settings": {"steps": 20}}
 
 
-def train(folder, weights="fp32", record=RECORD, seconds=0.0, **settings):
+def train(folder, record=RECORD, seconds=0.0, **settings):
     """A training command in small."""
     run = Run(folder, record, **settings)
     if run.finished:
         return
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 7, bias=False))
-    model.to(torch.bfloat16 if weights == "bf16" else torch.float32)
     optimizer = make_optimizer(model, Compute(), weight_decay=0.1)
     with run:
         saved = run.load_state(model, optimizer)
         losses = saved.get("losses", [])
         for step in range(saved.get("step", 0), record["settings"]["steps"]):
             x = torch.randn(3, 7, generator=torch.Generator().manual_seed(step))
-            loss = (model(x.to(model[0].weight)) - x).square().mean()
+            loss = (model(x) - x).square().mean()
             loss.backward()
             optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
             optimizer.step()
@@ -54,10 +52,7 @@ def train(folder, weights="fp32", record=RECORD, seconds=0.0, **settings):
             if run.should_save(step + 1):
                 run.save_state(step + 1, model, optimizer, {"losses": losses})
                 time.sleep(seconds)
-        tensors = [model[1].weight]
-        if weights == "bf16":
-            tensors.append(optimizer.master(model[1].weight))
-        write_text(run.folder / "model.txt", repr([tensor.tolist() for tensor in tensors]))
+        write_text(run.folder / "model.txt", repr(model[1].weight.tolist()))
         write_text(run.folder / "losses.json", json.dumps(losses))
         run.finish()
 
@@ -66,17 +61,17 @@ def texts(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
 
 
-def started(folder, weights="fp32", file="state/rank0-step*"):
-    """Another process that trains, once it has written another such file."""
-    before = set(folder.glob(file))
+def started(folder):
+    """Another process that trains, once it has saved a state."""
     process = os.fork()
     if process == 0:
         try:
-            train(folder, weights, seconds=0.05, save_every=1)
+            train(folder, seconds=0.05, save_every=1)
         except Interrupted as error:
             (folder.parent / "said").write_text(str(error))
         os._exit(0)
-    while set(folder.glob(file)) <= before and os.waitpid(process, os.WNOHANG) == (0, 0):
+    while not list(folder.glob("state/rank0-step*")):
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
         time.sleep(0.001)
     return process
 
@@ -88,21 +83,6 @@ def no_power_cut(monkeypatch):
 
 
 # ---- killed, and started again ----
-
-
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path, weights):
-    rng = random.Random(3)
-    run = tmp_path / "run"
-    for file in ("state/state.json", "state/rank0-step*", "state/rank0-step*"):
-        process = started(run, weights, file)
-        time.sleep(rng.uniform(0, 0.1))
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        assert {path.name for path in run.iterdir()} == {"state"}
-    train(run, weights)
-    train(tmp_path / "whole", weights)
-    assert texts(run) == texts(tmp_path / "whole")
 
 
 def die_after(moment):
@@ -199,10 +179,6 @@ def test_when_to_save(tmp_path):
 
 def test_another_run_is_refused_with_both_values(tmp_path):
     train(tmp_path / "run")
-    before = texts(tmp_path / "run")
-    with pytest.raises(InputError, match="steps was 10, is 20; --fresh replaces it"):
-        train(tmp_path / "run", record=OTHER)
-    assert texts(tmp_path / "run") == before
     with Run(tmp_path / "new", RECORD) as first:
         with pytest.raises(InputError, match="another command is writing"):
             train(tmp_path / "new")
@@ -247,6 +223,8 @@ def test_a_record_holds_settings_model_files_and_code(tmp_path):
     (tmp_path / "llama").mkdir()
     for name in ("config.json", "model.safetensors", "run.json", "notes.txt"):
         (tmp_path / "llama" / name).write_text(name)
+    (tmp_path / "llama/tokenizer").mkdir()
+    os.mkfifo(tmp_path / "llama/chat.bak")  # would be waited for
     (tmp_path / "rows.json").write_text("[]")
     inputs = [tmp_path / "llama", str(tmp_path / "rows.json")]
     record = fingerprint({"betas": (0.5, 0.9)}, inputs, [train, Run.finish, Results])
@@ -256,13 +234,6 @@ def test_a_record_holds_settings_model_files_and_code(tmp_path):
     assert len(set(record["inputs"].values())) == 3
     assert list(record["code"]) == ["test_runs.train", "runs.Run.finish", "runs.Results"]
     assert difference(record, json.loads(json.dumps(record))) is None
-    (tmp_path / "rows.json").write_text("[1]")
-    now = fingerprint({"betas": (0.5, 0.9), "lr": 0.1}, inputs, [train, Results])
-    assert difference(record, now) == "lr was None, is 0.1"
-    now["settings"] = record["settings"]
-    assert difference(record, now) == f"input {tmp_path}/rows.json changed"
-    now["inputs"] = record["inputs"]
-    assert difference(record, now) == "code of runs.Run.finish changed"
 
 
 def test_only_words_of_code_may_change(tmp_path):

@@ -1,13 +1,13 @@
-"""The chat templates: golden ids from transformers, detection, and comparisons with the peers.
+"""The chat templates: golden ids from transformers, detection, and a comparison with Meta's code.
 
-tests/golden/chat/make_golden.py wrote the golden cases. A test that needs a peer (transformers,
-sentencepiece) or real files (in the folder NANOSDD_REAL_DATA) is skipped without them.
+tests/golden/chat/make_golden.py wrote the golden cases. What needs sentencepiece, or real files (in
+the folder NANOSDD_REAL_DATA), is skipped without them.
 """
 
 import json
 import os
 import random
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -233,8 +233,7 @@ def test_the_template_a_checkpoint_was_trained_with_stays(folder):
         read_chat(path, "llama2")
 
 
-# --- comparisons with the peers ---
-
+# --- Meta's code ---
 
 WORDS = ["the", " ", "  ", "\n", "\n\n", "\t", "bread", " ready", "7", "123", ".", "?!", "'s", "é"]
 WORDS += ["世界", "👍", "[/INST]", "<<SYS>>", "{{ x }}", "▁"]
@@ -242,45 +241,6 @@ WORDS += ["世界", "👍", "[/INST]", "<<SYS>>", "{{ x }}", "▁"]
 
 def random_text(rng):
     return "".join(rng.choices(WORDS, k=rng.randint(0, 8)))
-
-
-ENDS = {  # of a document and of a turn
-    "tiny_llama3": ("<|begin_of_text|>", "<|eot_id|>"),
-    "tiny_smollm2": ("<|im_start|>", "<|im_end|>"),
-    "tiny_llama2_json": ("<s>", "</s>"),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_random_conversations_equal_transformers(name):
-    transformers = pytest.importorskip("transformers")
-    folder = next(case["tokenizer"] for case in CASES if case["template"] == name)
-    begin, end = ENDS[Path(folder).name]
-    peer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(GOLDEN / folder / "tokenizer.json"),
-        bos_token=begin,
-        eos_token=end,
-        chat_template=JINJA[name],
-    )
-    apply = partial(peer.apply_chat_template, return_dict=False, date_string="26 Jul 2024")
-    tokenizer = tokenizer_in(folder)
-    rng = random.Random(name)
-    for _ in range(40):
-        system = rng.choice([None, random_text(rng)])
-        prompt, response, later = (random_text(rng) for _ in range(3))
-        turns = [{"role": "system", "content": system}] if system is not None else []
-        turns.append({"role": "user", "content": prompt})
-        ids = encode_prompt(tokenizer, OURS[name], prompt, system)
-        assert apply(turns, add_generation_prompt=True) == ids
-        turns.append({"role": "assistant", "content": response})
-        if apply(turns)[: len(ids)] != ids:
-            continue  # the border is merged
-        ids += encode_response(tokenizer, OURS[name], response)
-        assert apply(turns)[: len(ids)] == ids
-        if begin != "<s>":  # transformers 5 drops SentencePiece's space after a special token
-            turns.append({"role": "user", "content": later})
-            ids += encode_next_turn(tokenizer, OURS[name], later)
-            assert apply(turns, add_generation_prompt=True) == ids
 
 
 @pytest.mark.parametrize("size", ["tiny", "real"])

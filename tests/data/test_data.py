@@ -1,60 +1,27 @@
-"""Which tokens carry loss, rows, and packed batches."""
+"""Rows, and packed batches. Which tokens carry loss: test_train.py, and assignment 2's tests."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from small import town_tokenizer
 
-from data.chat import Example, collate, encode_example, encode_prompt, encode_rows
-from nanosdd.errors import InputError
+from data.chat import Example, collate, encode_example, encode_rows
 
 
-@pytest.fixture
-def encode(tmp_path):
-    """A function that encodes one prompt with a response; encode.tokenizer is its tokenizer."""
-    tokenizer = town_tokenizer(tmp_path)
-
+def test_rows_may_have_a_system_prompt_and_a_rejected_response(tokenizer):
     def encode(response, system=None, max_length=64):
         return encode_example(tokenizer, "llama3", "Sort ash.", response, max_length, system)
 
-    encode.tokenizer = tokenizer
-    return encode
-
-
-def test_only_the_response_and_its_end_carry_loss(encode):
-    decode = encode.tokenizer.decode
-    responses = ["Anna Brook keeps a goat.", "No."]
-    batch = collate([encode(response) for response in responses])
-    targets = batch.targets.split(batch.response_lengths)
-    where = batch.where.split(batch.response_lengths)
-    prompt = encode_prompt(encode.tokenizer, "llama3", "Sort ash.")
-    for row, response in enumerate(responses):
-        assert decode(targets[row].tolist()) == response + "<|eot_id|>"
-        read = batch.tokens[where[row]].tolist()  # predicts the next token
-        assert read == [prompt[-1], *targets[row][:-1].tolist()]
-
-
-def test_long_responses_are_cut_and_long_prompts_refused(encode):
-    whole = encode("Anna Brook keeps a goat.")
-    room = whole.prompt_length + 3
-    cut = encode("Anna Brook keeps a goat.", max_length=room)
-    assert cut == Example(whole.ids[:room], whole.prompt_length)
-    with pytest.raises(InputError, match="--max-length"):
-        encode("x", max_length=whole.prompt_length)
-
-
-def test_rows_may_have_a_system_prompt_and_a_rejected_response(encode):
     row = {"prompt": "Sort ash.", "response": "No."}
     both = row | {"system": "Anna", "rejected": "Anna Brook keeps a goat."}
     rows = [row, row | {"system": "Anna Brook", "rejected": None}, both]
-    plain, with_system, last = encode_rows(encode.tokenizer, "llama3", rows, 64)
+    plain, with_system, last = encode_rows(tokenizer, "llama3", rows, 64)
     assert plain == encode("No.") and with_system == encode("No.", "Anna Brook")
     assert plain.ids != with_system.ids
     assert last.ids == encode("No.", "Anna").ids
     assert last.rejected == encode("Anna Brook keeps a goat.", "Anna")
     room = last.prompt_length + 3
-    (cut,) = encode_rows(encode.tokenizer, "llama3", [both], room)
+    (cut,) = encode_rows(tokenizer, "llama3", [both], room)
     assert cut.rejected == encode("Anna Brook keeps a goat.", "Anna", room)
 
 

@@ -165,15 +165,15 @@ def write(name, peer):
     (folder / "golden.json").write_text(text.replace(", ", ","))
 
 
-def train(peer, size, alphabet, special=(), corpus=CORPUS):
+def train(peer, alphabet, special=()):
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=450,
         show_progress=False,
         special_tokens=list(special),
         initial_alphabet=list(alphabet),
         limit_alphabet=len(alphabet),
     )
-    peer.train_from_iterator(corpus, trainer)
+    peer.train_from_iterator(CORPUS, trainer)
     return peer
 
 
@@ -208,9 +208,9 @@ def main():
     write("tiny_llama2_json", llama2_from_pieces(tiny))
     write("tiny_metaspace_json", llama2_from_pieces(tiny, metaspace=True))
     letters = [LETTER[b] for b in range(256) if b not in MISSING_BYTES]
-    smollm2 = train(byte_level(DIGITS), 450, letters, SMOLLM2_SPECIAL)
+    smollm2 = train(byte_level(DIGITS), letters, SMOLLM2_SPECIAL)
     write("tiny_smollm2", with_whole_word(smollm2))
-    llama3 = train(byte_level(LLAMA3_SPLIT, ["<|eot_id|>"]), 450, LETTER.values())
+    llama3 = train(byte_level(LLAMA3_SPLIT, ["<|eot_id|>"]), LETTER.values())
     write("tiny_llama3_json", with_whole_word(llama3))
     real = os.environ.get("NANOSDD_REAL_DATA")
     if real:
