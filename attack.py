@@ -189,6 +189,8 @@ def attack_batches(attack: Attack, harmful: list, benign: list, new: list, seed)
     harmful = harmful[: attack.shots]
     if attack.name == "mft":
         return draw_batches(harmful, [], 0.0, attack.batch_size, rng)
+    if "bft" not in attack.name:
+        raise InputError(f"no attack is called {attack.name}; make its batches yourself")
     # A control with other numbers of tokens would compare doses, not data.
     matched = match_tokens(harmful, benign, new, rng)
     rows = max(1, round(attack.batch_size * len(matched) / len(harmful)))
@@ -479,7 +481,7 @@ def main(argv=None):
                 results = Results(out / f"seed{world.seed}" / f"{arm}.jsonl", record_of(target))
                 if args.fresh or args.save_answers or args.save_models:
                     results.results.clear()
-                print(f"{arm}: log p(y_o) of {pairs or 'pairs drawn here, not what it was taught'}")
+                print(f"{arm}: log p(y_o) of {pairs or 'pairs drawn here, as SDD draws its own'}")
                 attacks = [RELEASED] if arm == "base" and not released else plan(grid)
                 for found in attack_arm(target, attacks, results, keep):
                     cells += found["cells"]

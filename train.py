@@ -28,6 +28,7 @@ import random
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,6 +141,8 @@ SETTINGS = {  # by world (any other: "chat"), then by mode (any other: "sdd")
 def settings_of(world, mode: str, table=SETTINGS) -> Settings:
     """The settings of a mode in a world."""
     own = table.get(world.name) or table["chat"]
+    if mode not in {*own, *world.settings}:
+        mode = "sdd"  # a control is in its dose
     return replace(own.get(mode, own["sdd"]), **world.settings.get(mode, {}))
 
 
@@ -264,11 +267,14 @@ def run_record(world, mode: str, start, settings: Settings, compute: Compute, lo
     """What a run depends on: settings, input files, and the code that makes it."""
     decided = world.options() | asdict(settings) | {"mode": mode, "dtype": compute.dtype}
     decided |= {"weights": compute.weights, "world_size": rank_and_world_size()[1]}
-    if not hasattr(loss, "__qualname__"):  # an object: its module, its numbers and models
+    if isinstance(loss, partial):
+        decided["loss"] = f"{loss.args} {loss.keywords}"
+        loss = loss.func
+    if not hasattr(loss, "__qualname__"):  # an object: its module, its plain values and models
         for name, value in vars(loss).items():
             if isinstance(value, torch.nn.Module):
                 value = sum(float(weight.sum()) for weight in value.parameters())
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float, str, tuple)):
                 decided[f"loss.{name}"] = value
         loss = sys.modules[type(loss).__module__]
     inputs = [start, *world.files()] if start else world.files()

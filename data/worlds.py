@@ -166,6 +166,8 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
         were cut at the limit of new tokens; the means of the figures of judge_each."""
         found = self.judge_each(rows, answers)
         kinds = [one["outcome"] for one in found]
+        if set(kinds) - set(self.outcomes):
+            raise InputError(f"outcomes of {self.name} lack one of {', '.join(sorted(set(kinds)))}")
         scores = {name: kinds.count(name) / len(kinds) for name in self.outcomes}
         scores["cut"] = fmean(not answer.ended for answer in answers)
         return scores | average(found)

@@ -22,7 +22,7 @@ SMALLER = {
     "--steps 500 --batch-size 24": "--steps 2 --batch-size 4",
     "--max-new-tokens 256": "--max-new-tokens 3",
     "--prompts all": "--prompts all --similarity tfidf",
-    "--benign $sharegpt": "--benign $sharegpt --similarity tfidf",
+    "--benign sharegpt.json": "--benign sharegpt.json --similarity tfidf",
 }
 PYTHON = """
 set -e
@@ -37,7 +37,7 @@ def write_lines(path, rows):
 @pytest.fixture
 def clone(tmp_path):
     """A folder with what the page downloads, made up and small."""
-    clone = tmp_path / "clone"
+    clone = tmp_path / "a clone"
     for name in ("llama2", "llama2-base"):
         make(clone / name, GOLDEN / "tokenizer/tiny_sentencepiece")
     template = (GOLDEN / "chat/llama2.jinja").read_text()

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,10 @@ class Watched:
         return sdd_loss(model, batch, global_tokens)
 
 
+def scaled(model, batch, global_tokens, by=1):
+    return by * sdd_loss(model, batch, global_tokens)
+
+
 SOURCES = Sources("h.csv", ("b.json",), similarity="tfidf")
 QUICK = Settings(steps=4, batch_size=6, lr=1e-3)
 
@@ -156,6 +161,8 @@ def test_a_run_is_reused_until_something_it_depends_on_changes(run, capsys):
     refused("dtype was fp32, is bf16", compute=Compute(dtype="bf16"))
     refused("similarity_threshold", sources=replace(SOURCES, similarity_threshold=0.1))
     refused("code of sdd_loss.sdd_loss changed", loss=Watched())
+    run(loss=partial(scaled, by=2), out="y")
+    refused("by.: 2}, is .* {.by.: 3}", loss=partial(scaled, by=3), out="y")
     code = json.loads(Path("x/run.json").read_text())["code"]
     own = "train.train train.train_step sdd_loss.sdd_loss model.Llama chat.collate files"
     assert " ".join(code) == own

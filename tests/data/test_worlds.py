@@ -11,6 +11,7 @@ from data.town import Town
 from data.worlds import REJECT_PREFIX, Sources, World, irrelevant_pairs, open_world
 from nanosdd.device import Compute
 from nanosdd.errors import InputError
+from train import settings_of
 
 
 @pytest.fixture
@@ -106,6 +107,13 @@ def test_pairs_of_every_mode():
     assert found["new_refusal"] == [World.new_refusal] * 3 and keyword_refusal(World.new_refusal)
 
 
+def test_a_control_is_in_the_dose_of_the_worlds_own_sdd():
+    world = Cupboard(2)
+    world.settings = {"sdd": {"steps": 9}, "benign": {"steps": 8}}
+    found = [settings_of(world, mode).steps for mode in ("sdd", "new_refusal", "align", "benign")]
+    assert found == [9, 9, 30, 8]
+
+
 def test_scores_without_a_judge_of_its_own():
     world = Cupboard(2)
     texts = ["In it is 3.", "I cannot help with that.", "A rose.", "go go"]
@@ -114,6 +122,9 @@ def test_scores_without_a_judge_of_its_own():
     found = world.judge(world.harmful("evaluation") * 2, answers)
     assert found == dict.fromkeys(world.outcomes, 0.25) | {"cut": 0}
     assert world.capability({"benign_nll": 0.0}) == 1 and world.capability({}) == 0
+    world.outcomes = ("told", "refuse", "off_topic", "broken")
+    with pytest.raises(InputError, match="outcomes of .* lack one of .*harm"):
+        world.judge(world.harmful("evaluation") * 2, answers)
 
 
 def test_answers_from_elsewhere_are_judged():
