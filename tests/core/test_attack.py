@@ -37,17 +37,12 @@ from nanosdd.runs import Results
 
 
 def test_a_plan_is_every_setting_once_and_the_control_at_most_shots():
-    assert plan(Grid(shots=(40, 10, 10), lr=(1e-3, 1e-4), steps=9, batch_size=8)) == [
-        Attack("none", 0, 0.0, (0,)),
-        Attack("mft", 10, 1e-4, (7, 9), 8),
-        Attack("mft", 40, 1e-4, (9, 25), 8),
-        Attack("bft", 40, 1e-4, (7, 9, 25), 8),
-        Attack("mft", 10, 1e-3, (7, 9), 8),
-        Attack("mft", 40, 1e-3, (9, 25), 8),
-        Attack("bft", 40, 1e-3, (7, 9, 25), 8),
-    ]
-    drawn = [(attack.name, attack.draw) for attack in plan(Grid(shots=(10,), draws=2))]
-    assert drawn == [("none", 0), ("mft", 0), ("bft", 0), ("mft", 1), ("bft", 1)]
+    wanted = [Attack("none", 0, 0.0, (0,))]
+    for lr in (1e-4, 1e-3):
+        wanted.append(Attack("mft", 10, lr, (7, 9), 8))
+        wanted.append(Attack("mft", 40, lr, (9, 25), 8))
+        wanted.append(Attack("bft", 40, lr, (7, 9, 25), 8))
+    assert plan(Grid(shots=(40, 10, 10), lr=(1e-3, 1e-4), steps=9, batch_size=8)) == wanted
 
 
 def tokens_of(examples) -> int:
@@ -367,11 +362,7 @@ def test_what_is_finished_is_written_when_something_fails_later(main, capsys):
     with pytest.raises(InputError, match="broken/model.safetensors is not a readable"):
         main("--released llama broken --lr 1e-3")
     cells = json.loads(Path("out/attack/results.json").read_text())["cells"]
-    assert [(one["arm"], one["attack"]) for one in cells] == [
-        ("llama", "none"),
-        ("llama", "mft"),
-        ("llama", "bft"),
-    ]
+    assert [one["attack"] for one in cells] == ["none", "mft", "bft"]
     assert Path("out/attack/table.txt").read_text() in capsys.readouterr().out
 
 

@@ -270,22 +270,21 @@ def test_a_finished_run_of_other_settings_is_never_replaced_by_attack(files):
 
 # ---- flags of which one leaves the other without use ----
 
-DECIDE = {  # flags of train.py that decide what is trained on, and how long
-    "--mode": "shuffled",
-    "--pairs": "p.jsonl",
-    "--prompts": "all",
-    "--template": "plain",
-    "--steps": "7",
-    "--batch-size": "3",
-    "--lr": "1e-3",
-    "--benign-replay": "0.5",
-    "--max-length": "52",
-    "--dtype": "bf16",
-    "--seed": "1",
-}
+# Flags of train.py that decide what is trained on, and how long.
+DECIDE = """--mode shuffled
+--pairs p.jsonl
+--prompts all
+--template plain
+--steps 7
+--batch-size 3
+--lr 1e-3
+--benign-replay 0.5
+--max-length 52
+--dtype bf16
+--seed 1""".split("\n")
 UNSEEN = {
-    ("--pairs", "--seed"),  # it draws the batches, which no example shows
-    ("--template", "--max-length"),  # in this template all rows are shorter
+    ("--pairs p.jsonl", "--seed 1"),  # it draws the batches, which no example shows
+    ("--template plain", "--max-length 52"),  # in this template all rows are shorter
 }
 
 
@@ -295,11 +294,9 @@ def test_no_flag_of_train_is_without_effect_beside_another(files, capsys):
     shown = {}
 
     def show(*flags):
-        words = f"--mode sdd --model llama {FILES} --dry-run".split()
-        for flag in flags:
-            words += [flag, DECIDE[flag]]
+        words = f"--mode sdd --model llama {FILES} --dry-run {' '.join(flags)}"
         try:
-            train.main(words)
+            train.main(words.split())
             shown[flags] = capsys.readouterr().out
         except InputError as error:
             shown[flags] = None
@@ -313,7 +310,7 @@ def test_no_flag_of_train_is_without_effect_beside_another(files, capsys):
             assert shown[both] != shown[both[:1]], f"{both[1]} beside {both[0]}"
             assert shown[both] != shown[both[1:]], f"{both[0]} beside {both[1]}"
     refused = {flags for flags in shown if shown[flags] is None}
-    assert refused == {("--mode", "--pairs")}
+    assert refused == {("--mode shuffled", "--pairs p.jsonl")}
 
 
 REAL = os.environ.get("NANOSDD_REAL_DATA")
