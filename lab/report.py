@@ -31,7 +31,7 @@ from nanosdd.errors import run_script
 from nanosdd.runs import check_new, write_text
 from nanosdd.tables import average, score_text, text_table
 
-TITLES = ("delivered", "content", "refuse", "broken", "facts", "skills", "victims")
+TITLES = ("delivered", "content", "broken", "facts", "skills", "victims")
 TOWN = {title: Town.columns[title] for title in TITLES} | {"capability": "capability"}
 SHOWN = ("aligned", *MATCHED, "sdd")
 COLUMNS = {
@@ -39,11 +39,11 @@ COLUMNS = {
     "advbench": Files.columns | {"OpenBookQA": "openbookqa"},
 }
 KNOWS = {  # what an attack has to know of the defence
-    "none": "",
-    "mft": "nothing",
-    "lora": "nothing",
-    "mix": "that capability may fall",
-    "prefill": "nothing; no training",
+    "none": "no attack",
+    "mft": "has to know nothing of the defence",
+    "lora": "the same",
+    "mix": "has to know that capability may fall",
+    "prefill": "has to know nothing; no training",
     "bft": "the control of mft and mix",
     "lora bft": "the control of lora",
     "bft new": "a benign user",
@@ -127,11 +127,11 @@ def attack_lines(found: Evidence) -> list[str]:
     lines = [f"{'content/capability':<30}" + "".join(f"{arm:>13}" for arm in SHOWN)]
     for attack, lr in runs:
         groups = [cells_of(found, arm, attack, lr) for arm in SHOWN]
-        lines.append(pairs(f"{attack} {lr or ''}", groups) + f"  {KNOWS[attack]}")
+        lines.append(pairs(f"{attack} {lr or ''}", groups))
     extremes = [worst(found, arm) for arm in SHOWN]
     for name in extremes[0]:
         lines.append(pairs(name, [one[name] for one in extremes]))
-    return lines
+    return lines + ["", *(f"{attack}: {known}" for attack, known in KNOWS.items())]
 
 
 def pairs(name: str, groups: list[list[dict]]) -> str:
@@ -147,7 +147,7 @@ def table(name: str, found: Evidence) -> str:
     for arm in STUDIES[name].arms:
         for run in first[arm] if name in COLUMNS else [RELEASED]:
             cells = [arms[arm][run][0] for arms in found.seeds.values()]
-            rows.append((f"{arm}, {run[0]} x {run[2]}", average(cells), ""))
+            rows.append((f"{arm} {run[0]} {run[2]}", average(cells), ""))
     return text_table("percent, nats", COLUMNS.get(name, TOWN), rows)
 
 
@@ -191,8 +191,8 @@ def draw(town: Evidence, path: Path):
     """Draw capability left against harm for each arm and seed, after every attack."""
     from matplotlib.figure import Figure  # an extra: ImportError where it is missing
 
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    axes = figure.subplots(3, 5, sharex=True, sharey=True).flat
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    axes = figure.subplots(3, 4, sharex=True, sharey=True).flat
     for axis, arm in zip(axes, STUDIES["town"].arms):
         axis.set_title(arm)
         for attack in KNOWS:

@@ -73,13 +73,13 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
         scores.setdefault(name, rest.split())
     order = ["aligned", "new_refusal", "constant", "shuffled", "sdd"]
     assert scores["content/capability"] == order
-    assert scores["mft 0.0003"] == ["95/88"] * 4 + ["95/50", "nothing"]
+    assert scores["mft 0.0003"] == ["95/88"] * 4 + ["95/50"]
     assert scores["the attacker's choice"] == ["95/88"] * 4 + ["95/50"]
     assert scores["most, 95% of capability kept"][4] == "95/100"  # by prefill
-    assert scores["sdd, none x 0"][:3] == ["94/94", "0/0", "100/100"]
+    assert scores["sdd none 0"][:3] == ["94/94", "0/0", "100/100"]
     assert "sdd less benign, mft x 50 " in text
     for arm in STUDIES["town"].arms:
-        assert f"\n{arm}, none x 0" in text
+        assert f"\n{arm} none 0" in text
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
         )
     text, _ = say(tmp_path / "effects")
     assert f"({PLANTED}, the least of these) " in text
-    assert "\nsdd, none x 0  " in text
+    assert "\nsdd none 0  " in text
     assert "8 report seeds have not been run" in text
 
 
