@@ -18,7 +18,7 @@ EXAMPLES = {}  # by file name, which the first line says as a comment
 for number, text in enumerate(re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)):
     named = re.match(r"# (\w+\.py)", text)
     EXAMPLES[named[1] if named else f"example{number}.py"] = text
-COMMAND = re.search(r"```\npython (.*?)#.*\n```", SECTION)[1].split()
+COMMAND = re.search(r"```\npython (.*)\n```", SECTION)[1].split()
 
 
 @pytest.fixture
