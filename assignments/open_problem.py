@@ -157,11 +157,12 @@ def fine_tuned(ready: Ready, weights: dict, attack: Attack) -> tuple[list, list]
     """(cells, curve) of an attack on a model: of attack.py, or mft beside as many benign rows."""
     ready.chat.model.load_state_dict(weights)
     seed = ready.town.seed
-    batches = attack_batches(attack, **ready.rows, seed=seed)
     if attack.name == "mix":
         harmful, benign, _ = ready.rows.values()
         size = 2 * attack.batch_size
         batches = draw_batches(harmful, benign, 0.5, size, random.Random(f"mix {seed}"))
+    else:
+        batches = attack_batches(attack, **ready.rows, seed=seed)
     scores = partial(scores_of, ready)
     return fine_tune(ready.chat, batches, attack.lr, attack.budgets, scores, ready.watched)
 
