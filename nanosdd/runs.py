@@ -28,12 +28,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nanosdd.checkpoint import local, save_tensors, write_text
+from nanosdd.checkpoint import find_tensors, local, save_tensors, write_text
 from nanosdd.device import barrier, machine, rank_and_world_size, sum_over_processes
 from nanosdd.errors import InputError, Interrupted
 
 ROOT = Path(__file__).parent.parent
-MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer*", "chat*", "world.json")
+# Of a model folder, beside the weights.
+MODEL_FILES = ("*config.json", "tokenizer*", "added_tokens.json", "chat*", "world.json")
 CHANGES = {
     "settings": "{} was {}, is {}",
     "inputs": "input {} changed",
@@ -54,6 +55,7 @@ def fingerprint(settings: dict, inputs: list, code: list) -> dict:
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
+            files += sorted(set(find_tensors(path).values()))
             for pattern in MODEL_FILES:
                 files += sorted(filter(Path.is_file, path.glob(pattern)))
         else:

@@ -220,18 +220,19 @@ def test_other_files_are_never_touched(tmp_path):
 
 
 def test_a_record_holds_settings_model_files_and_code(tmp_path):
-    (tmp_path / "llama").mkdir()
-    for name in ("config.json", "model.safetensors", "run.json", "notes.txt"):
-        (tmp_path / "llama" / name).write_text(name)
-    (tmp_path / "llama/tokenizer").mkdir()
-    os.mkfifo(tmp_path / "llama/chat.bak")  # would be waited for
-    (tmp_path / "rows.json").write_text("[]")
-    inputs = [tmp_path / "llama", str(tmp_path / "rows.json")]
+    llama = tmp_path / "llama"
+    (llama / "tokenizer").mkdir(parents=True)
+    (llama / "parts").mkdir()
+    for name in ("config.json", "added_tokens.json", "run.json", "rows.json"):
+        (llama / name).write_text(name)
+    (llama / "model.safetensors.index.json").write_text('{"weight_map": {"a": "parts/b"}}')
+    save_file({"a": torch.zeros(2)}, llama / "parts/b")
+    os.mkfifo(llama / "chat.bak")  # would be waited for
+    inputs = [llama, f"{llama}/rows.json"]
     record = fingerprint({"betas": (0.5, 0.9)}, inputs, [train, Run.finish, Results])
     assert record["settings"] == {"betas": [0.5, 0.9]}
-    names = [path.removeprefix(f"{tmp_path}/") for path in record["inputs"]]
-    assert names == ["llama/model.safetensors", "llama/config.json", "rows.json"]
-    assert len(set(record["inputs"].values())) == 3
+    names = [path.removeprefix(f"{llama}/") for path in record["inputs"]]
+    assert names == ["parts/b", "config.json", "added_tokens.json", "rows.json"]
     assert list(record["code"]) == ["test_runs.train", "runs.Run.finish", "runs.Results"]
     assert difference(record, json.loads(json.dumps(record))) is None
 
