@@ -114,7 +114,7 @@ STARTS_FROM = {
     "shuffled": "align",
     "benign": "align",
 }
-LOSSES = dict.fromkeys(STARTS_FROM, sdd_loss)  # a mode with another loss has it here
+LOSSES = dict.fromkeys(STARTS_FROM, sdd_loss)  # a mode of your own may have another loss
 
 # On the town SDD's lr and steps were chosen on seeds 0 and 1, its rehearsed variant's on seeds 0 to
 # 4, base and align on seed 0 (docs/log.md).
@@ -139,10 +139,10 @@ SETTINGS = {  # by world (any other: "chat"), then by mode (any other: "sdd")
 
 
 def settings_of(world, mode: str, table=SETTINGS) -> Settings:
-    """The settings of a mode in a world."""
+    """The settings of a mode in a world. table: as SETTINGS."""
     own = table.get(world.name) or table["chat"]
     if mode not in {*own, *world.settings}:
-        mode = "sdd"  # a control is in its dose
+        mode = "sdd"  # modes without settings of their own, the controls, train as long as sdd
     return replace(own.get(mode, own["sdd"]), **world.settings.get(mode, {}))
 
 
@@ -160,14 +160,15 @@ def train_step(
     """One optimizer step on a global batch; returns loss, grad_norm, response_tokens and tokens.
 
     loss: any callable (model, batch, global_tokens) -> scalar, as sdd_loss; an object may hold a
-    frozen reference model. before_clip: a function (model) that may add to the gradients.
+    frozen reference model. before_clip: a function (model) that may add to the gradients, as some
+    of lab/defences.py do.
     """
     response_tokens = sum(example.response_length for example in examples)
     total = torch.zeros((), device=compute.device)
     for batch in micro_batches(examples, compute):
         with compute.autocast():
             value = loss(model, batch, response_tokens)  # its share of the mean over all tokens
-        value.backward()
+        value.backward()  # of several processes the gradients are summed, as FSDP is set up here
         total += value.detach()
     total = device.sum_over_processes(total)
     if before_clip:
@@ -237,7 +238,7 @@ def train(
         bar = Progress(range(begin, settings.steps), desc=out.name)
         log = TrainLog(settings.steps, saved, bar.write)
         for _ in range(begin):
-            next(batches)  # what was drawn before the pause
+            next(batches)  # what was drawn before the run stopped
         for step in bar:
             batch = next(batches)
             lr = learning_rate(step, settings)
@@ -258,13 +259,17 @@ def train(
     if run.rank == 0:
         print(f"{out}: answers before and after\n\n{samples}", end="")
         if start:
+            # How much of the update would survive in a copy that is held in bf16?
             old = Llama.from_pretrained(start, dtype=DTYPES[compute.weights])
             print(update_text(*kept_update(old, weights, torch.bfloat16)))
     return out
 
 
 def run_record(world, mode: str, start, settings: Settings, compute: Compute, loss) -> dict:
-    """What a run depends on: settings, input files, and the code that makes it."""
+    """What a run depends on: settings, input files, and the code that makes it.
+
+    Of a loss its function or module, and the values that it holds.
+    """
     decided = world.options() | asdict(settings) | {"mode": mode, "dtype": compute.dtype}
     decided |= {"weights": compute.weights, "world_size": rank_and_world_size()[1]}
     if isinstance(loss, partial):
@@ -396,7 +401,8 @@ def main(argv=None):
     start = model
     parent = STARTS_FROM[args.mode]
     try:
-        with redirect_stdout(None if rank_and_world_size()[0] else sys.stdout):  # rank 0 speaks
+        # Only rank 0 prints.
+        with redirect_stdout(None if rank_and_world_size()[0] else sys.stdout):
             if args.dry_run:
                 return dry_run(load_or_new(model, world, compute), world, args.mode, settings)
             # --model with --out: this mode alone, from that very model.
