@@ -178,13 +178,14 @@ def table(name: str, found: Evidence) -> str:
 
 def evidence(town: Evidence) -> list[str]:
     """Return README's table of claims against evidence, as Markdown."""
-    lines = ["| claim | verdict | SDD | aligned | another refusal |", "|---|---|---|---|---|"]
+    lines = ["| claim | verdict | percent: SDD, aligned, another refusal |", "|---|---|---|"]
     for words, claim, attack, title in EVIDENCE:
-        line = f"| {words} | {verdict(claim, town)} |"
+        shares = []
         for arm in ("sdd", "aligned", "new_refusal"):
             scores = average(cells_of(town, arm, attack))
-            line += f" {title} {score_text(TOWN[title], scores)} |"
-        lines.append(line)
+            shares.append(score_text(TOWN[title], scores))
+        reached = verdict(claim, town).partition(" (")[0]
+        lines.append(f"| {words} | {reached} | {title} {', '.join(shares)} |")
     return lines
 
 
