@@ -222,17 +222,16 @@ def test_other_files_are_never_touched(tmp_path):
 def test_a_record_holds_settings_model_files_and_code(tmp_path):
     llama = tmp_path / "llama"
     (llama / "tokenizer").mkdir(parents=True)
-    (llama / "parts").mkdir()
     for name in ("config.json", "added_tokens.json", "run.json", "rows.json"):
         (llama / name).write_text(name)
-    (llama / "model.safetensors.index.json").write_text('{"weight_map": {"a": "parts/b"}}')
-    save_file({"a": torch.zeros(2)}, llama / "parts/b")
+    (llama / "model.safetensors.index.json").write_text('{"weight_map": {"a": "tokenizer/b"}}')
+    save_file({"a": torch.zeros(2)}, llama / "tokenizer/b")
     os.mkfifo(llama / "chat.bak")  # would be waited for
     inputs = [llama, f"{llama}/rows.json"]
     record = fingerprint({"betas": (0.5, 0.9)}, inputs, [train, Run.finish, Results])
     assert record["settings"] == {"betas": [0.5, 0.9]}
     names = [path.removeprefix(f"{llama}/") for path in record["inputs"]]
-    assert names == ["parts/b", "config.json", "added_tokens.json", "rows.json"]
+    assert names == ["tokenizer/b", "config.json", "added_tokens.json", "rows.json"]
     assert list(record["code"]) == ["test_runs.train", "runs.Run.finish", "runs.Results"]
     assert difference(record, json.loads(json.dumps(record))) is None
 
