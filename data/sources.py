@@ -49,6 +49,15 @@ KEYS = {
     "StrongREJECT or HEx-PHI": {"forbidden_prompt"},
     "XSTest": {"prompt", "type", "focus"},
 }
+ROLES = {  # of a turn, as it is called: whose it is
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 LETTERS = ["A", "B", "C", "D"]
 BETWEEN = re.compile(r"[\s,\[\]]*")  # what may stand between the records of JSON
 LINE = re.compile(".*")
@@ -285,7 +294,8 @@ def _dolly(record):
 def _alpaca(record):
     row = _exchange(record, "instruction", "output", extra="input")
     if record.get("history"):  # [[prompt, response], ...]: of a conversation the first is taken
-        row |= _pair(dict(zip(("prompt", "response"), record["history"][0])))
+        prompt, response = _get({"first": record["history"][0]}, "first", list)
+        row |= _pair({"prompt": prompt, "response": response})
     return row
 
 
@@ -304,26 +314,30 @@ def _system(record):
 
 
 def _lima_or_sharegpt(record):
-    return _conversation(record, "conversations", "from", "value")
+    return _conversation(record, "conversations")
 
 
 def _messages(record):
-    return _conversation(record, "messages", "role", "content")
+    return _conversation(record, "messages")
 
 
-def _conversation(record, key, speaker, said):
-    """The row of the turns at `key`; speaker, said: the keys of a turn."""
+def _conversation(record, key):
+    """The row of the turns at `key`: of ShareGPT from and value, of OpenAI role and content."""
     turns = _get(record, key, list)
     row = {"prompt": "", "response": ""} | _system(record)
     prompt = None
     for number, turn in enumerate(turns):
         if isinstance(turn, str):  # LIMA: user and assistant alternate
-            turn = {speaker: ("human", "gpt")[number % 2], said: turn}
-        role = _get(turn, speaker)
-        text = _get(turn, said)
-        if role in ("gpt", "assistant") and prompt is not None:
+            turn = {"from": ("human", "gpt")[number % 2], "value": turn}
+        speaker, said = ("role", "content") if "role" in turn else ("from", "value")
+        role = ROLES.get(_get(turn, speaker))
+        text = turn.get(said)
+        if isinstance(text, list):  # parts, of which each has to be text
+            text = "".join(_get(part, "text") for part in text)
+        text = _get({said: text}, said)
+        if role == "assistant" and prompt is not None:
             return row | {"prompt": prompt, "response": text}
-        prompt = text if role in ("human", "user") else None
+        prompt = text if role == "user" else None
         if role == "system":
             row["system"] = text
     return row
