@@ -320,8 +320,12 @@ def _detect(folder: Path) -> str:
         return "llama3"  # bare Llama 3 files, as the town's
     if jinja is None:
         return "plain"  # a base model
+    if isinstance(jinja, list):  # of named ones
+        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
+    if "added_tokens_decoder" not in config:  # as in transformers
+        config |= read_object(folder / "special_tokens_map.json")
     tokens = {}
-    for key in ("bos_token", "eos_token"):
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = config.get(key)
         if isinstance(token, dict):
             token = token.get("content")

@@ -147,14 +147,21 @@ def read_tokenizer_model(path, contents: bytes) -> Tokenizer:
 
 
 def with_added_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    """The special tokens, with those that only added_tokens.json has, an older place for them."""
-    path = folder / "added_tokens.json"
+    """The special tokens, with those that only tokenizer_config.json has, or added_tokens.json, an
+    older place for them."""
+    added = read_object(folder / "added_tokens.json")
+    decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    for i, token in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and i.isdecimal():
+            added[str(token.get("content", ""))] = int(i)
     special = dict(tokenizer.special)
-    for name, i in read_object(path).items():
+    for name, i in added.items():
         if type(i) is int and i in tokenizer.token_bytes or not name:
             continue
-        if type(i) is not int or name[0] != "<":
-            raise InputError(f"{path}: {name!r} is no special token: text would turn into it")
+        if type(i) is not int or name[0] not in "<[":
+            raise InputError(
+                f"{folder}: the added token {name!r} is not special: text would turn into it"
+            )
         special[name] = i
     return special
 

@@ -93,13 +93,13 @@ def read_config(folder) -> dict:
         raise InputError(
             f"{folder} is not a folder; give one that holds config.json and model.safetensors"
         )
-    config = read_json(Path(folder) / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}/config.json is not a JSON object; download it again")
     if (Path(folder) / "adapter_config.json").exists():
         raise InputError(
             f"{folder}/adapter_config.json: a PEFT adapter; merge_and_unload it, and save the model"
         )
+    config = read_json(Path(folder) / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}/config.json is not a JSON object; download it again")
     return config
 
 
@@ -129,6 +129,8 @@ def find_tensors(folder) -> dict[str, Path]:
             shards = sorted(set(read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{index} has no weight_map of tensors; download it again") from None
+    elif not (Path(folder) / shards[0]).exists() and any(Path(folder).glob("*.bin")):
+        raise InputError(f"{folder} has no safetensors, and .bin is never opened: save it as these")
     files = {}
     for shard in shards:
         place = Path(str(shard))

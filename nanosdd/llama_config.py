@@ -103,11 +103,11 @@ def read_rope(config: dict) -> dict:
 
     `rope_parameters` is transformers 5, `rope_theta` beside `rope_scaling` what came before.
     """
-    found = {"rope_theta": config.get("rope_theta", 10000.0)}
+    found = {"rope_theta": config.get("rope_theta") or 10000.0}
     for key in ("rope_parameters", "rope_scaling"):
         values = config.get(key) or {}
         check(isinstance(values, dict), f"{key} is {values!r:.40}, no object")
-        found |= values
+        found |= {name: value for name, value in values.items() if value is not None}
     kind = str(found.get("rope_type", found.get("type", "default")))
     check(kind in ROPE_NUMBERS, f"rope type {kind:.40} is none of {', '.join(ROPE_NUMBERS)}")
     check(found.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor is not 1")
@@ -119,8 +119,8 @@ def read_rope(config: dict) -> dict:
 
 
 def check_number(key: str, value, kind: type):
-    """InputError when a value is not a number of this kind, above 0 and at most 2**24."""
-    fits = type(value) in (int, kind) and 0 < value <= 2**24
+    """InputError when a value is not a number of this kind, above 0 and not far too large."""
+    fits = type(value) in (int, kind) and 0 < value <= (2**24 if kind is int else 2**40)
     check(fits, f"{key} is {value!r:.40}, not {kind.__name__} and above 0")
 
 

@@ -98,7 +98,6 @@ def test_missing_weights_are_named_and_a_pipe_is_not_waited_for(tmp_path, name):
 
 
 def test_a_peft_adapter_in_the_folder_is_not_left_out_in_silence(tmp_path):
-    saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(InputError, match="adapter_config.json: a PEFT adapter; merge_and_unload"):
         Llama.from_pretrained(tmp_path)

@@ -77,11 +77,13 @@ LINEAR = {"rope_type": "linear", "factor": 3.0}
 
 @pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3_SCALING])
 def test_config_survives_saving_and_reads_newer_rope_keys(scaling):
-    config = small_config(rope_theta=7e4, rope_scaling=scaling, eos_token_id=[4, 9])
+    config = small_config(rope_theta=3.6e9, rope_scaling=scaling, eos_token_id=[4, 9])
     saved = config.to_dict()
     assert LlamaConfig.from_dict(saved) == config
     del saved["rope_theta"], saved["rope_scaling"]
-    saved["rope_parameters"] = {"rope_theta": 7e4, "rope_type": "default"} | (scaling or {})
+    saved["rope_parameters"] = {"rope_theta": 3.6e9, "rope_type": "default", "type": None} | (
+        scaling or {}
+    )
     assert LlamaConfig.from_dict(saved) == config
 
 

@@ -134,6 +134,7 @@ SPOKEN += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% e
         ),  # its first version, with or without add_generation_prompt
         ("llama3", JINJA["llama3"].replace("bos_token", "'<|begin_of_text|>'")),
         ("zephyr", JINJA["zephyr"].replace("eos_token", "'</s>'")),
+        ("chatml", "{% generation %}" + JINJA["chatml"] + "{%- endgeneration %}"),
     ],
 )
 def test_a_template_that_writes_the_same_is_the_same(name, template):
@@ -186,7 +187,7 @@ def test_a_template_that_writes_anything_else_is_unknown(template):
         "{% for",
         "\ud800",
         "",
-        [{"name": "default", "template": JINJA["chatml"]}],
+        [{"name": "tool_use", "template": JINJA["chatml"]}],
     ],
 )
 def test_an_unknown_template_is_refused_unless_one_is_named(template, folder, monkeypatch):
@@ -205,15 +206,24 @@ def test_an_eos_token_that_ours_does_not_write_is_unknown(name):
     assert recognise(JINJA["chatml"], {"eos_token": ""}) == "chatml"  # which does not name it
 
 
+def test_of_named_templates_the_default_is_read(folder):
+    named = [{"name": "tool_use"}, {"name": "default", "template": JINJA["llama2"]}]
+    assert read_chat(folder(chat_template=named)) == "llama2"
+
+
 def test_a_token_may_be_an_object(folder):
     for eos in ({"__type": "AddedToken", "content": "</s>", "lstrip": False}, None):
         assert read_chat(folder(chat_template=JINJA["zephyr"], eos_token=eos)) == "zephyr"
     with pytest.raises(InputError, match="eos_token"):
         read_chat(folder(chat_template=JINJA["zephyr"], eos_token={"content": "<|im_end|>"}))
+    path = folder(chat_template=JINJA["zephyr"])
+    (path / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match="eos_token"):
+        read_chat(path)
 
 
 def test_without_a_template(tmp_path, folder):
-    with pytest.raises(InputError, match="no tokenizer"):
+    with pytest.raises(InputError, match="expected tokenizer.json or tokenizer.model"):
         read_chat(tmp_path)
     write_llama3_tokenizer(tmp_path, ["hi"])
     assert read_chat(tmp_path) == "llama3"
