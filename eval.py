@@ -33,7 +33,7 @@ from data.exams import exams_table, read_exams, run_exams
 from data.sources import read_records
 from data.tokenizer import Tokenizer
 from data.worlds import command_parser, read_world
-from nanosdd.checkpoint import read_json
+from nanosdd.checkpoint import read_object
 from nanosdd.device import add_compute_arguments, for_model, one_process_only, resolve_compute
 from nanosdd.errors import InputError, run_script
 from nanosdd.runs import ROOT, check_new, write_text
@@ -198,7 +198,7 @@ def main(argv=None):
             print(f"{folder}: {answer(chat, [args.prompt], max_new_tokens)[0].text}")
             continue
         path = Path(folder) / "metrics.json"
-        metrics = read_json(path) if path.is_file() else {}
+        metrics = read_object(path)
         if not exams or of_world:
             seed = read_world(folder).get("seed", 0)
             world = world_of(args, seed, compute, folder)

@@ -46,8 +46,9 @@ from lesson import full_marks  # noqa: E402
 from assignments import isolate, open_problem  # noqa: E402
 from assignments.make_starter import ONE_IS_ENOUGH, STUBS  # noqa: E402
 from assignments.worker import decode, encode  # noqa: E402
-from nanosdd.checkpoint import why_unreadable  # noqa: E402
+from nanosdd.checkpoint import read_object, why_unreadable  # noqa: E402
 from nanosdd.errors import InputError, Interrupted, escaped, run_script  # noqa: E402
+from nanosdd.runs import check_folder  # noqa: E402
 
 MARKERS = ("a0", "a1", "a2", "a3", "a4", "a5", "a6")
 OPEN = "a7"  # the open problem
@@ -163,7 +164,7 @@ def take_in(folder: Path, copy: Path) -> list[str]:
     left_out = []
     for path in sorted(itertools.chain(*map(folder.glob, COUNTED))):
         reason = why_unreadable(path, 2**24)
-        if not path.resolve().is_relative_to(folder):
+        if not reason and not path.resolve().is_relative_to(folder):
             reason = "a link that leaves the folder"
         name = path.relative_to(folder)
         if reason:
@@ -319,7 +320,11 @@ def main(argv=None):
             "this system isolates no process (that takes Linux 5.12, and root or user namespaces); "
             "grade your own code, or in a container of its own, with --without-isolation"
         )
-    open(args.out, "a").close()  # before the work: can it be written?
+    if not (0 < args.seconds < 1e6 and 0 < args.memory < 1e6 and 0 < args.towns):
+        raise InputError("--seconds, --memory and --towns must be above 0, and not without limit")
+    if Path(args.out).exists() and "isolated" not in read_object(args.out):
+        raise InputError(f"{args.out} holds no grades; name a new file")
+    check_folder(Path(args.out).parent)
     memory = int(args.memory * 2**30)
     try:
         result = grade(folder, args.seed, args.only, args.seconds, memory, isolated, args.towns)

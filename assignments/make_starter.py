@@ -102,7 +102,9 @@ def project_files() -> list[str]:
     """The files of the project that students get."""
     found = []
     for pattern in PROJECT:
-        found += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))]
+        for path in sorted(ROOT.glob(pattern)):
+            if not path.is_symlink():
+                found.append(str(path.relative_to(ROOT)))
     return found
 
 

@@ -36,7 +36,7 @@ import torch
 from data.answers import Answer, outcome
 from data.similarity import similarity, similarity_files
 from data.worlds import MAX_PAIRS, Sources, World
-from nanosdd.checkpoint import read_json
+from nanosdd.checkpoint import read_object
 from nanosdd.errors import InputError
 from nanosdd.runs import Results, fingerprint, json_hash, write_text
 
@@ -323,8 +323,10 @@ def read_untrained(folder):
     InputError for an answers.json that names no model.
     """
     path = Path(folder) / ANSWERS
-    found = read_json(path) if path.is_file() else {"model": str(folder), "answers": {}}
-    if "model" not in found:
+    if not path.is_file():
+        return {"model": str(folder), "answers": {}}
+    found = read_object(path)
+    if not (isinstance(found.get("model"), str) and isinstance(found.get("answers"), dict)):
         raise InputError(f"{path} is of an older version; train the model again")
     return found
 

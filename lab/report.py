@@ -241,7 +241,8 @@ def main(argv=None):
     p.add_argument("--out", default="docs", metavar="DIR")
     args = p.parse_args(argv)
     out = Path(args.out)
-    check_new(out / "report.md")
+    for name in ("report.md", "report.png"):
+        check_new(out / name)
     studies = {name: read_study(name, args.effects) for name in STUDIES}
     text = page(studies)
     write_text(out / "report.md", text)

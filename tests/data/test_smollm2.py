@@ -8,7 +8,16 @@ import torch
 from small import small_config
 
 from data.chat import encode_prompt, read_chat
-from data.smollm2 import HEADS, OUTER, TENSORS, find_gguf, read_gguf, unpermute, write_folder
+from data.smollm2 import (
+    HEADS,
+    NOTE,
+    OUTER,
+    TENSORS,
+    find_gguf,
+    read_gguf,
+    unpermute,
+    write_folder,
+)
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import byte_letters
 from model import Llama, apply_rope, rope_tables
@@ -58,7 +67,7 @@ def made_up() -> tuple[dict, dict]:
 
 def test_a_folder_that_loads(tmp_path):
     fields, tensors = made_up()
-    (tmp_path / "README.md").write_text("left by a killed command")
+    (tmp_path / "README.md").write_text(NOTE)  # left by a killed command
     write_folder(fields, tensors, tmp_path)
     model = Llama.from_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -97,8 +106,8 @@ def test_another_model_or_a_folder_with_other_files_is_refused(tmp_path):
         write_folder(fields, tensors | {"blk.0.attn_q.bias": torch.ones(12)}, out)
     assert not out.exists()
     out.mkdir()
-    (out / "notes.txt").write_text("somebody's own")
-    with pytest.raises(InputError, match="notes.txt"):
+    (out / "config.json").write_text("somebody's own")
+    with pytest.raises(InputError, match="files of another kind"):
         write_folder(fields, tensors, out)
 
 

@@ -120,8 +120,9 @@ def test_the_figure_is_drawn_where_matplotlib_is(docs):
     assert (docs / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_page_that_was_edited_by_hand_is_never_overwritten(docs, tmp_path):
-    (tmp_path / "report.md").write_text("And by me.\n")
-    with pytest.raises(InputError, match="report.md exists; delete it"):
+@pytest.mark.parametrize("name", ["report.md", "report.png"])
+def test_what_was_edited_by_hand_is_never_overwritten(docs, tmp_path, name):
+    (tmp_path / name).write_text("And by me.\n")
+    with pytest.raises(InputError, match=f"{name} exists; delete it"):
         main([str(docs / "effects"), "--out", str(tmp_path)])
-    assert (tmp_path / "report.md").read_text() == "And by me.\n"
+    assert (tmp_path / name).read_text() == "And by me.\n"
