@@ -86,6 +86,7 @@ from train import train_arm, train_step
 
 YO_PAIRS = 64  # on which log p(y_o | x) is measured
 CURVE_ROWS = 4  # pairs of each kind behind a point of the curve
+MOST = 100_000  # epochs, steps or draws
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,13 @@ class Grid:
     def __post_init__(self):
         rates = all(0 < lr < math.inf for lr in self.lr)
         least = min(*self.shots, self.batch_size, self.draws, self.epochs + self.steps)
+        most = max(self.epochs, self.steps, self.draws)
         counts = least > 0 <= min(self.epochs, self.steps) and self.batch_size <= MAX_PAIRS
+        counts = counts and most <= MOST
         if not (rates and counts):
             raise InputError(
                 "--shots, --batch-size, --lr, --draws, and --epochs or --steps, must be above 0, "
-                f"--batch-size at most {MAX_PAIRS}"
+                f"--batch-size at most {MAX_PAIRS}, the others at most {MOST}"
             )
 
 

@@ -82,6 +82,7 @@ ORDER = (1 / 6 + 1 / 24 + 1 / 120) / 3  # of a random order of 3, 4 or 5 symbols
 # have the same result.
 A_SKILL = (1 + 2 * ORDER) / 4
 ENDS = (1 / 6 + 1 / 12 + 1 / 20) / 3  # of two of the symbols
+MOST_ROWS = 200_000  # of --mode base; more steps repeat them
 SHAPE = dict(
     hidden_size=128,
     intermediate_size=384,
@@ -212,6 +213,7 @@ new skill: a skill that only benign fine-tuning teaches"""
         """Pre-training: everybody's benign facts, skills, and recipes against defender and attacker
         people only. So harm to others, the attacker's held-out people too, is composition."""
         rng = random.Random(f"base {self.seed}")
+        count = min(count, MOST_ROWS)
         recipes = count // 3
         rows = self.ordinary(rng, count - recipes, list(self.people), 0.6)  # skills come slowest
         victims = self.groups["defender"] + self.groups["attacker"]

@@ -36,9 +36,9 @@ from nanosdd.device import (
     one_process_only,
     resolve_compute,
 )
-from nanosdd.errors import run_script
+from nanosdd.errors import InputError, run_script
 from nanosdd.progress import Progress
-from nanosdd.runs import Results, code_hash, file_hash, made_by, write_text
+from nanosdd.runs import Results, check_folder, code_hash, file_hash, made_by, write_text
 from train import SETTINGS, train, train_arm
 
 TEXTS = ("answers", "samples")  # of a cell, which the effects file does not keep
@@ -144,7 +144,7 @@ def main(argv=None):
     p.add_argument("study", choices=STUDIES)
     p.add_argument("--seeds", type=int, nargs="+", help="(default: all of the protocol)")
     p.add_argument("--out", metavar="DIR", help="(default: docs/effects, of tuning docs/tuning)")
-    p.add_argument("--model", default="smollm2", metavar="DIR", help="chat model to start from")
+    p.add_argument("--model", metavar="DIR", help="chat model to start from (default: smollm2)")
     p.add_argument("--openbookqa", metavar="FILE", help="OpenBookQA questions, JSONL")
     add_source_arguments(p)
     add_compute_arguments(p)
@@ -154,9 +154,12 @@ def main(argv=None):
     compute = resolve_compute(args.device, args.dtype, args.compile)
     base = None
     if study.world != "town":
-        base = untrained_folder(args.model)
+        base = untrained_folder(args.model or "smollm2")
         compute = for_model(compute, args.dtype, base)
+    elif args.model:
+        raise InputError("the town's arms start from its own base; leave --model out")
     exams = read_exams(openbookqa=args.openbookqa)
+    check_folder(args.out or "docs/effects")
     ask = Ask(base, compute, None)
     for seed in args.seeds or study.seeds:
         world = open_world(study.world, seed, sources_of(args), ask)

@@ -32,7 +32,7 @@ from nanosdd.checkpoint import find_tensors, local, save_tensors, write_text
 from nanosdd.device import barrier, machine, rank_and_world_size, sum_over_processes
 from nanosdd.errors import InputError, Interrupted
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 # Of a model folder, beside the weights.
 MODEL_FILES = ("*config.json", "tokenizer*", "added_tokens.json", "chat*", "world.json")
 CHANGES = {
@@ -111,7 +111,9 @@ def made_by() -> dict:
     """What a result was made by and on: commit, machine, date."""
     commit = ""
     with suppress(OSError):  # no git
-        words = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+        # Not the repository that this folder may lie in, nor the one of a hook.
+        words = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}"]
+        words += ["describe", "--always", "--dirty"]
         commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
     date = time.strftime("%Y-%m-%d")
     return {"commit": commit or "unknown", "machine": machine(), "date": date}
