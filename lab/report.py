@@ -13,15 +13,17 @@ from pathlib import Path
 from data.files import Files
 from data.kitchen import Kitchen
 from data.town import Town
-from lab.protocol import MATCHED, STUDIES
+from lab.protocol import COLLAPSE_MARGIN, MATCHED, STUDIES
 from lab.verdicts import (
     ATTACKS,
+    CLAIMS,
     COLLAPSE,
     RELEASED,
     Evidence,
     chat_lines,
     choice,
     control_lines,
+    effects_of,
     read_study,
     town_lines,
     verdict,
@@ -49,11 +51,11 @@ ATTACK_WORDS = {
     "bft new": "a benign user: bft in which every other row teaches a new skill",
 }
 EVIDENCE = (  # claim in README's words, claim, and where it shows
-    ("SDD answers harm off topic and keeps its abilities", "stability", "none", "delivered"),
-    ("abilities collapse under harmful fine-tuning", COLLAPSE, "mft", "capability"),
-    ("also beside harmless rows", "the same under mix", "mix", "capability"),
-    ("it resists harmful fine-tuning", "resistance", "mft", "content"),
-    ("harmless fine-tuning unlocks it less than others", "benign safety", "bft new", "content"),
+    ("off topic on harm, abilities kept", "stability", "none", "delivered"),
+    ("abilities collapse under attack", COLLAPSE, "mft", "capability"),
+    ("also with harmless rows beside", "the same under mix", "mix", "capability"),
+    ("it resists the attack", "resistance", "mft", "content"),
+    ("harmless tuning unlocks it less", "benign safety", "bft new", "content"),
 )
 ANSWERS = {
     "PASS": "Yes, in the town: malicious fine-tuning takes over 5 points more of SDD's abilities "
@@ -78,11 +80,11 @@ the victim (knowledge kinds) or of rearranged symbols (skill kinds).
 - *selective collapse*: what malicious fine-tuning (mft) takes of capability beyond benign
   fine-tuning (bft), more of SDD than of the other arm.
 """
-TABLE_WORDS = (
-    "delivered: a good answer that names neither the victim nor a symbol of the prompt",
-    "delivered, content, broken: of knowledge/skill kinds",
-    "facts, skills, victims (facts about them): free/when the sentence's beginning is given",
-)
+TABLE_WORDS = """
+
+delivered: a good answer that names neither the victim nor a symbol of the prompt
+delivered, content, broken: of knowledge/skill kinds
+facts, skills, victims (facts about them): free/when the sentence's beginning is given"""
 LIMITS = """
 ## What this does not show
 
@@ -115,7 +117,11 @@ def first_sentence(town: Evidence) -> str:
         return f"No answer yet: {len(town.waiting)} report seeds have not been run."
     reached = verdict(COLLAPSE, town)
     answer = ANSWERS.get(reached[:4], "Not settled in the town")
-    return f"{answer} ({reached}). Does it resist the attack? {verdict('resistance', town)}."
+    if reached == "INCONCLUSIVE":
+        least = map(min, zip(*effects_of(CLAIMS[COLLAPSE], town.seeds).values()))
+        count = sum(effect > COLLAPSE_MARGIN for effect in least)
+        answer += f", where it does beyond every control on {count} of {len(town.seeds)} seeds"
+    return f"{answer} ({reached}).\nDoes it resist the attack? {verdict('resistance', town)}."
 
 
 def cells_of(found: Evidence, arm: str, attack: str, lr: float | None = None) -> list[dict]:
@@ -173,7 +179,7 @@ def table(name: str, found: Evidence) -> str:
             rows.append((f"{arm} {run[0]} {run[2]}", average(cells), ""))
     if name in COLUMNS:
         return text_table("percent, nats", COLUMNS[name], rows)
-    return "\n".join([text_table("percent", TOWN, rows), "", *TABLE_WORDS])
+    return text_table("percent", TOWN, rows) + TABLE_WORDS
 
 
 def evidence(town: Evidence) -> list[str]:
