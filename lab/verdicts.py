@@ -316,8 +316,7 @@ def town_lines(found: Evidence) -> list[str]:
             lines.append(least_line(claim, found.seeds, claim.control))
     lines += ["", "collapse of the values behind the given words of an answer"]
     lines.append(least_line(VALUE_ONLY, found.seeds, "sdd"))
-    title = "none of the three doses without benign rows is delivered and stable"
-    lines += ["", f"{title}: {ladder_verdict(found)}"]
+    lines += ["", f"no dose without benign rows is delivered and stable: {ladder_verdict(found)}"]
     for dose, reached in ladder(found.seeds).items():
         lines.append(f"    {dose}: " + ", ".join(map(" ".join, zip(RUNGS, reached))))
         own = replace(CLAIMS[COLLAPSE], references=(f"new_refusal {dose}",))
