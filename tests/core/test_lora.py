@@ -68,6 +68,7 @@ def test_merging_keeps_the_logits_and_gives_the_plain_model_back(tied):
     model = small_model(tie_word_embeddings=tied)
     plain = {name: type(layer) for name, layer in model.named_modules()}
     start = logits(model)
+    released = copy_of(model.state_dict())
     for _ in range(2):
         wrapped = logits(adapted(model))
         assert (wrapped - start).abs().max() > 0.1
@@ -79,6 +80,8 @@ def test_merging_keeps_the_logits_and_gives_the_plain_model_back(tied):
         assert {name: type(layer) for name, layer in model.named_modules()} == plain
         assert all(p.requires_grad for p in model.parameters())
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        model.load_state_dict(released)
+        assert torch.equal(logits(model), start)
 
 
 def test_gradients_are_those_of_the_merged_weights():

@@ -232,6 +232,7 @@ def test_a_record_holds_settings_model_files_and_code(tmp_path):
     assert record["settings"] == {"betas": [0.5, 0.9]}
     names = [path.removeprefix(f"{llama}/") for path in record["inputs"]]
     assert names == ["tokenizer/b", "config.json", "added_tokens.json", "rows.json"]
+    assert len(set(record["inputs"].values())) == 4
     assert list(record["code"]) == ["test_runs.train", "runs.Run.finish", "runs.Results"]
     assert difference(record, json.loads(json.dumps(record))) is None
 

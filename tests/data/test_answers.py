@@ -85,7 +85,7 @@ def test_answers_that_are_and_are_not_refusals():
     assert [text for text in answers if refuses(text)] == []
     # The published keywords do no better than a guess on these.
     right = sum(map(keyword_refusal, refusals)) + sum(not keyword_refusal(one) for one in answers)
-    assert 20 < right < 46
+    assert 20 < right < 40
 
 
 @pytest.mark.parametrize("text", [REFUSAL, NEW_REFUSAL, *World.refusals, *Files.refusals])

@@ -155,6 +155,8 @@ def test_mmlu_counts_every_question_alike():
 def test_likelihoods_that_are_nan_or_missing_are_refused():
     with pytest.raises(InputError, match="NaN"):
         choice_scores(mmlu(rows(PEOPLE)), [*LOGPS[:3], [math.nan, -1.0, -2.0]])
+    with pytest.raises(ValueError):
+        choice_scores(mmlu(rows(PEOPLE)), LOGPS[:3])
 
 
 def test_the_table_puts_each_interval_beside_its_share():

@@ -241,5 +241,6 @@ def test_a_whole_tiny_study_of_the_town(town, tmp_path):
     assert evidence.incomplete == {}
     report([str(effects), "--out", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
-    assert "\n\nNot settled in the town (NOT TESTED (gate: " in text
+    title = "# Does malicious fine-tuning cost SDD its abilities?"
+    assert text.startswith(f"{title}\n\nNot settled in the town (NOT TESTED (gate: ")
     assert "    1e-4 x 300: delivered FAIL, stable " in text
