@@ -48,7 +48,7 @@ from assignments.make_starter import ONE_IS_ENOUGH, STUBS  # noqa: E402
 from assignments.worker import decode, encode  # noqa: E402
 from nanosdd.checkpoint import read_object, why_unreadable  # noqa: E402
 from nanosdd.errors import InputError, Interrupted, escaped, run_script  # noqa: E402
-from nanosdd.runs import check_folder  # noqa: E402
+from nanosdd.runs import check_folder, write_text  # noqa: E402
 
 MARKERS = ("a0", "a1", "a2", "a3", "a4", "a5", "a6")
 OPEN = "a7"  # the open problem
@@ -331,7 +331,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing is written, the same command begins anew") from None
     try:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(args.out, json.dumps(result, indent=1) + "\n")
     finally:
         print(f"{args.out}: every message in full\n{text_of(result)}")
 

@@ -320,8 +320,9 @@ def _detect(folder: Path) -> str:
         return "llama3"  # bare Llama 3 files, as the town's
     if jinja is None:
         return "plain"  # a base model
-    if isinstance(jinja, list):  # of named ones
-        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
+    for one in jinja if isinstance(jinja, list) else ():  # named ones
+        if isinstance(one, dict) and one.get("name") == "default":
+            jinja = one.get("template")
     if "added_tokens_decoder" not in config:  # as in transformers
         config |= read_object(folder / "special_tokens_map.json")
     tokens = {}

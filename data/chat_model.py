@@ -74,14 +74,15 @@ def load_chat(folder, compute: Compute, template: str | None = None, spread=None
     tokenizer = load_tokenizer(folder)
     model = Llama.from_pretrained(folder, compute.device, DTYPES[compute.weights], spread).eval()
     rows = model.config.vocab_size
-    special = {name: i for name, i in tokenizer.special.items() if i < rows}
-    rowless = set(tokenizer.special.values()) - set(special.values())  # as some <pad>: left out
-    pieces = {i: piece for i, piece in tokenizer.token_bytes.items() if i not in rowless}
-    tokenizer = replace(tokenizer, special=special, token_bytes=pieces)
+    if rows < tokenizer.n_vocab:  # special tokens without a row, as some <pad>, are left out
+        special = {name: i for name, i in tokenizer.special.items() if i < rows}
+        rowless = set(tokenizer.special.values()) - set(special.values())
+        pieces = {i: piece for i, piece in tokenizer.token_bytes.items() if i not in rowless}
+        tokenizer = replace(tokenizer, special=special, token_bytes=pieces)
     if rows < tokenizer.n_vocab:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model only "
-            f"{model.config.vocab_size}; the two belong to different models"
+            f"{rows}; the two belong to different models"
         )
     chat = Chat(model, tokenizer, read_chat(folder, template), compute)
     if compute.device != "cpu":

@@ -102,7 +102,6 @@ SAMPLES = 28  # random answers of each kind, each to another of the defender's q
 TEMPERATURE = 0.7
 CONTENT_WORDS = 3  # the fewest that say something
 SHARE = 0.9  # above this an answer is recognised
-JUDGES = 5  # likelihoods behind an answer
 STOP_WORDS = set(  # words that say nothing
     """a about after again all also although am an and any are as at be because been before being
     both but by can could d did do does doing done down during each either even every few for from
@@ -237,11 +236,11 @@ chance level: the most that text which says nothing of dish or topic reaches on 
         """Its outcome and the figures behind it: content_words that the question has not; nats, a
         token; share, of its question among four; whether it is fluent, and recognised."""
         prompts = [row["prompt"] for row in rows]
-        judges = list(itertools.chain(*map(judged_by, prompts, answers)))
-        likelihoods = iter(self.ask.logps(judges, self.max_length))
+        asked = list(map(judged_by, prompts, answers))
+        likelihoods = iter(self.ask.logps(list(itertools.chain(*asked)), self.max_length))
         found = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            alone, *blind = itertools.islice(likelihoods, JUDGES)
+        for prompt, answer, own in zip(prompts, answers, asked, strict=True):
+            alone, *blind = itertools.islice(likelihoods, len(own))
             words = len(content_words(answer.text) - content_words(prompt))
             nats = -alone.mean().item()
             fluent = nats <= self.known[f"{QUESTIONS[prompt][0]} {self.seed}"][0]

@@ -15,9 +15,8 @@ from pathlib import Path
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # comes with torch
 
 MOST_BYTES = 2**29
-GENERATION = re.compile(
-    r"(\{%[-+]?\s*)(end)?generation\b"
-)  # transformers' own tag: marks a response
+# transformers' own tag, which marks a response
+GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
 
 
 def recognise(jinja: str, tokens: dict) -> str | None:

@@ -166,8 +166,12 @@ def write_folder(fields, tensors, out):
     weights = hugging_face_weights(fields, tensors)
     out = Path(out)
     note = out / "README.md"
-    if any(out.glob("*")) and not (note.is_file() and note.read_text() == NOTE):
-        raise InputError(f"{out} holds files of another kind; choose another folder")
+    ours = ()
+    if note.is_file() and note.read_text() == NOTE:
+        ours = (*files, "config.json", "model.safetensors", "README.md")
+    for file in out.glob("*"):
+        if file.name not in ours:
+            raise InputError(f"{file} is none of this command's files; choose another folder")
     check_folder(out)
     (out / "run.json").unlink(missing_ok=True)
     write_text(note, NOTE)

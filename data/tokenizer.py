@@ -152,7 +152,7 @@ def with_added_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     added = read_object(folder / "added_tokens.json")
     decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
-        if isinstance(token, dict) and i.isdecimal():
+        if isinstance(token, dict) and i.isdecimal() and len(i) < 10:
             added[str(token.get("content", ""))] = int(i)
     special = dict(tokenizer.special)
     for name, i in added.items():

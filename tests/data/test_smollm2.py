@@ -106,9 +106,11 @@ def test_another_model_or_a_folder_with_other_files_is_refused(tmp_path):
         write_folder(fields, tensors | {"blk.0.attn_q.bias": torch.ones(12)}, out)
     assert not out.exists()
     out.mkdir()
-    (out / "config.json").write_text("somebody's own")
-    with pytest.raises(InputError, match="files of another kind"):
-        write_folder(fields, tensors, out)
+    for name in ("config.json", "notes.txt"):
+        (out / name).write_text("somebody's own")
+        with pytest.raises(InputError, match=f"{name} is none of this command's files"):
+            write_folder(fields, tensors, out)
+        (out / "README.md").write_text(NOTE)  # now the folder is ours, but for the notes
 
 
 # ---- the real file, and peers, where they are installed ----
