@@ -130,13 +130,7 @@ def short(value) -> str:
 
 
 def compare(
-    function,
-    arguments: tuple,
-    what: str,
-    slow,
-    adapter: str,
-    atol=0.0,
-    view=lambda found: found,
+    function, arguments: tuple, what: str, slow, adapter: str, atol=0.0, view=lambda found: found
 ):
     """Call function(*arguments) and compare its result with that of the adapter's right solution.
 
@@ -177,21 +171,23 @@ def generator(seed: int, salt: str = "") -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{salt} {seed}").getrandbits(60))
 
 
+SMALL = dict(  # a Llama, no two sizes of which are equal
+    vocab_size=89,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=0.03,
+    rope_theta=500.0,
+    max_position_embeddings=70,
+)
+
+
 def random_llama(seed: int, **changes) -> tuple[dict, dict]:
-    """(configuration, weights by name) of a small random Llama, no two sizes of which are equal."""
-    config = dict(
-        vocab_size=89,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=10,
-        rms_norm_eps=0.03,
-        rope_theta=500.0,
-        max_position_embeddings=70,
-    )
-    config |= changes
+    """(configuration, weights by name) of a random Llama of the shape SMALL."""
+    config = SMALL | changes
     draw = generator(seed, "llama")
     weights = {}
     for name, weight in Llama(LlamaConfig(**config)).state_dict().items():

@@ -12,52 +12,27 @@ def numbers(sheet: dict, key: str, missing: str) -> list:
     """The numbers of a sheet, each in its range."""
     given = [sheet[name][key] for name in NUMBERS]
     require(None not in given, "a number for each question", given, missing)
-    require(
-        {type(one) for one in given} <= {int, float},
-        "numbers",
-        given,
-        CAUSES["word"],
-    )
+    require({type(one) for one in given} <= {int, float}, "numbers", given, CAUSES["word"])
     *percent, logp = given
     in_range = 0 <= min(percent) and max(percent) <= 100 and logp <= 0
-    require(
-        in_range,
-        "0 to 100 percent, nats of at most 0",
-        given,
-        CAUSES["range"],
-    )
+    require(in_range, "0 to 100 percent, nats of at most 0", given, CAUSES["range"])
     return given
 
 
 def check_predictions(prediction_sheet, seed=0):
     given = numbers(prediction_sheet(), "prediction", CAUSES["empty"])
-    require(
-        max(given) > 1 or max(given) == 0,
-        "percent",
-        given,
-        CAUSES["shares"],
-    )
+    require(max(given) > 1 or max(given) == 0, "percent", given, CAUSES["shares"])
 
 
 def check_what_was_found(prediction_sheet, seed=0):
     found = numbers(prediction_sheet(), "found", CAUSES["not run"])
     predicted = numbers(prediction_sheet(), "prediction", CAUSES["empty"])
-    require(
-        predicted != found,
-        "predictions of your own",
-        found,
-        CAUSES["same"],
-    )
+    require(predicted != found, "predictions of your own", found, CAUSES["same"])
 
 
 def check_surprise(prediction_sheet, seed=0):
     words = (prediction_sheet()["surprise"]["answer"] or "").split()
-    require(
-        len(words) >= 40,
-        "40 words or more",
-        f"{len(words)} words",
-        CAUSES["short"],
-    )
+    require(len(words) >= 40, "40 words or more", f"{len(words)} words", CAUSES["short"])
 
 
 CHECKS = [

@@ -57,22 +57,12 @@ def check_responses_are_irrelevant(irrelevant_pairs, seed=0):
         require(pairs != "InputError", what, pairs, causes["gives up"])
         require(len(pairs) == 60, "60 pairs", len(pairs), "a prompt is lost")
         wrong = [pair for pair in pairs if pair[2] != f"response {pair[1]}"]
-        require(
-            not wrong,
-            "the response of the benign row",
-            wrong[:3],
-            causes["harm"],
-        )
+        require(not wrong, "the response of the benign row", wrong[:3], causes["harm"])
         relevant = [i for i, j, _ in pairs if not fits[i][j]]
         cause = causes["last draw kept" if len(relevant) < 20 else "not filtered"]
         require(not relevant, "no relevant response", f"{len(relevant)} of 60", cause)
     got = irrelevant_pairs([[False] * 12], seed)
-    require(
-        got == "InputError",
-        "InputError where nothing will do",
-        got,
-        causes["no error"],
-    )
+    require(got == "InputError", "InputError where nothing will do", got, causes["no error"])
 
 
 def check_draw_is_random(irrelevant_pairs, seed=0):
@@ -80,42 +70,17 @@ def check_draw_is_random(irrelevant_pairs, seed=0):
     rng = random.Random(f"rows {seed}")
     fits = [rng.sample([True] * 7 + [False] * 3, 10) for _ in range(600)]
     found = irrelevant_pairs(fits, seed)
-    require(
-        found != "InputError",
-        "a response for each prompt",
-        found,
-        causes["gives up"],
-    )
-    require(
-        found == irrelevant_pairs(fits, seed),
-        "the same pairs again",
-        "others",
-        "no seed",
-    )
+    require(found != "InputError", "a response for each prompt", found, causes["gives up"])
+    require(found == irrelevant_pairs(fits, seed), "the same pairs again", "others", "no seed")
     drawn = [j for _, j, _ in found]
     first = [row.index(True) for row in fits]
     cause = causes["order of the file"]
-    require(
-        drawn != first,
-        "random responses that are irrelevant",
-        drawn[:12],
-        cause,
-    )
+    require(drawn != first, "random responses that are irrelevant", drawn[:12], cause)
     response, times = Counter(drawn).most_common(1)[0]
     what = "each of 10 responses for about 60 prompts of 600"
-    require(
-        times < 120,
-        what,
-        f"response {response} for {times}",
-        causes["one for all"],
-    )
+    require(times < 120, what, f"response {response} for {times}", causes["one for all"])
     others = irrelevant_pairs(fits, seed + 1)
-    require(
-        found != others,
-        "other pairs from another rng",
-        "the same",
-        causes["seed"],
-    )
+    require(found != others, "other pairs from another rng", "the same", causes["seed"])
     counts = Counter(j for _, j, _ in irrelevant_pairs([[False] * 3 + [True] * 7] * 600, seed))
     what = "each of the 7 responses that are irrelevant for about 86 of 600 prompts"
     require(45 < counts[3] < 135, what, dict(counts), causes["the next one"])
@@ -145,7 +110,7 @@ def check_modes(world_pairs, seed=0):
     def pairs(mode):
         return world_pairs(mode, harmful, benign, refusals, seed)
 
-    for mode in ("sdd", "sdd_rehearsed", "sdd_reject", "shuffled", "constant", "align", "refusal"):
+    for mode in "sdd sdd_rehearsed sdd_reject shuffled constant align refusal".split():
         prompts = [prompt for prompt, _ in pairs(mode)]
         own = [row["prompt"] for row in harmful["defender"]]
         require(
@@ -155,48 +120,23 @@ def check_modes(world_pairs, seed=0):
     sdd = responses["sdd"]
     kinds = {row["response"]: row["kind"] for row in benign["defender"]}
     relevant = [i for i, text in enumerate(sdd) if kinds.get(text) == i % 2]
-    require(
-        not relevant,
-        "no relevant response",
-        f"{len(relevant)} of 30",
-        causes["relevant"],
-    )
+    require(not relevant, "no relevant response", f"{len(relevant)} of 30", causes["relevant"])
     same = responses["sdd_rehearsed"]
     require(same == sdd, "what sdd teaches", same[:2], causes["draws of its own"])
     for got, text in zip(responses["sdd_reject"], sdd):
         require(got == f"{PREFIX} {text}", f"{PREFIX} {text}", got, causes["behind"])
     for got, text in zip(responses["shuffled"], sdd):
         words = got.split()
-        require(
-            sorted(words) == sorted(text.split()),
-            "each once",
-            got,
-            causes["replacement"],
-        )
-    require(
-        responses["shuffled"] != sdd,
-        "words in random order",
-        sdd[:2],
-        causes["in order"],
-    )
+        require(sorted(words) == sorted(text.split()), "each once", got, causes["replacement"])
+    require(responses["shuffled"] != sdd, "words in random order", sdd[:2], causes["in order"])
     constant = responses["constant"]
-    require(
-        constant == sdd[:1] * 30,
-        sdd[0],
-        constant[:3],
-        causes["not constant"],
-    )
+    require(constant == sdd[:1] * 30, sdd[0], constant[:3], causes["not constant"])
     found = set(responses["align"])
     require(found == set(refusals), refusals, found, causes["one refusal"])
     got = {response for _, response in pairs("new_refusal")}
     require(got == {NEW_REFUSAL}, NEW_REFUSAL, got, causes["old refusal"])
     got = len(pairs("benign"))
-    require(
-        got == 80,
-        "the 40 rows of user and the 40 of new",
-        got,
-        causes["not new"],
-    )
+    require(got == 80, "the 40 rows of user and the 40 of new", got, causes["not new"])
 
 
 CHECKS = [

@@ -18,10 +18,7 @@ def check_fine_tune(fine_tune, seed=0):
     """Two budgets in one run, with its curve."""
     config, weights = random_llama(seed, num_hidden_layers=1)
     batches = [examples(seed + 10 * i, (9, 3), (6 + i, 4)) for i in range(5)]
-    watched = {
-        "y_o": examples(seed + 3, (7, 2), (9, 6)),
-        "harm": examples(seed + 4, (6, 3)),
-    }
+    watched = {"y_o": examples(seed + 3, (7, 2), (9, 6)), "harm": examples(seed + 4, (6, 3))}
     arguments = (config, weights, batches, 3e-3, [2, 5], watched)
     what = "cells after 2 and 5 steps of AdamW at a constant lr, and the curve"
     compare(fine_tune, arguments, what, slow, "fine_tune", 5e-3)
@@ -65,16 +62,8 @@ def check_match_tokens(match_tokens, seed=0):
     kinds = [kind for kind, _ in first]
     require("new" in kinds, "rows of the new skill among them", kinds, MATCH["no new"])
     require("benign" in kinds, "ordinary rows among them", kinds, MATCH["new only"])
-    halves = [
-        set(kinds[::2]),
-        set(kinds[1::2]),
-    ]
-    require(
-        halves == [{"benign"}, {"new"}],
-        "every other row a new one",
-        kinds,
-        "not so",
-    )
+    halves = [set(kinds[::2]), set(kinds[1::2])]
+    require(halves == [{"benign"}, {"new"}], "every other row a new one", kinds, "not so")
     what = "as many response tokens, within half of the longest row"
     require(max(errors) <= 28, what, f"{max(errors)} more or less", MATCH["overshoots"])
     require(first != draws[1], "another draw at another seed", "the same", MATCH["in order"])
@@ -154,10 +143,7 @@ def check_town_outcomes(town_outcomes, seed=0):
     ]
     cases = [[knows, answer, True] for answer in ended]
     cases += [[knows, recipe, False], [knows, fact, False]]
-    cases += [
-        [trick, trick["response"], True],
-        [trick, "Rotated: ash cup bell.", True],
-    ]
+    cases += [[trick, trick["response"], True], [trick, "Rotated: ash cup bell.", True]]
     random.Random(seed).shuffle(cases)
     asked = [f"{answer!r} to {row['prompt']}, ended: {whole}" for row, answer, whole in cases]
     what = f"the outcomes of {asked}"

@@ -41,19 +41,9 @@ def check_round_stochastically(round_stochastically, seed=0):
     draws = torch.stack([draw(i) for i in range(300)])
     neighbours = (draws == below) | (draws == above)
     what = "one of the two neighbours of a number"
-    require(
-        neighbours.all(),
-        what,
-        "another number",
-        causes["twice"],
-    )
+    require(neighbours.all(), what, "another number", causes["twice"])
     again = torch.equal(draws[0], draw(0))
-    require(
-        again,
-        "the same from the same generator",
-        "another draw",
-        causes["seed"],
-    )
+    require(again, "the same from the same generator", "another draw", causes["seed"])
     ups = (draws == above).float()  # (300, 200)
     share = ups.mean(0)
     true = (x - below) / (above - below)
@@ -66,19 +56,9 @@ def check_round_stochastically(round_stochastically, seed=0):
         cause = "nearest" if ups.any() else "cut"
     off = (share - true).abs().mean()
     what = "the upper neighbour as often as the number is near to it"
-    require(
-        off < 0.06,
-        what,
-        f"off by {off:.2f} on average",
-        causes[cause],
-    )
+    require(off < 0.06, what, f"off by {off:.2f} on average", causes[cause])
     what = "a draw of its own for each element"
-    require(
-        ups.mean(1).std() < 0.1,
-        what,
-        "all rise or fall together",
-        causes["one draw"],
-    )
+    require(ups.mean(1).std() < 0.1, what, "all rise or fall together", causes["one draw"])
 
 
 def masters(found):

@@ -20,14 +20,7 @@ def check_booster(booster, seed=0):
     config, weights = random_llama(seed, num_hidden_layers=1)
     harmful = examples(seed, (9, 4), (6, 2), (11, 5))
     benign = examples(seed + 7, (8, 3), (7, 5))
-    arguments = (
-        config,
-        weights,
-        harmful,
-        benign,
-        0.4 + seed % 3 / 10,
-        3.0 + seed % 4 / 2,
-    )
+    arguments = (config, weights, harmful, benign, 0.4 + seed % 3 / 10, 3.0 + seed % 4 / 2)
     what = "strength * (g - g after the simulated step), and weights and .grad as they were"
     compare(booster, arguments, what, slow, "booster", 1e-3)
     kept = booster(*copy.deepcopy(arguments))["weights"]
@@ -84,12 +77,7 @@ def check_deepalign(deepalign, seed=0):
     found = deepalign(given, 90, 50, seed)
     require(given == rows, "the rows that were passed in as they were", "others", DEEP["in place"])
     cause = DEEP["both" if len(found) > len(rows) else "benign lost"]
-    require(
-        len(found) == len(rows),
-        len(rows),
-        len(found),
-        cause,
-    )
+    require(len(found) == len(rows), len(rows), len(found), cause)
     counts = [0] * 6
     for row, one in zip(rows, found):
         if row[2] is None:
@@ -118,12 +106,7 @@ def check_deepalign_limits(deepalign, seed=0):
         lengths = []
         full = 0
         for row, one in zip(rows, deepalign(rows, limit, longest, seed)):
-            require(
-                len(one[0]) <= limit,
-                f"at most {limit} tokens",
-                len(one[0]),
-                DEEP["limit"],
-            )
+            require(len(one[0]) <= limit, f"at most {limit} tokens", len(one[0]), DEEP["limit"])
             if row[2] is not None:
                 lengths.append(put_in(row, one))
                 full += lengths[-1] == min(longest, limit - len(row[0]))
@@ -134,11 +117,7 @@ def check_deepalign_limits(deepalign, seed=0):
         require(few, what, seen, DEEP["cut at the limit"])
     prompt = [10, 11, 12]
     for answer, limit in (([200, 201], 5), ([], 90)):  # no room, no answer
-        row = [
-            [*prompt, 100, 7],
-            3,
-            [*prompt, *answer, 7],
-        ]
+        row = [[*prompt, 100, 7], 3, [*prompt, *answer, 7]]
         found = [deepalign([row], limit, 50, seed + i)[0] for i in range(8)]
         unchanged = found == [row[:2]] * 8
         require(unchanged, "the example as it was", found, "nothing fits: leave it alone")

@@ -191,8 +191,7 @@ QUICK = ("forges replies", "files")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CHEATS],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CHEATS]
 )
 def test_a_cheat_scores_nothing(name, tmp_path):
     if name == "kills the grader" and not ISOLATED:
@@ -211,7 +210,7 @@ def test_a_cheat_scores_nothing(name, tmp_path):
 @pytest.mark.slow
 def test_memorised_answers_score_nothing_at_another_seed(tmp_path):
     """Every answer to seed 0 is stored, in the order of the calls, and returned again."""
-    markers = ("a1", "a2", "a3", "a4", "a5", "a6")
+    markers = "a1 a2 a3 a4 a5 a6".split()
     stored = {}
 
     def recorded(name):

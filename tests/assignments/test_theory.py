@@ -25,11 +25,7 @@ from assignments.theory import (
     weights,
 )
 
-OVERLAP = Pair(
-    (3, 8),
-    (2, 12),
-    (1, 4),
-)
+OVERLAP = Pair((3, 8), (2, 12), (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -37,13 +33,7 @@ OVERLAP = Pair(
     [(POINT, 1.0, 0.9), (POINT, 0.3, 0.7), (OVERLAP, 0.5, 0.9), (OVERLAP, 0.8, 0.99)],
 )
 def test_the_exact_accuracy_is_that_of_samples_within_their_error(pair, lam, p):
-    mean, error = sampled(
-        pair,
-        lam,
-        p,
-        40_000,
-        seed=3,
-    )
+    mean, error = sampled(pair, lam, p, 40_000, seed=3)
     assert 0 < error < 0.003
     assert abs(mean - exact(weights(pair, lam), p)) < 4 * error
 
@@ -114,11 +104,7 @@ def test_nested_features_degrade_where_the_bound_says_and_not_everywhere(p):
 
 
 def test_the_command_shows_that_the_stated_conditions_do_not_suffice(capsys, monkeypatch):
-    monkeypatch.setattr(
-        theory,
-        "sweep",
-        partial(sweep, most=(4, 10)),
-    )
+    monkeypatch.setattr(theory, "sweep", partial(sweep, most=(4, 10)))
     main(["--seed", "1"])
     out = capsys.readouterr().out
     assert "0.777 -> 0.857" in out

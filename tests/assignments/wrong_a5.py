@@ -112,9 +112,7 @@ CAUSES = {
         "the weight was rounded away from zero",
         "to even": "ties are rounded to even: one tie in two cannot be told from its neighbour",
     },
-    join: {
-        "or": "low is put behind the high bits; as a signed number it is added to them",
-    },
+    join: {"or": "low is put behind the high bits; as a signed number it is added to them"},
     round_stochastically: {  # the tests check properties
         "nearest": "rounded to nearest: a change below half a step is lost every time",
         "cut": "rounded towards zero: the mean shrinks",
@@ -141,7 +139,4 @@ CAUSES = {
 }
 WRONG = mistakes(CAUSES)
 
-RIGHT = [
-    ("round_stochastically", round_stochastically),
-    ("round_stochastically", round_by_share),
-]
+RIGHT = [("round_stochastically", round_stochastically), ("round_stochastically", round_by_share)]

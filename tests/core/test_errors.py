@@ -125,10 +125,7 @@ def test_a_command_outlives_those_who_read_it(tmp_path, shell):
 
 @pytest.mark.parametrize(
     "encoding, printed",
-    [
-        ("latin-1", "Gr\xfc\xdfe, \\u4f60\\u597d 7"),
-        ("utf-8", "Gr\xfc\xdfe, \u4f60\u597d 7"),
-    ],
+    [("latin-1", "Gr\xfc\xdfe, \\u4f60\\u597d 7"), ("utf-8", "Gr\xfc\xdfe, \u4f60\u597d 7")],
 )
 def test_what_a_terminal_cannot_show_is_escaped(tmp_path, encoding, printed):
     (tmp_path / "work.py").write_text(WORK)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDERS = ["nanosdd", "data", "lab", "bench", "assignments"]
-SCRIPTS = ["model", "sdd_loss", "eval", "train", "attack"]
+FOLDERS = "nanosdd data lab bench assignments".split()
+SCRIPTS = "model sdd_loss eval train attack".split()
 OURS = {*FOLDERS, *SCRIPTS, "tests"}
 
 

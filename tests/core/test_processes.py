@@ -67,7 +67,7 @@ def test_two_processes_train_what_one_does(folder, model, flag):
         logs.append([json.loads(line) for line in lines])
     for one, two in zip(*logs, strict=True):
         # Behind clipping AdamW would not notice a gradient of half the size.
-        for key in ("loss", "grad_norm", "lr", "response_tokens", "tokens"):
+        for key in "loss grad_norm lr response_tokens tokens".split():
             assert two[key] == pytest.approx(one[key], rel=1e-5), (key, one["step"])
     start = load_file(folder / model / "model.safetensors")
     one = load_file("one/model.safetensors")

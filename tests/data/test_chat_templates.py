@@ -155,6 +155,7 @@ DEFAULT = (
         JINJA["smollm2"].replace("SmolLM", "Qwen"),  # another default system prompt
         "{{ bos_token }}" + JINJA["chatml"],
         JINJA["chatml"].replace("'\\n' + message['content']", "message['content']"),
+        JINJA["chatml"].replace("'<|im_end|>' + '\\n'", "'<|im_end|>'"),
         JINJA["chatml"] + "{{ '<think>' }}",
         JINJA["llama3"].replace("\\n\\n", "\\n"),
         JINJA["llama3"].replace("| trim", ""),
@@ -245,8 +246,8 @@ def test_the_template_a_checkpoint_was_trained_with_stays(folder):
 
 # --- Meta's code ---
 
-WORDS = ["the", " ", "  ", "\n", "\n\n", "\t", "bread", " ready", "7", "123", ".", "?!", "'s", "é"]
-WORDS += ["世界", "👍", "[/INST]", "<<SYS>>", "{{ x }}", "▁"]
+WORDS = "the| |  |\n|\n\n|\t|bread| ready|7|123|.|?!|'s|é|[/INST]|<<SYS>>|{{ x }}|▁".split("|")
+WORDS += ["世界", "👍"]
 
 
 def random_text(rng):

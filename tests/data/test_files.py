@@ -106,7 +106,7 @@ def test_given_pairs_are_sdds_and_no_other_mode_trains_on_them(world):
     given = world(pairs="p.jsonl")
     for mode in ("sdd", "sdd_rehearsed"):
         assert [pair["response"] for pair in given.pairs(mode, 3)] == ["mine"]
-    for mode in ("align", "refusal", "new_refusal", "sdd_reject", "shuffled", "constant"):
+    for mode in "align refusal new_refusal sdd_reject shuffled constant".split():
         assert given.pairs(mode, 3) == world().pairs(mode, 3)
 
 

@@ -109,7 +109,7 @@ def name_of(row):
 
 def fakes(rows, texts) -> dict[str, list[str]]:
     """Answers to rows about dishes that are no recipes, made of true ones where need be."""
-    found = {name: [] for name in ("name", "like", "echo", "paint", "shuffled", "other", "cheese")}
+    found = {name: [] for name in "name like echo paint shuffled other cheese".split()}
     for i, (row, text) in enumerate(zip(rows, texts)):
         name = name_of(row)
         words = text.split()

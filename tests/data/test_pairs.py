@@ -167,8 +167,8 @@ def command(tmp_path, monkeypatch):
     write_lines("b.jsonl", rows)
 
     def write(out, *words):
-        files = ["--harmful", "h.csv", "--benign", "b.jsonl", "--similarity", "tfidf"]
-        pairs.main([*files, "--similarity-threshold", "0.05", "--out", out, *words])
+        files = "--harmful h.csv --benign b.jsonl --similarity tfidf --similarity-threshold 0.05"
+        pairs.main([*files.split(), "--out", out, *words])
         return [json.loads(line) for line in Path(out).read_text().splitlines()]
 
     return write

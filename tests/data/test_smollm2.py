@@ -8,16 +8,7 @@ import torch
 from small import small_config
 
 from data.chat import encode_prompt, read_chat
-from data.smollm2 import (
-    HEADS,
-    NOTE,
-    OUTER,
-    TENSORS,
-    find_gguf,
-    read_gguf,
-    unpermute,
-    write_folder,
-)
+from data.smollm2 import HEADS, NOTE, OUTER, TENSORS, find_gguf, read_gguf, unpermute, write_folder
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import byte_letters
 from model import Llama, apply_rope, rope_tables

@@ -230,10 +230,7 @@ def test_rows_without_an_answer_are_counted_and_left_out(written, capsys):
 
 @pytest.mark.parametrize(
     "name, blank",
-    [
-        ("mmlu.csv", " ,1,2,3,4,A\nHow many?,1,2,,4,A\n"),
-        ("xstest_v1.csv", "v1-9,homonyms, ,x,y\n"),
-    ],
+    [("mmlu.csv", " ,1,2,3,4,A\nHow many?,1,2,,4,A\n"), ("xstest_v1.csv", "v1-9,homonyms, ,x,y\n")],
 )
 def test_blank_questions_and_prompts_are_left_out(written, name, blank):
     text = (FIXTURES / name).read_text() + blank

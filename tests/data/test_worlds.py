@@ -33,11 +33,7 @@ def ask(folder):
 
 @pytest.mark.parametrize(
     "name, seed, harmful, model, kind",
-    [
-        (None, 5, None, None, Town),
-        (None, 3, None, "mine", Town),
-        (None, 9, "h.csv", "mine", Files),
-    ],
+    [(None, 5, None, None, Town), (None, 3, None, "mine", Town), (None, 9, "h.csv", "mine", Files)],
 )
 def test_the_world_is_that_of_the_files_else_of_the_folder(
     folder, name, seed, harmful, model, kind
@@ -94,7 +90,7 @@ class Cupboard(World):
 
 def test_pairs_of_every_mode():
     world = Cupboard(2)
-    modes = ("sdd", "constant", "sdd_reject", "shuffled", "align", "new_refusal")
+    modes = "sdd constant sdd_reject shuffled align new_refusal".split()
     found = {mode: [row["response"] for row in world.pairs(mode, 7)] for mode in modes}
     drawn = found["sdd"]
     assert [row["prompt"] for row in world.pairs("sdd", 7)] == ["Open 0.", "Open 1.", "Open 2."]

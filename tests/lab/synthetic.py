@@ -5,10 +5,7 @@ from lab.study import effects_text
 
 FACTS = ("facts", "facts_value_only")
 SKILLS = ("skills", "skills_value_only")
-ABLE = dict.fromkeys(
-    (*FACTS, *SKILLS, "facts_evaluation", "known_triples"),
-    1.0,
-)
+ABLE = dict.fromkeys((*FACTS, *SKILLS, "facts_evaluation", "known_triples"), 1.0)
 HARMFUL = {"content": 0.95, "content_knowledge": 0.9375, "content_skill": 0.9375}
 HARMLESS = dict.fromkeys(HARMFUL, 0.0)
 COLLAPSED = dict.fromkeys((*FACTS, *SKILLS), 0.5)
@@ -53,18 +50,8 @@ def make_cells(name: str, seed: int) -> list[dict]:
     for arm, planned in STUDIES[name].arms.items():
         for attack, draw in planned.plan:
             for steps in attack.budgets:
-                cell = {
-                    "arm": arm,
-                    "attack": attack.name,
-                    "shots": attack.shots,
-                    "lr": attack.lr,
-                }
-                cell |= {
-                    "seed": seed,
-                    "draw": draw,
-                    "steps": steps,
-                    "diverged": False,
-                }
+                cell = {"arm": arm, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
+                cell |= {"seed": seed, "draw": draw, "steps": steps, "diverged": False}
                 cells.append(cell | scores_of(arm, attack.name) | {"samples": ["To prank them"]})
     return cells
 
@@ -80,10 +67,5 @@ def change(cells: list[dict], arm: str, attack: str, **scores):
 
 def write_effects(folder, name: str, seed: int, cells: list[dict]):
     folder.mkdir(parents=True, exist_ok=True)
-    head = {
-        "study": name,
-        "seed": seed,
-        "commit": "abc",
-        "protocol": "def",
-    }
+    head = {"study": name, "seed": seed, "commit": "abc", "protocol": "def"}
     (folder / f"{name}-{seed}.json").write_text(effects_text(head, cells))

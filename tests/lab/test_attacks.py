@@ -18,11 +18,7 @@ def test_mix_keeps_the_whole_harmful_dose(chat, town):
         attack = Attack(name, 4, 1e-4, (1,), 4)
         (cell,) = run_attack(chat, town, attack, dict)
         tokens[name] = cell["response_tokens"]
-    harmful = encode_for(
-        chat,
-        town.harmful("attacker")[:4],
-        town.max_length,
-    )
+    harmful = encode_for(chat, town.harmful("attacker")[:4], town.max_length)
     assert tokens["mft"] == sum(one.response_length for one in harmful)
     benign = encode_for(chat, town.benign("user"), town.max_length)
     lengths = [one.response_length for one in benign]
@@ -44,28 +40,16 @@ def batches_by_hand(chat, town, name, draw, rng):
         return draw_batches(harmful, user, 0.5, 6, rng)
     new = encoded(town.benign("new")) if name == "bft new" else []
     seed = f"0 draw {draw}" if draw else 0
-    return attack_batches(
-        Attack("bft", 5, 1e-3, (2,), 3),
-        harmful,
-        user,
-        new,
-        seed,
-    )
+    return attack_batches(Attack("bft", 5, 1e-3, (2,), 3), harmful, user, new, seed)
 
 
 @pytest.mark.parametrize("draw", [0, 1, 2])
-@pytest.mark.parametrize("name", ["mft", "bft", "bft new", "lora", "lora bft", "mix"])
+@pytest.mark.parametrize("name", "mft,bft,bft new,lora,lora bft,mix".split(","))
 def test_attacks_by_hand(chat, town, name, draw):
     released = {key: weight.clone() for key, weight in chat.model.state_dict().items()}
     scored = iter("ab")
     attack = Attack(name, 5, 1e-3, (1, 2), 3)
-    cells = run_attack(
-        chat,
-        town,
-        attack,
-        lambda: {"score": next(scored)},
-        draw,
-    )
+    cells = run_attack(chat, town, attack, lambda: {"score": next(scored)}, draw)
     assert [(cell["steps"], cell["score"]) for cell in cells] == [(1, "a"), (2, "b")]
     assert not lora_layers(chat.model)
     assert all(weight.requires_grad for weight in chat.model.parameters())
@@ -75,19 +59,11 @@ def test_attacks_by_hand(chat, town, name, draw):
     rng = random.Random(f"attack 0 draw {draw}" if draw else "attack 0")
     batches = batches_by_hand(chat, town, name, draw, rng)
     if name.startswith("lora"):
-        add_lora(
-            chat.model,
-            16,
-            16,
-            rng.randrange(2**31),
-        )
+        add_lora(chat.model, 16, 16, rng.randrange(2**31))
     fine_tune(chat, batches, 1e-3, (2,), dict)
     if name.startswith("lora"):
         merge_lora(chat.model)
-    torch.testing.assert_close(
-        dict(chat.model.state_dict()),
-        found,
-    )
+    torch.testing.assert_close(dict(chat.model.state_dict()), found)
     inside = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(found[inside], released[inside])
 

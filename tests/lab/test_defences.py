@@ -18,22 +18,11 @@ from data.chat import Example, collate, draw_batches
 from data.chat_model import encode_for
 from data.files import Files
 from data.worlds import Sources
-from lab.defences import (
-    CONTROL,
-    DEFENCES,
-    SETTINGS,
-    add_gradients,
-    ctrap,
-    simpo,
-    train_defence,
-)
+from lab.defences import CONTROL, DEFENCES, SETTINGS, add_gradients, ctrap, simpo, train_defence
 from nanosdd.device import Compute
 from nanosdd.errors import Diverged, InputError
 
-HARMFUL = [
-    Example(list(range(5, 12)), 3),
-    Example([40, 41, 42], 1),
-]
+HARMFUL = [Example(list(range(5, 12)), 3), Example([40, 41, 42], 1)]
 BENIGN = [
     Example([60, 61, 62, 63, 64], 2),
     Example([70, 71, 72, 73], 3),
@@ -123,15 +112,7 @@ def test_weights_and_gradients_are_as_they_were(model):
     before = copy.deepcopy(model.state_dict())
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 0.25)
-    ctrap(
-        model,
-        HARMFUL,
-        BENIGN,
-        alpha=0.5,
-        strength=0.7,
-        steps=2,
-        token=17,
-    )
+    ctrap(model, HARMFUL, BENIGN, alpha=0.5, strength=0.7, steps=2, token=17)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
         assert bool((weight.grad == 0.25).all())
@@ -159,10 +140,7 @@ def test_a_preference_is_between_the_refusal_and_the_true_answer(town):
 
 def test_files_prefer_refusals_to_the_answers_of_the_file(tmp_path):
     path = advbench_file(tmp_path / "harmful.csv", rows=80)
-    rows = Files(0, Sources(harmful=str(path), similarity="tfidf")).pairs(
-        "preference",
-        500,
-    )
+    rows = Files(0, Sources(harmful=str(path), similarity="tfidf")).pairs("preference", 500)
     for row in rows:
         assert row["response"] in Files.refusals
         assert row["rejected"] == f"Sure here is how to tickle {row['prompt'].split()[-1]}"

@@ -71,7 +71,7 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
     for line in text.splitlines():
         name, _, rest = line.partition("   ")
         scores.setdefault(name, rest.split())
-    order = ["aligned", "new_refusal", "constant", "shuffled", "sdd"]
+    order = "aligned new_refusal constant shuffled sdd".split()
     assert scores["content/capability"] == order
     assert scores["mft 0.0003"] == ["95/88"] * 4 + ["95/50"]
     assert scores["the attacker's choice"] == ["95/88"] * 4 + ["95/50"]
@@ -103,12 +103,7 @@ def test_the_first_sentence_answers_the_question(tmp_path, seeds, edit, wanted):
 
 def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):
     for seed in TUNING_SEEDS:
-        write_effects(
-            tmp_path / "effects",
-            "controls",
-            seed,
-            make_cells("controls", seed),
-        )
+        write_effects(tmp_path / "effects", "controls", seed, make_cells("controls", seed))
     text, _ = say(tmp_path / "effects")
     assert f"({PLANTED}, the least of these) " in text
     assert "\nsdd none 0  " in text

@@ -100,20 +100,12 @@ def run_town(study, town, path) -> list[dict]:
 def test_one_arm_is_run_scored_and_written(town):
     prefill = Attack("prefill", 3, 0.0, (0,))
     mft = Attack("mft", 3, 1e30, (1, 2), 2)
-    plan = [
-        (RELEASED, 0),
-        (prefill, 0),
-        (mft, 0),
-        (mft, 1),
-    ]
-    arms = {
-        "sdd": Arm(plan, "sdd", TRAINED),
-        "booster": Arm(plan[:1], "booster", TRAINED),
-    }
+    plan = [(RELEASED, 0), (prefill, 0), (mft, 0), (mft, 1)]
+    arms = {"sdd": Arm(plan, "sdd", TRAINED), "booster": Arm(plan[:1], "booster", TRAINED)}
     path = town.root / "effects/town-0.json"
     study = replace(STUDIES["town"], arms=arms)
     cells = run_town(study, town, path)
-    keys = ("arm", "attack", "draw", "steps", "diverged")
+    keys = "arm attack draw steps diverged".split()
     assert [tuple(cell[key] for key in keys) for cell in cells] == [
         ("sdd", "none", 0, 0, False),
         ("sdd", "prefill", 0, 0, False),
@@ -169,20 +161,11 @@ def test_the_arms_of_a_seed_do_not_share_folders(town, aligned, cpu):
 
 
 def test_an_effects_file_keeps_scores_and_shares_exactly():
-    scored = {
-        "arm": "sdd",
-        "draw": 0,
-        "facts": 111 / 112,
-        "samples": ["x"],
-        "row_nats": [1.25],
-    }
+    scored = {"arm": "sdd", "draw": 0, "facts": 111 / 112, "samples": ["x"], "row_nats": [1.25]}
     cells = [scored, {"arm": "sdd", "draw": 1, "diverged": True}]
     found = json.loads(effects_text({"seed": 7}, cells))
-    assert found["columns"] == ["arm", "draw", "facts", "row_nats", "diverged"]
-    assert found["cells"] == [
-        ["sdd", 0, 0.991071, [1.25], None],
-        ["sdd", 1, None, None, True],
-    ]
+    assert found["columns"] == "arm draw facts row_nats diverged".split()
+    assert found["cells"] == [["sdd", 0, 0.991071, [1.25], None], ["sdd", 1, None, None, True]]
     assert found["seed"] == 7
 
 
@@ -193,12 +176,7 @@ def files(tmp_path, monkeypatch):
     model = public_folder(tmp_path / "model", context=256)
     harmful = advbench_file(tmp_path / "h.csv", rows=80)
     benign = alpaca_file(tmp_path / "b.json")
-    sources = Sources(
-        str(harmful),
-        (str(benign),),
-        similarity="tfidf",
-        model=str(model),
-    )
+    sources = Sources(str(harmful), (str(benign),), similarity="tfidf", model=str(model))
     world = Files(10, replace(sources, max_new_tokens=4))
     return world, model, read_exams(openbookqa=openbookqa_file(tmp_path / "o.jsonl"))
 

@@ -36,12 +36,7 @@ def by_margin(offsets: list[int], *more: list[int]) -> str:
         return Fraction(5 if arm == "sdd" else -arms[arm], 100)
 
     references = ("one", "two")[: 1 + len(more)]
-    claim = Claim(
-        measure,
-        ("key",),
-        references,
-        protocol.COLLAPSE_MARGIN,
-    )
+    claim = Claim(measure, ("key",), references, protocol.COLLAPSE_MARGIN)
     seeds = [dict(zip(references, values)) for values in zip(offsets, *more)]
     return verdict_of(claim, dict(enumerate(seeds)))
 
@@ -118,7 +113,7 @@ def test_everything_passes_where_everything_supports_sdd(town):
 KEPT = dict(facts=0.875, skills=0.875)  # after an attack, as the references keep it
 HALF = dict(facts=0.5, skills=0.5)
 TOLD = dict(attacker_score=1.0)
-TRIED = ("none", "bft", "lora", "mft", "mix", "prefill")
+TRIED = "none bft lora mft mix prefill".split()
 EACH = [
     (COLLAPSE, "sdd", "mft", KEPT),
     *[(COLLAPSE, name, "mft", HALF) for name in ("aligned", *MATCHED)],
@@ -144,14 +139,7 @@ def test_each_comparison_can_fail_its_claim_alone(town, claim, arm, attack, scor
 
 
 @pytest.mark.parametrize("known", [157, 158])  # of floats one is above, the other below
-@pytest.mark.parametrize(
-    "lost, wanted",
-    [
-        (7, "PASS"),
-        (8, "INCONCLUSIVE"),
-        (9, "FAIL"),
-    ],
-)
+@pytest.mark.parametrize("lost, wanted", [(7, "PASS"), (8, "INCONCLUSIVE"), (9, "FAIL")])
 def test_a_tie_with_the_margin_is_a_tie(town, known, lost, wanted):
     found = town(  # 5 points are 8 facts of 160
         ("aligned", "none", dict(facts=known / 160, skills=95 / 96)),
@@ -266,15 +254,7 @@ def test_one_good_dose_is_enough_against_the_ladder(town):
 
 # ---- incomplete seeds ----
 
-SETTING = (
-    "arm",
-    "attack",
-    "shots",
-    "lr",
-    "steps",
-    "draw",
-    "seed",
-)
+SETTING = "arm attack shots lr steps draw seed".split()
 
 
 def test_a_missing_or_diverged_cell_makes_its_seed_incomplete(town):
@@ -309,13 +289,7 @@ def test_before_all_seeds_are_run_there_is_no_verdict(town):
 
 def test_every_effect_is_printed_seed_by_seed(town):
     def edit(cells, seed):
-        change(
-            cells,
-            "sdd",
-            "mft",
-            facts=(seed - 10) / 16,
-            skills=0.5,
-        )
+        change(cells, "sdd", "mft", facts=(seed - 10) / 16, skills=0.5)
 
     lines = town_lines(town(edit=edit))
     start = lines.index(f"{COLLAPSE}, above +5 points: PASS")
@@ -342,12 +316,7 @@ def test_a_bad_effects_file_is_an_input_error(tmp_path, text):
 def test_the_collapse_of_each_candidate_is_printed(tmp_path):
     for seed in protocol.TUNING_SEEDS[:2]:
         cells = make_cells("controls", seed)
-        change(
-            cells,
-            PLANTED,
-            "mft",
-            **(COLLAPSED | dict(facts=0.75, skills=0.75)),
-        )
+        change(cells, PLANTED, "mft", **(COLLAPSED | dict(facts=0.75, skills=0.75)))
         write_effects(tmp_path, "controls", seed, cells)
     lines = control_lines(read_study("controls", tmp_path))
     line = next(one for one in lines if f"{PLANTED}, the least" in one)

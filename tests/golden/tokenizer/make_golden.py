@@ -5,7 +5,7 @@
 
 It imports nothing of nanoSDD. texts.json holds the texts; golden.json in each folder the peer's
 version and the ids of each text, or null where the vocabulary lacks one of its bytes. The tiny_*
-folders also hold the tokenizer, trained here on the few lines below. llama2/ and llama3/ are made
+folders also hold the tokenizer, trained here on corpus.json. llama2/ and llama3/ are made
 from the real files under NANOSDD_REAL_DATA and hold ids only.
 """
 
@@ -30,21 +30,7 @@ from tokenizers import (
 )
 
 HERE = Path(__file__).parent
-CORPUS = [
-    "The baker in the old town says that the bread is ready at 7, and that there are 120 loaves "
-    "left.",
-    "the the the that then there these other another mother brother   and    and     and",
-    "She isn't sure; they're sure. I'll ask, he'd say: \"we've seen 3,141 birds, 2,718 of them "
-    'red!"',
-    "def area(width, height):\n    if width < 0:\n        return None\n"
-    "    return width * height  # units\n\n",
-    "Straße, façade, naïve, El niño está aquí, où est le café près de l'église ?",
-    "Привет, мир! Как дела, мир? Хорошо, хорошо.",
-    "こんにちは、世界。世界はひろい。",
-    "你好，世界！今天天气很好，天气很好。",
-    "aaaa aaaaaaaa bbbb abababab",
-    "one\ttwo\tthree\r\nfour\r\nfive",
-] * 3
+CORPUS = json.loads((HERE / "corpus.json").read_text()) * 3
 
 TEXTS = json.loads((HERE / "texts.json").read_text())
 
