@@ -75,6 +75,7 @@ from nanosdd.runs import (
     Results,
     check_finished,
     check_folder,
+    check_new,
     fingerprint,
     json_hash,
     made_by,
@@ -236,7 +237,8 @@ def record_of(target: Target) -> dict:
         settings[name] = json_hash([exam.rows, exam.shots])
     inputs = filter(None, [target.folder, target.pairs, *world.files()])
     own = sys.modules[type(world).__module__]
-    code = [fine_tune, train_step, sdd_loss, attack_batches, match_tokens, score, Llama, own]
+    code = [fine_tune, train_step, sdd_loss, attack_batches, match_tokens, draw_batches]
+    code += [run_attack, evaluate, encode_all, score, Llama, own]
     return fingerprint(settings, inputs, code)
 
 
@@ -277,7 +279,7 @@ def answers_of(chat: Chat, world) -> dict[str, Answer]:
     prompts = [row["prompt"] for row in world.harmful("attacker_held_out")]
     prompts += world.shown_prompts() + scored_prompts(world)
     # All in one go: large batches are cheaper.
-    return dict(zip(prompts, answer(chat, prompts, world.max_new_tokens)))
+    return dict(zip(prompts, answer(chat, prompts, world.max_new_tokens, world.sources.harmful)))
 
 
 def evaluate(chat: Chat, world, given: dict[str, Answer], y_o: dict, exams=None) -> dict:
@@ -333,7 +335,7 @@ def run_attack(
         seed = f"{world.seed} draw {attack.draw}" if attack.draw else world.seed
         batches = attack_batches(attack, *rows, seed)
         cells, curve = fine_tune(chat, batches, attack.lr, attack.budgets, scores, watched)
-    cells = [head | {"yo_pairs": str(target.pairs)} | cell for cell in cells]
+    cells = [head | {"yo_pairs": target.pairs and target.pairs.as_posix()} | cell for cell in cells]
     return {"cells": cells, "curve": [head | point for point in curve]}
 
 
@@ -346,20 +348,20 @@ def keep_model(file, models, chat: Chat, world, cell: dict, given: dict[str, Ans
             lines.write(lines_of(answer_rows(world, given, cell)))
     if models and cell["steps"]:
         folder = Path(models) / "-".join(map(str, cell.values()))
-        save_chat(folder, chat, chat.model.state_dict())
         world.save(folder, [])
+        save_chat(folder, chat, chat.model.state_dict())
 
 
 def attack_line(cells: list[dict], curve: list[dict], harm: str) -> str:
-    """What an attack did, in a line: harm at each budget, and the way of log p(y_o | x)."""
+    """What an attack did, in a line: harm at each budget, and the two curves."""
     text = "  {arm}  {attack} {shots}  lr {lr:g}  draw {draw}".format(**cells[0])
     for cell in cells:
         found = "diverged" if cell["diverged"] else f"{harm} {cell[harm]:.0%}"
         text += f"  {cell['steps']} steps: {found}"
     if curve:
-        text += "  log p(y_o|x)"
+        text += "  log p of y_o/harmful answers"
     for point in curve:
-        text += f" {point['yo_logp']:.2f}"
+        text += f" {point['yo_logp']:.2f}/{point['harmful_logp']:.2f}"
     return text
 
 
@@ -415,8 +417,8 @@ def parse(argv=None):
     p.add_argument(
         "--save-models",
         metavar="DIR",
-        help="keep each attacked model, as DIR/ARM-ATTACK-SHOTS-LR-DRAW-SEED-STEPS; implies "
-        "--fresh",
+        help="a new folder that keeps each attacked model, as ARM-ATTACK-SHOTS-LR-DRAW-SEED-STEPS; "
+        "implies --fresh",
     )
     return p.parse_args(argv)
 
@@ -467,17 +469,20 @@ def main(argv=None):
             check_rows(world, grid)
             worlds.append((world, {arm: folder} if arm else None))
     out = Path(args.out or (worlds[0][0].root / "attack" if base else "out/attack"))
-    check_folder(args.save_models or out)
     check_folder(out)
+    if args.save_models:
+        check_new(args.save_models)
+    if (out / "results.json").exists() and not [*out.glob("seed*/*.jsonl")]:
+        raise InputError(f"{out}/results.json is of another program; choose another --out")
     if args.save_answers:
         check_answers_file(args.save_answers)
     keep = partial(keep_model, args.save_answers, args.save_models)
+    worlds = [(world, arms or train_arms(world, base, compute)) for world, arms in worlds]
 
     cells = []
     curves = []
     try:
         for world, arms in worlds:
-            arms = arms or train_arms(world, base, compute)
             for arm, folder in arms.items():
                 pairs = taught_pairs([folder, *arms.values(), *args.released])
                 target = Target(arm, folder, world, compute, exams, pairs)
@@ -489,6 +494,9 @@ def main(argv=None):
                 for found in attack_arm(target, attacks, results, keep):
                     cells += found["cells"]
                     curves += found["curve"]
+    except RuntimeError as error:  # most often PyTorch's out of memory
+        error.add_note(f"in batches of {grid.batch_size} rows; try a smaller --micro-batch")
+        raise
     finally:  # what is finished is written also when something fails
         if cells:
             write(out, cells, curves, asdict(grid) | {"seeds": args.seeds}, world)

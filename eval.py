@@ -13,6 +13,7 @@ taken only where a flag asks for them. Runs in one process, on one device.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -131,7 +132,7 @@ def parse(argv=None):
     p.add_argument(
         "--answers",
         metavar="FILE",
-        help="judge these instead, JSONL of prompt and response; goes with --save-answers",
+        help="judge these instead, JSONL of prompt and response",
     )
     p.add_argument(
         "--save-answers",
@@ -163,13 +164,14 @@ def check(args) -> bool:
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be 1 or more")
     exams = [args.mmlu, args.openbookqa, args.xstest]
-    of_world = [args.world, args.harmful, args.benign, args.tuning, args.save_answers]
+    of_world = [args.world, args.harmful, args.benign, args.tuning]
+    of_world += [args.answers, args.save_answers]
     if (args.prompt is not None or args.chat) and any(exams + of_world):
         raise InputError("--prompt and --chat only answer; leave the files to score on out")
     if args.chat and (len(args.folders) > 1 or args.prompt is not None):
         raise InputError("--chat talks to one model; give one folder, and no --prompt")
-    if args.answers and (not args.save_answers or any(exams)):
-        raise InputError("--answers goes with --save-answers FILE, and without exams")
+    if args.answers and (any(exams) or args.max_new_tokens):
+        raise InputError("--answers are judged as they are; leave exams and --max-new-tokens out")
     if args.save_answers:
         check_answers_file(args.save_answers)
     return any(of_world)
@@ -203,7 +205,11 @@ def main(argv=None):
             seed = read_world(folder).get("seed", 0)
             world = world_of(args, seed, compute, folder)
             if args.answers:
-                saved += world.judge_answers([*read_records(args.answers)], chat.tokenizer.encode)
+                rows = [*read_records(args.answers)]
+                judged = world.judge_answers(rows, chat.tokenizer.encode)
+                saved += judged
+                for kind, count in Counter(row["outcome"] for row in judged).most_common():
+                    print(f"{folder}: {kind} {count} of {len(judged)}")
                 continue
             prompts = scored_prompts(world)
             given = dict(zip(prompts, answer(chat, prompts, world.max_new_tokens, args.harmful)))

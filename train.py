@@ -50,6 +50,7 @@ from data.worlds import (
     MAX_PAIRS,
     command_parser,
     flag,
+    irrelevant_pairs,
     named_in,
 )
 from model import Llama
@@ -57,6 +58,7 @@ from nanosdd import device
 from nanosdd.checkpoint import kept_update
 from nanosdd.device import DTYPES, Compute, rank_and_world_size
 from nanosdd.errors import Diverged, InputError, Interrupted, run_script
+from nanosdd.linear_cross_entropy import LinearCrossEntropy
 from nanosdd.optimizer import clip_gradient, make_optimizer
 from nanosdd.progress import Progress
 from nanosdd.runs import Run, fingerprint, write_text
@@ -272,6 +274,7 @@ def run_record(world, mode: str, start, settings: Settings, compute: Compute, lo
     """
     decided = world.options() | asdict(settings) | {"mode": mode, "dtype": compute.dtype}
     decided |= {"weights": compute.weights, "world_size": rank_and_world_size()[1]}
+    decided["start"] = start and str(start)
     if isinstance(loss, partial):
         decided["loss"] = f"{loss.args} {loss.keywords}"
         loss = loss.func
@@ -283,7 +286,8 @@ def run_record(world, mode: str, start, settings: Settings, compute: Compute, lo
                 decided[f"loss.{name}"] = value
         loss = sys.modules[type(loss).__module__]
     inputs = [start, *world.files()] if start else world.files()
-    code = [train, train_step, loss, Llama, collate, sys.modules[type(world).__module__]]
+    code = [train, train_step, learning_rate, loss, LinearCrossEntropy, Llama, collate]
+    code += [draw_batches, irrelevant_pairs, sys.modules[type(world).__module__]]
     return fingerprint(decided, inputs, code)
 
 

@@ -314,17 +314,19 @@ def main(argv=None):
     folder = Path(args.submission)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give a starter with the bodies written")
+    if not (0 < args.seconds < 1e6 and 0 < args.memory < 1e6 and 0 < args.towns):
+        raise InputError("--seconds, --memory and --towns must be above 0, and not without limit")
+    if Path(args.out).exists() and "isolated" not in read_object(args.out):
+        raise InputError(f"{args.out} holds no grades; name a new file")
+    check_folder(Path(args.out).parent)
+    if not hasattr(signal, "SIGALRM"):
+        raise InputError("this system has no timer that ends a test (SIGALRM); grade on Linux")
     isolated = not args.without_isolation
     if isolated and not can_isolate():
         raise InputError(
             "this system isolates no process (that takes Linux 5.12, and root or user namespaces); "
             "grade your own code, or in a container of its own, with --without-isolation"
         )
-    if not (0 < args.seconds < 1e6 and 0 < args.memory < 1e6 and 0 < args.towns):
-        raise InputError("--seconds, --memory and --towns must be above 0, and not without limit")
-    if Path(args.out).exists() and "isolated" not in read_object(args.out):
-        raise InputError(f"{args.out} holds no grades; name a new file")
-    check_folder(Path(args.out).parent)
     memory = int(args.memory * 2**30)
     try:
         result = grade(folder, args.seed, args.only, args.seconds, memory, isolated, args.towns)

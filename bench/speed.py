@@ -40,13 +40,13 @@ from data.chat import Example, encode_prompt, encode_rows, read_chat
 from data.chat_model import Chat, continue_all, load_chat, model_folder, save_chat
 from data.sources import read_rows
 from data.tokenizer import load_tokenizer
-from data.worlds import named_in
+from data.worlds import MAX_PAIRS, named_in
 from model import Llama, LlamaConfig
-from nanosdd.checkpoint import read_config, read_json
+from nanosdd.checkpoint import read_config, read_object
 from nanosdd.device import DTYPES, Compute, add_compute_arguments, machine, resolve_compute
 from nanosdd.errors import InputError, run_script
 from nanosdd.optimizer import make_optimizer
-from nanosdd.runs import write_text
+from nanosdd.runs import check_folder, write_text
 from train import train_step
 
 SHAPES = {
@@ -383,8 +383,11 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    if min(args.rounds, args.batch_size) < 1:
-        raise InputError("--rounds and --batch-size must be 1 or more")
+    if args.rounds < 1 or not 1 <= args.batch_size <= MAX_PAIRS:
+        raise InputError(f"--rounds and --batch-size must be 1 or more, at most {MAX_PAIRS} rows")
+    path = Path("out/bench.json")
+    check_folder(path.parent)
+    kept = read_object(path)
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         if args.shape == "smollm2":
@@ -392,8 +395,6 @@ def main(argv=None):
         else:
             write_random(folder, args.shape, args.tokenizer)
         figures = bench_model(folder, args)
-    path = Path("out/bench.json")
-    kept = read_json(path) if path.is_file() else {}
     kept[args.what] = {"machine": machine(), "settings": vars(args), **figures}
     write_text(path, json.dumps(kept, indent=1) + "\n")
 

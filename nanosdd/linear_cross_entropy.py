@@ -11,7 +11,9 @@ CHUNK_LOGITS = 2**24  # held at once: 64 MB in fp32
 WORDS = 4096  # of the head, whose gradients are added at once in bf16: small temporaries are cheap
 
 
-def linear_cross_entropy(input, linear_weight, target, chunk_logits=CHUNK_LOGITS) -> torch.Tensor:
+def linear_cross_entropy(
+    input, linear_weight, target, *, chunk_logits=CHUNK_LOGITS
+) -> torch.Tensor:
     """Sum over tokens of -log softmax(input @ linear_weight.T)[target], a scalar fp32, in nats.
 
     input (N,C), linear_weight (V,C), target (N,) int64. It is F.cross_entropy(F.linear(input,

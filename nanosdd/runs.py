@@ -62,7 +62,7 @@ def fingerprint(settings: dict, inputs: list, code: list) -> dict:
             files.append(path)
     return {
         "settings": json.loads(json.dumps(settings)),
-        "inputs": {str(file): file_hash(file) for file in files},
+        "inputs": {file.as_posix(): file_hash(file) for file in files},
         "code": {code_name(thing): code_hash(thing) for thing in code},
     }
 

@@ -25,18 +25,8 @@ def arguments(tmp_path, monkeypatch):
     alpaca_file(tmp_path / "rows.json")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/bench.json").write_text('{"decode": 4}')
-    return [
-        "--harmful",
-        "rows.json",
-        "--benign",
-        "rows.json",
-        "--tokenizer",
-        "tokenizer",
-        "--rounds",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    words = "--harmful rows.json --benign rows.json --tokenizer tokenizer --rounds 1 --device cpu"
+    return words.split()
 
 
 @pytest.mark.slow

@@ -161,11 +161,7 @@ def without_seconds(cells):
 
 
 def test_every_attack_starts_from_the_released_weights(tiny_arms, tmp_path, cpu):
-    attacks = [
-        attack.RELEASED,
-        Attack("mft", 8, 3e-3, (2,), 8),
-        Attack("mft", 8, 3e-3, (2, 3), 8),
-    ]
+    attacks = [attack.RELEASED, Attack("mft", 8, 3e-3, (2,), 8), Attack("mft", 8, 3e-3, (2, 3), 8)]
     town = tiny_town(tmp_path)
     judge = town.judge
     town.judge = lambda rows, answers: judge(rows, answers) | {town.aim: len(rows) / 1000}
@@ -215,7 +211,7 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
     words = "--released llama base --lr 1e-3 1e30"
     first = main(words)
     assert [one["arm"] for one in first] == ["llama"] * 5 + ["base"] * 5
-    kinds = ("attack", "shots", "lr", "steps", "seed", "diverged")
+    kinds = "attack shots lr steps seed diverged".split()
     assert [tuple(one[kind] for kind in kinds) for one in first[5:]] == [
         ("none", 0, 0.0, 0, 0, False),
         ("mft", 4, 1e-3, 3, 0, False),
@@ -231,7 +227,7 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
     assert "dragon" not in table + results  # answers to public prompts are not kept
     log = list(read_records("out/attack/attack_log.jsonl"))
     assert len(log) == 2 * (4 + 1 + 4 + 1)  # before each step and at the end, until one diverges
-    assert {"arm", "attack", "lr", "step", "yo_logp", "harmful_logp"} <= log[0].keys()
+    assert {*"arm attack lr step yo_logp harmful_logp".split()} <= log[0].keys()
 
     assert main(words) == first  # seconds too: nothing was run
     store = Path("out/attack/seed0/base.jsonl")

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from small import public_folder, small_model
+from small import public_folder, small_model, tiny_town
 
 from data.chat import Example
-from data.chat_model import load_chat
+from data.chat_model import load_chat, new_chat
 from nanosdd.device import DTYPES, Compute, resolve_compute
 from nanosdd.errors import InputError
 from nanosdd.optimizer import make_optimizer
@@ -118,3 +118,23 @@ def test_a_device_that_computes_wrongly_is_refused(tmp_path, lie, dtype):
     load_chat(tmp_path, Compute("cpu", dtype), spread=make_it_lie)  # a CPU is not compared
     with pytest.raises(InputError, match="cpu computes wrongly: log p is .* on the CPU; use --dev"):
         load_chat(tmp_path, Compute(Elsewhere("cpu"), dtype), spread=make_it_lie)
+
+
+class Doubled(torch.overrides.TorchFunctionMode):
+    """A product comes out twice as large."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is torch.nn.functional.linear else out
+
+
+class Wrong(Compute):
+    def autocast(self):
+        return Doubled()
+
+
+def test_a_new_model_is_compared_too(tmp_path):
+    town = tiny_town(tmp_path)
+    assert not new_chat(town, Compute(Elsewhere("cpu"))).compute.compile
+    with pytest.raises(InputError, match="cpu computes wrongly"):
+        new_chat(town, Wrong(Elsewhere("cpu")))

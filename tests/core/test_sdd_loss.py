@@ -9,13 +9,7 @@ from small_model import small_model, token_ids
 
 from data.chat import Example, collate
 from nanosdd.linear_cross_entropy import linear_cross_entropy
-from sdd_loss import (
-    bradley_terry,
-    sdd_loss,
-    sequence_logprobs,
-    suppression_weight,
-    token_logprobs,
-)
+from sdd_loss import bradley_terry, sdd_loss, sequence_logprobs, suppression_weight, token_logprobs
 
 # Rows of unequal prompts and responses, so that a mean of micro-batch means would be wrong.
 EXAMPLES = [
@@ -66,7 +60,7 @@ def inputs(dtype=torch.float32, words=40):
 def test_in_chunks_it_is_the_cross_entropy(chunk_logits):
     hidden, head, targets = inputs()
     exact = F.cross_entropy(hidden.double() @ head.double().T, targets, reduction="sum")
-    loss = linear_cross_entropy(hidden, head, targets, chunk_logits)
+    loss = linear_cross_entropy(hidden, head, targets, chunk_logits=chunk_logits)
     assert loss.item() == pytest.approx(exact.item())
     expected = torch.autograd.grad(exact, [hidden, head])
     found = torch.autograd.grad(loss, [hidden, head])
@@ -87,7 +81,7 @@ def test_it_rounds_as_autocast_does(weights):
     words = 4096 + 25  # the head's gradient is added in two parts
     hidden, head, targets = inputs(weights, words)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, head, targets, words * 7)
+        loss = linear_cross_entropy(hidden, head, targets, chunk_logits=words * 7)
         plain = F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum")
     torch.testing.assert_close(loss, plain, atol=0, rtol=1e-6)  # the same logits
     found = torch.autograd.grad(loss, [hidden, head])

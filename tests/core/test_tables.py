@@ -55,11 +55,13 @@ def log_of(steps, losses, norm=1.0, saved=None):
 def test_an_entry_is_the_mean_of_its_steps_also_after_a_pause():
     lines, log = log_of(20, [3.0, 1.0, 4.0])
     assert len(lines) == 1 and "step     2/20  loss 2.0000" in lines[0]
-    log = TrainLog(20, log.state(), lines.append)
+    saved = log.state()
+    saved["seen"][0]["seconds"] = 50.0
+    log = TrainLog(20, saved, lines.append)
     log.add(4, 0.1, {"loss": 2.0, "grad_norm": 7.0, "response_tokens": 2, "tokens": 5})
     entry = log.entries[1]
     assert (entry["step"], entry["loss"], entry["grad_norm"]) == (4, 3.0, 7.0)
-    assert (entry["response_tokens"], entry["tokens"]) == (4, 10)
+    assert (entry["response_tokens"], entry["tokens"]) == (4, 10) and 50 < entry["seconds"] < 60
     assert len(log.text().splitlines()) == 2
 
 

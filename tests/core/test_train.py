@@ -141,8 +141,9 @@ def run(tmp_path, monkeypatch):
     alpaca_file(tmp_path / "b.json")
 
     def run(mode="sdd", seed=0, sources=SOURCES, settings=QUICK, out="x", **more):
+        start = more.pop("start", "llama")
         compute = more.pop("compute", Compute())
-        folder = train(Files(seed, sources), mode, "llama", out, settings, compute, **more)
+        folder = train(Files(seed, sources), mode, start, out, settings, compute, **more)
         return (folder / "model.safetensors").read_bytes()
 
     return run
@@ -164,8 +165,11 @@ def test_a_run_is_reused_until_something_it_depends_on_changes(run, capsys):
     run(loss=partial(scaled, by=2), out="y")
     refused("by.: 2}, is .* {.by.: 3}", loss=partial(scaled, by=3), out="y")
     code = json.loads(Path("x/run.json").read_text())["code"]
-    own = "train.train train.train_step sdd_loss.sdd_loss model.Llama chat.collate files"
-    assert " ".join(code) == own
+    own = "train.train train.train_step train.learning_rate sdd_loss.sdd_loss "
+    own += "linear_cross_entropy.LinearCrossEntropy model.Llama chat.collate chat.draw_batches "
+    assert " ".join(code) == own + "worlds.irrelevant_pairs files"
+    public_folder(Path("other"))
+    refused("start was llama, is other", start="other")
     assert run(fresh=True) == first
     assert run(seed=1, fresh=True) != first
     public_folder(Path("llama"), num_hidden_layers=1)
