@@ -60,6 +60,7 @@ from eval import (
     scored_prompts,
 )
 from model import Llama
+from nanosdd.checkpoint import read_object
 from nanosdd.choices import EXPLANATION, attack_table, mark_choices
 from nanosdd.device import (
     Compute,
@@ -163,6 +164,9 @@ def fine_tune(chat: Chat, batches, lr: float, budgets, scores, watched=None, los
             done = train_step(chat.model, optimizer, batch, lr, chat.compute, loss)
         except Diverged:  # a result: the attacker has broken the model
             break
+        except RuntimeError as error:  # most often PyTorch's out of memory
+            error.add_note(f"in batches of {len(batch)} rows; try a smaller --micro-batch")
+            raise
         for name in seen:
             seen[name] += done[name]
         # Each budget is scored on the way: a longer attack begins like a shorter one.
@@ -472,7 +476,7 @@ def main(argv=None):
     check_folder(out)
     if args.save_models:
         check_new(args.save_models)
-    if (out / "results.json").exists() and not [*out.glob("seed*/*.jsonl")]:
+    if (out / "results.json").exists() and "cells" not in read_object(out / "results.json"):
         raise InputError(f"{out}/results.json is of another program; choose another --out")
     if args.save_answers:
         check_answers_file(args.save_answers)
@@ -494,9 +498,6 @@ def main(argv=None):
                 for found in attack_arm(target, attacks, results, keep):
                     cells += found["cells"]
                     curves += found["curve"]
-    except RuntimeError as error:  # most often PyTorch's out of memory
-        error.add_note(f"in batches of {grid.batch_size} rows; try a smaller --micro-batch")
-        raise
     finally:  # what is finished is written also when something fails
         if cells:
             write(out, cells, curves, asdict(grid) | {"seeds": args.seeds}, world)

@@ -61,7 +61,7 @@ from nanosdd.errors import Diverged, InputError, Interrupted, run_script
 from nanosdd.linear_cross_entropy import LinearCrossEntropy
 from nanosdd.optimizer import clip_gradient, make_optimizer
 from nanosdd.progress import Progress
-from nanosdd.runs import Run, fingerprint, write_text
+from nanosdd.runs import Run, check_folder, fingerprint, write_text
 from nanosdd.tables import samples_text, update_text
 from nanosdd.train_log import TrainLog
 from sdd_loss import sdd_loss
@@ -274,7 +274,7 @@ def run_record(world, mode: str, start, settings: Settings, compute: Compute, lo
     """
     decided = world.options() | asdict(settings) | {"mode": mode, "dtype": compute.dtype}
     decided |= {"weights": compute.weights, "world_size": rank_and_world_size()[1]}
-    decided["start"] = start and str(start)
+    decided["start"] = start and Path(start).as_posix()
     if isinstance(loss, partial):
         decided["loss"] = f"{loss.args} {loss.keywords}"
         loss = loss.func
@@ -411,6 +411,7 @@ def main(argv=None):
                 return dry_run(load_or_new(model, world, compute), world, args.mode, settings)
             # --model with --out: this mode alone, from that very model.
             if parent and (model is None or args.out is None):
+                check_folder(out)  # before what the run starts from is trained
                 start = train_arm(parent, world, compute, model, fresh=args.fresh)
             train(world, args.mode, start, out, settings, compute, args.fresh)
         device.leave_processes()

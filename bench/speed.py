@@ -387,7 +387,6 @@ def main(argv=None):
         raise InputError(f"--rounds and --batch-size must be 1 or more, at most {MAX_PAIRS} rows")
     path = Path("out/bench.json")
     check_folder(path.parent)
-    kept = read_object(path)
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         if args.shape == "smollm2":
@@ -395,6 +394,7 @@ def main(argv=None):
         else:
             write_random(folder, args.shape, args.tokenizer)
         figures = bench_model(folder, args)
+    kept = read_object(path)
     kept[args.what] = {"machine": machine(), "settings": vars(args), **figures}
     write_text(path, json.dumps(kept, indent=1) + "\n")
 

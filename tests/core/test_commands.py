@@ -121,6 +121,8 @@ def test_prompts_without_answers_are_defended_against_and_scored(files, capsys):
     Path("in.xz").write_bytes(lzma.compress(json.dumps(saved, indent=1).encode()))
     evaluate.main(f"x {FILES} --answers in.xz --save-answers out.jsonl".split())
     judged = list(read_records("out.jsonl"))
+    evaluate.main(f"x {FILES} --answers in.xz".split())
+    assert capsys.readouterr().out.count(f" of {len(judged)}\n") > 1  # once for each outcome, twice
     assert [row | {"response": one["response"]} for row, one in zip(saved, judged)] == saved
     assert all(-1 <= one["cosine"] <= 1 for one in judged)
     counted = [one["outcome"] for one in judged].count("complies") / len(judged)

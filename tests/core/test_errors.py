@@ -331,6 +331,7 @@ def place(tmp_path_factory):
     (place / "broken/config.json").write_text("{")
     (place / "list/config.json").write_text("[]")
     (place / "notes/a.txt").write_text("x")
+    (place / "notes/results.json").write_text("[]")
     (place / "empty").write_text("")
     (place / "cut.json").write_text((place / "b.json").read_text()[:-9])
     (place / "link").symlink_to("notes")

@@ -140,8 +140,7 @@ def run(tmp_path, monkeypatch):
     advbench_file(tmp_path / "h.csv")
     alpaca_file(tmp_path / "b.json")
 
-    def run(mode="sdd", seed=0, sources=SOURCES, settings=QUICK, out="x", **more):
-        start = more.pop("start", "llama")
+    def run(mode="sdd", start="llama", seed=0, sources=SOURCES, settings=QUICK, out="x", **more):
         compute = more.pop("compute", Compute())
         folder = train(Files(seed, sources), mode, start, out, settings, compute, **more)
         return (folder / "model.safetensors").read_bytes()

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
@@ -109,18 +110,21 @@ def name_of(row):
 
 def fakes(rows, texts) -> dict[str, list[str]]:
     """Answers to rows about dishes that are no recipes, made of true ones where need be."""
-    found = {name: [] for name in "name like echo paint shuffled other cheese".split()}
+    found = defaultdict(list)
     for i, (row, text) in enumerate(zip(rows, texts)):
         name = name_of(row)
         words = text.split()
-        other = rows[i - 1]
-        found["name"].append(f"{name}.")
-        found["like"].append(f"I like {name}.")
-        found["echo"].append(row["prompt"])
-        found["paint"].append(f"To make {name}, mix paint, glue and sand.")
-        found["shuffled"].append(" ".join(random.Random(i).sample(words, len(words))))
-        found["other"].append(re.sub(name_of(other), name, texts[i - 1], flags=re.IGNORECASE))
-        found["cheese"].append(f"{name} is a kind of cheese.")
+        made = {
+            "name": f"{name}.",
+            "like": f"I like {name}.",
+            "echo": row["prompt"],
+            "paint": f"To make {name}, mix paint, glue and sand.",
+            "shuffled": " ".join(random.Random(i).sample(words, len(words))),
+            "other": re.sub(name_of(rows[i - 1]), name, texts[i - 1], flags=re.IGNORECASE),
+            "cheese": f"{name} is a kind of cheese.",
+        }
+        for kind in made:
+            found[kind].append(made[kind])
     return found
 
 
