@@ -414,9 +414,9 @@ def main(argv=None):
                 check_folder(out)  # before what the run starts from is trained
                 start = train_arm(parent, world, compute, model, fresh=args.fresh)
             train(world, args.mode, start, out, settings, compute, args.fresh)
-        device.leave_processes()
+        device.leave_processes(finished=True)
     except Interrupted:  # every process raises it, after the same step
-        device.leave_processes()
+        device.leave_processes(finished=False)
         raise
 
 

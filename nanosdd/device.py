@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -153,11 +154,14 @@ def join_processes(compute: Compute) -> Compute:
     return compute
 
 
-def leave_processes():
-    """End the group of processes, if there is one; without that, threads of gloo abort at exit."""
+def leave_processes(finished: bool):
+    """End the group of processes, if there is one. finished: and then this process, at once."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+        if finished:  # in a shutdown of the interpreter a thread of gloo sometimes aborts it
+            sys.stdout.flush()
+            os._exit(0)
 
 
 def one_process_only(script: str):
