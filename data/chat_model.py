@@ -85,8 +85,7 @@ def load_chat(folder, compute: Compute, template: str | None = None, spread=None
             f"{rows}; the two belong to different models"
         )
     chat = Chat(model, tokenizer, read_chat(folder, template), compute)
-    if compute.device != "cpu":
-        check_device(chat, lambda: load_chat(folder, Compute()))
+    check_device(chat, lambda: load_chat(folder, Compute()))
     return chat
 
 
@@ -95,6 +94,8 @@ def check_device(chat: Chat, load):
 
     load: a function that returns the same model on the CPU.
     """
+    if chat.compute.device == "cpu":
+        return
     rows = [Example([*range(first, 120, 3)], 1) for first in (0, 60, 100)]  # any token ids will do
     there = mean_logp(teacher_forced(chat, rows))
     if rank_and_world_size()[0] == 0:
@@ -119,8 +120,7 @@ def new_chat(world, compute: Compute) -> Chat:
     config.eos_token_id = encode_response(tokenizer, template, "")[-1]
     model = Llama(config).to(compute.device, DTYPES[compute.weights])
     chat = Chat(model, tokenizer, template, compute)
-    if compute.device != "cpu":
-        check_device(chat, lambda: new_chat(world, Compute()))
+    check_device(chat, lambda: new_chat(world, Compute()))
     return chat
 
 

@@ -168,9 +168,9 @@ def write_folder(fields, tensors, out):
     ours = ()
     if note.is_file() and note.read_text() == NOTE:
         ours = (*files, "run.json", "config.json", "model.safetensors", "README.md")
+        ours += tuple(f".{name}.new" for name in ours)  # a killed command may have left these
     for file in out.glob("*"):
-        # A killed command may have left some under their temporary names.
-        if file.name.removeprefix(".").removesuffix(".new") not in ours:
+        if file.name not in ours:
             raise InputError(f"{file} is none of this command's files; choose another folder")
     check_folder(out)
     (out / "run.json").unlink(missing_ok=True)
