@@ -122,11 +122,10 @@ def chat_arms(plan: list) -> dict:
 
 
 KITCHEN_PLAN = chat_plan(10, 50)
-ADVBENCH_PLAN = chat_plan(10, 100)[:-1]  # without LoRA's bft
-SDD_HALF = Arm(KITCHEN_PLAN, "sdd", replace(CHAT, benign_replay=0.5))
+ADVBENCH_PLAN = chat_plan(10, 100)[:-2]  # LoRA and its bft are cut
 STUDIES = {
     "town": Study("town", REPORT_SEEDS, town_arms()),
-    "kitchen": Study("kitchen", CHAT_DRAWS, chat_arms(KITCHEN_PLAN) | {"sdd_half": SDD_HALF}),
+    "kitchen": Study("kitchen", CHAT_DRAWS, chat_arms(KITCHEN_PLAN)),
     "advbench": Study("files", CHAT_DRAWS, chat_arms(ADVBENCH_PLAN)),
     "controls": Study("town", TUNING_SEEDS, TUNING_ARMS),
 }

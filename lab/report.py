@@ -220,7 +220,7 @@ def page(studies: dict[str, Evidence]) -> str:
             parts["The positive controls on tuning seeds"] = control_lines(found)
         elif name != "town":
             parts[f"{name}: nats a token of benign rows, more is worse, 95% intervals"] = (
-                chat_lines(found, name)
+                chat_lines(found)
             )
     for title, lines in parts.items():
         text += "\n".join(["", f"## {title}", "", "```", *lines, "```", ""])

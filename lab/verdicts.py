@@ -298,13 +298,19 @@ def least_line(claim: Claim, seeds: dict, arm: str) -> str:
     return effect_line(f"({arm}, the least of these)", map(min, zip(*effects)))
 
 
-def town_lines(found: Evidence) -> list[str]:
-    """Return which seeds there are, and the verdicts with their effects."""
+def seed_lines(found: Evidence) -> list[str]:
+    """Return which seeds there are, and what made them."""
     lines = [f"complete seeds: {' '.join(map(str, found.seeds)) or 'none'}"]
     lines.append(f"not run: {' '.join(map(str, found.waiting)) or 'none'}")
     for seed, gaps in found.incomplete.items():
         lines.append(f"seed {seed} is incomplete: {'; '.join(gaps)}")
     lines.append(f"commit/protocol: {' '.join(sorted(found.made)) or 'none'}")
+    return lines
+
+
+def town_lines(found: Evidence) -> list[str]:
+    """Return which seeds there are, and the verdicts with their effects."""
+    lines = seed_lines(found)
     if not found.seeds:
         return lines
     for name, claim in CLAIMS.items():
@@ -335,12 +341,11 @@ def control_lines(found: Evidence) -> list[str]:
     return [least_line(CLAIMS[COLLAPSE], found.seeds, arm) for arm in arms]
 
 
-def chat_lines(found: Evidence, name: str) -> list[str]:
+def chat_lines(found: Evidence) -> list[str]:
     """Return how the nats of SDD differ from its matched control's after every attack."""
-    lines = []
-    owns = [arm for arm in STUDIES[name].arms if arm.startswith("sdd")]
-    for own, run in product(owns, found.seeds[min(found.seeds)]["sdd"]):
-        nats, half = nats_difference(found, own, "benign", run)
-        what = f"{own} less benign, {run[0]} x {run[2]}"
+    lines = seed_lines(found)
+    for run in found.seeds[min(found.seeds)]["sdd"]:
+        nats, half = nats_difference(found, "sdd", "benign", run)
+        what = f"sdd less benign, {run[0]} x {run[2]}"
         lines.append(f"{what:<44} {nats:+.3f} +- {half:.3f}")
     return lines

@@ -50,8 +50,7 @@ def test_every_attack_has_its_control_at_the_same_steps(name):
                 settings.setdefault(attack.name, set()).add((attack.lr, steps))
         assert settings["mft"] <= settings["bft"]
         assert settings.get("mix", set()) <= settings["bft"]
-        if name != "advbench":
-            assert settings.get("lora") == settings.get("lora bft")
+        assert settings.get("lora") == settings.get("lora bft")
 
 
 def test_draws_of_mft_are_the_only_ones():

@@ -335,7 +335,7 @@ def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
     difference, half = nats_difference(found, "sdd", "benign", run)
     assert difference == pytest.approx(0.11)
     assert half == pytest.approx(1.96 * 0.01 * (16 / 15) ** 0.5 / 4)
-    assert nats_difference(found, "sdd_half", "aligned", RELEASED) == (0, 0)
+    assert nats_difference(found, "benign", "aligned", RELEASED) == (0, 0)
 
 
 def test_the_report_seeds_are_eight_and_nobody_tunes_on_them():
