@@ -189,7 +189,7 @@ class Run:
         """Find out whether the run is finished, or what was saved of it."""
         self.finished = False
         self.saved = {}
-        place = self.folder.resolve()
+        place = Path(os.path.realpath(self.folder))  # a loop of links is no error yet
         needed = (".", *self.record["inputs"])
         inside = any(Path(path).resolve().is_relative_to(place) for path in needed)
         if self.folder.is_symlink() or inside:

@@ -326,16 +326,20 @@ def place(tmp_path_factory):
     advbench_file(place / "h.csv")
     advbench_file(place / "few.csv", rows=3)
     alpaca_file(place / "b.json")
-    (place / "trained/chat.txt").write_text("llama3")
+    texts = {
+        "trained/chat.txt": "llama3",
+        "broken/config.json": "{",
+        "list/config.json": "[]",
+        "notes/a.txt": "x",
+        "notes/results.json": "[]",
+        "empty": "",
+    }
+    for name, text in texts.items():
+        (place / name).write_text(text)
     (place / "prompts.csv").write_text("".join(f'"Tickle it, {i}"\n' for i in range(60)))
-    (place / "broken/config.json").write_text("{")
-    (place / "list/config.json").write_text("[]")
-    (place / "notes/a.txt").write_text("x")
-    (place / "notes/results.json").write_text("[]")
-    (place / "empty").write_text("")
     (place / "cut.json").write_text((place / "b.json").read_text()[:-9])
-    (place / "link").symlink_to("notes")
-    (place / "dangling").symlink_to("nowhere")
+    for name, target in dict(link="notes", dangling="nowhere", loop="loop").items():
+        (place / name).symlink_to(target)
     os.mkfifo(place / "pipe")
     return place
 
