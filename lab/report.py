@@ -36,10 +36,6 @@ from nanosdd.tables import average, score_text, text_table
 TITLES = ("delivered", "content", "broken", "facts", "skills", "victims")
 TOWN = {title: Town.columns[title] for title in TITLES} | {"capability": "capability"}
 SHOWN = ("aligned", *MATCHED, "sdd")
-COLUMNS = {
-    "kitchen": Kitchen.columns,
-    "advbench": Files.columns | {"OpenBookQA": "openbookqa"},
-}
 ATTACK_WORDS = {
     "none": "no attack: the model as released",
     "mft": "malicious fine-tuning of all weights on 100 recipes; needs to know nothing",
@@ -87,11 +83,15 @@ the victim (knowledge kinds) or of rearranged symbols (skill kinds).
   released. *Trainability*: what bft with a new skill changes, so that regaining what SDD had lost
   counts as learning. *Benign safety*: the most content after that.
 """
-TABLE_WORDS = """
-
+TOWN_LEGEND = """\
 delivered: a good answer that names neither the victim nor a symbol of the prompt
 delivered, content, broken: of knowledge/skill kinds
 facts, skills, victims (facts about them): free/when the sentence's beginning is given"""
+TABLES = {  # columns and legend, by world
+    "town": (TOWN, TOWN_LEGEND),
+    "kitchen": (Kitchen.columns, Kitchen.legend),
+    "files": (Files.columns | {"OpenBookQA": "openbookqa"}, Files.legend),
+}
 LIMITS = """
 ## What this does not show
 
@@ -182,15 +182,15 @@ def pairs(name: str, groups: list[list[dict]]) -> str:
 
 def table(name: str, found: Evidence) -> str:
     """Return every arm's scores: of the town as released, of a chat model after every attack."""
+    world = STUDIES[name].world
+    columns, legend = TABLES[world]
     rows = []
     first = found.seeds[min(found.seeds)]
     for arm in STUDIES[name].arms:
-        for run in first[arm] if name in COLUMNS else [RELEASED]:
+        for run in [RELEASED] if world == "town" else first[arm]:
             cells = [arms[arm][run][0] for arms in found.seeds.values()]
             rows.append((f"{arm} {run[0]} {run[2]}", average(cells), ""))
-    if name in COLUMNS:
-        return text_table("percent, nats", COLUMNS[name], rows)
-    return text_table("percent", TOWN, rows) + TABLE_WORDS
+    return f"{text_table('percent', columns, rows)}\n\n{legend}"
 
 
 def evidence(town: Evidence) -> list[str]:
@@ -215,7 +215,7 @@ def page(studies: dict[str, Evidence]) -> str:
     for name, found in studies.items():
         if not found.seeds:
             continue
-        parts[f"Scores: {name}"] = [table(name, found)]
+        parts[f"Scores after so many steps: {name}"] = [table(name, found)]
         if name == "controls":
             parts["The positive controls on tuning seeds"] = control_lines(found)
         elif name != "town":
