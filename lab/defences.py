@@ -5,7 +5,7 @@
     deepalign  refusals that begin in the middle of a harmful answer
     simpo      a preference for the refusal over the harmful answer
 
-    train_defence("simpo", town, "out/seed0/aligned", "out/seed0/simpo",
+    train_defence(town, "simpo", "out/seed0/aligned", "out/seed0/simpo",
                   SETTINGS["town"]["simpo"], Compute())
 
 A defence trains the aligned model on refusals, each with its true harmful answer (`rejected`). It
@@ -190,7 +190,7 @@ SETTINGS = {  # by world and defence, as in train.py
 # ---- training ----
 
 
-def train_defence(name: str, world, start, out, settings: Settings, compute: Compute) -> Path:
+def train_defence(world, name: str, start, out, settings: Settings, compute: Compute) -> Path:
     """Train a defence into the run folder `out`, unless it is finished there; returns the folder.
 
     start: the aligned model's folder. InputError for weights held in bf16, and where the world has

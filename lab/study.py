@@ -4,7 +4,7 @@
     python -m lab.study kitchen                      a chat model, every draw
     python -m lab.study advbench --harmful harmful_behaviors.csv --benign alpaca.json \\
         --openbookqa test.jsonl
-    python -m lab.study controls                     tuning of the positive controls
+    python -m lab.study controls --out docs/tuning   tuning of the positive controls
 
 Goes on where it was interrupted: finished attacks are kept in the world's folder, study/ARM.jsonl.
 A seed whose effects file is there is skipped. Then see lab.report.
@@ -15,6 +15,7 @@ scores), and all scores. null: not measured.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import time
@@ -28,7 +29,7 @@ from data.exams import read_exams
 from data.worlds import add_source_arguments, open_world, sources_of
 from lab import attacks, protocol
 from lab.defences import DEFENCES, train_defence
-from lab.protocol import STUDIES, TUNING_SEEDS, Arm, Study
+from lab.protocol import STUDIES, Arm, Study
 from nanosdd.device import (
     Compute,
     add_compute_arguments,
@@ -72,9 +73,8 @@ def arm_folder(name: str, arm: Arm, world, aligned: Path, compute: Compute) -> P
     if arm.mode is None:
         return aligned
     folder = world.root / "study" / name
-    if arm.mode in DEFENCES:
-        return train_defence(arm.mode, world, aligned, folder, arm.settings, compute)
-    return train(world, arm.mode, aligned, folder, arm.settings, compute)
+    trained = train_defence if arm.mode in DEFENCES else train
+    return trained(world, arm.mode, aligned, folder, arm.settings, compute)
 
 
 def study_arm(name: str, arm: Arm, folder, world, compute: Compute, exams: dict) -> list[dict]:
@@ -84,7 +84,7 @@ def study_arm(name: str, arm: Arm, folder, world, compute: Compute, exams: dict)
         record["code"][part.__name__] = code_hash(part)
     store = Results(world.root / "study" / f"{name}.jsonl", record)
     chat = load_chat(folder, compute)
-    released = {key: weight.clone() for key, weight in chat.model.state_dict().items()}
+    released = copy.deepcopy(chat.model.state_dict())
     y_o = encode_for(chat, yo_rows(world), world.max_length)
     cells = []
     for attack, draw in Progress(arm.plan, desc=f"seed {world.seed} {name}"):
@@ -97,8 +97,14 @@ def study_arm(name: str, arm: Arm, folder, world, compute: Compute, exams: dict)
             else:
                 found = [{"steps": 0, "diverged": False, **scores()}]
             store.add(key, found)
-        head = {"arm": name, "attack": attack.name, "shots": attack.shots, "lr": attack.lr}
-        head |= {"seed": world.seed, "draw": draw}
+        head = {
+            "arm": name,
+            "attack": attack.name,
+            "shots": attack.shots,
+            "lr": attack.lr,
+            "seed": world.seed,
+            "draw": draw,
+        }
         cells += [head | cell for cell in store.results[key]]
     return cells
 
@@ -111,7 +117,6 @@ def study_seed(study: Study, world, base, compute: Compute, exams, path: Path, t
     if path.exists():
         print(f"{path}: finished, skipped")
         return
-    print(f"{path}: {len(study.arms)} arms")
     began = time.process_time()
     aligned = train_arm("align", world, compute, base, table)
     cells = []
@@ -128,9 +133,7 @@ def effects_text(head: dict, cells: list[dict]) -> str:
     columns = [name for name in dict.fromkeys(itertools.chain(*cells)) if name not in TEXTS]
     lines = []
     for cell in cells:
-        values = [cell.get(name) for name in columns]
-        values = [round(value, 6) if isinstance(value, float) else value for value in values]
-        lines.append(json.dumps(values))
+        lines.append(json.dumps([cell.get(name) for name in columns]))
     text = json.dumps(head | {"columns": columns})[:-1]
     return text + ', "cells": [\n' + ",\n".join(lines) + "\n]}\n"
 
@@ -143,7 +146,7 @@ def main(argv=None):
     )
     p.add_argument("study", choices=STUDIES)
     p.add_argument("--seeds", type=int, nargs="+", help="(default: all of the protocol)")
-    p.add_argument("--out", metavar="DIR", help="(default: docs/effects, of tuning docs/tuning)")
+    p.add_argument("--out", default="docs/effects", metavar="DIR")
     p.add_argument("--model", metavar="DIR", help="chat model to start from (default: smollm2)")
     p.add_argument("--openbookqa", metavar="FILE", help="OpenBookQA questions, JSONL")
     add_source_arguments(p)
@@ -159,12 +162,11 @@ def main(argv=None):
     elif args.model:
         raise InputError("the town's arms start from its own base; leave --model out")
     exams = read_exams(openbookqa=args.openbookqa)
-    check_folder(args.out or "docs/effects")
+    check_folder(args.out)
     ask = Ask(base, compute, None)
     for seed in args.seeds or study.seeds:
         world = open_world(study.world, seed, sources_of(args), ask)
-        out = args.out or ("docs/tuning" if seed in TUNING_SEEDS else "docs/effects")
-        path = Path(out) / f"{args.study}-{seed}.json"
+        path = Path(args.out) / f"{args.study}-{seed}.json"
         study_seed(study, world, base, compute, exams, path)
 
 

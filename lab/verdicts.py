@@ -193,7 +193,7 @@ def effects_of(claim: Claim, seeds: dict, arm: str = "sdd") -> dict[str, list[Fr
         for arms in seeds.values():
             reference = claim.measure(arms, other, key) if other else 0
             effects.append(claim.measure(arms, arm, key) - reference)
-        found[f"{key} against {other}"] = effects
+        found[f"{key} against {other}" if other else key] = effects
     return found
 
 
@@ -222,16 +222,16 @@ def failed_gate(claim: Claim, seeds: dict) -> str | None:
         gates.append(("aligned", "mft", HARM, protocol.TOLD_FLOOR))
     for arm, attack, keys, floor in gates:
         for key in keys:
-            shares = []
-            for arms in seeds.values():
-                shares.append(score(arms, arm, choice(arms, arm, "attacker_score", attack), key))
+            shares = [
+                score(arms, arm, choice(arms, arm, "attacker_score", attack), key)
+                for arms in seeds.values()
+            ]
             if mean(shares) < floor:
                 return f"{arm}, {attack}, {key} at least {float(floor):.0%}"
     # A control beside every "no": a PASS has shown that a collapse is seen.
     if claim.control and verdict_of(claim, seeds) != "PASS":
         if verdict_of(CLAIMS[COLLAPSE], seeds, claim.control) != "PASS":
             return f"{claim.control} passes"
-    return None
 
 
 def verdict(name: str, found: Evidence) -> str:
@@ -277,8 +277,8 @@ def nats_difference(found: Evidence, own: str, other: str, run: tuple) -> tuple[
     """
     draws = []
     for arms in found.seeds.values():
-        both = zip(arms[own][run][0]["row_nats"], arms[other][run][0]["row_nats"])
-        draws.append([one - two for one, two in both])
+        both = [arms[arm][run][0]["row_nats"] for arm in (own, other)]
+        draws.append([one - two for one, two in zip(*both)])
     rows = [fmean(row) for row in zip(*draws)]
     return fmean(rows), 1.96 * stdev(rows) / sqrt(len(rows))
 
@@ -292,16 +292,27 @@ def effect_line(name: str, effects) -> str:
     return f"    {name:<44} {points}"
 
 
-def least_line(claim: Claim, seeds: dict, arm: str) -> str:
+def effect_lines(claim: Claim, seeds: dict, arm: str = "sdd") -> list[str]:
+    """Return the effects of every comparison."""
+    return [effect_line(*one) for one in effects_of(claim, seeds, arm).items()]
+
+
+def least_of(claim: Claim, seeds: dict, arm: str = "sdd") -> list[Fraction]:
     """Return the least of an arm's effects on each seed, whatever the comparison."""
-    effects = effects_of(claim, seeds, arm).values()
-    return effect_line(f"({arm}, the least of these)", map(min, zip(*effects)))
+    return [*map(min, zip(*effects_of(claim, seeds, arm).values()))]
+
+
+def least_line(claim: Claim, seeds: dict, arm: str) -> str:
+    """Return the same in points."""
+    return effect_line(f"({arm}, the least of these)", least_of(claim, seeds, arm))
 
 
 def seed_lines(found: Evidence) -> list[str]:
     """Return which seeds there are, and what made them."""
-    lines = [f"complete seeds: {' '.join(map(str, found.seeds)) or 'none'}"]
-    lines.append(f"not run: {' '.join(map(str, found.waiting)) or 'none'}")
+    lines = [
+        f"complete seeds: {' '.join(map(str, found.seeds)) or 'none'}",
+        f"not run: {' '.join(map(str, found.waiting)) or 'none'}",
+    ]
     for seed, gaps in found.incomplete.items():
         lines.append(f"seed {seed} is incomplete: {'; '.join(gaps)}")
     lines.append(f"commit/protocol: {' '.join(sorted(found.made)) or 'none'}")
@@ -316,8 +327,7 @@ def town_lines(found: Evidence) -> list[str]:
     for name, claim in CLAIMS.items():
         margin = f"{100 * float(claim.margin):+.0f} points"
         lines += ["", f"{name}, above {margin}: {verdict(name, found)}"]
-        for comparison, effects in effects_of(claim, found.seeds).items():
-            lines.append(effect_line(comparison, effects))
+        lines += effect_lines(claim, found.seeds)
         if claim.control:
             lines.append(least_line(claim, found.seeds, claim.control))
     lines += ["", "collapse of the values behind the given words of an answer"]
@@ -326,13 +336,8 @@ def town_lines(found: Evidence) -> list[str]:
     for dose, reached in ladder(found.seeds).items():
         lines.append(f"    {dose}: " + ", ".join(map(" ".join, zip(RUNGS, reached))))
         own = replace(CLAIMS[COLLAPSE], references=(f"new_refusal {dose}",))
-        for comparison, effects in effects_of(own, found.seeds, f"sdd {dose}").items():
-            lines.append(effect_line(comparison, effects))
-    lines += ["", "delivered, as released"]
-    for key in DELIVERED:
-        shares = [released(arms, "sdd", key) for arms in found.seeds.values()]
-        lines.append(effect_line(key, shares))
-    return lines
+        lines += effect_lines(own, found.seeds, f"sdd {dose}")
+    return lines + ["", "delivered, as released", *effect_lines(RUNGS["delivered"], found.seeds)]
 
 
 def control_lines(found: Evidence) -> list[str]:

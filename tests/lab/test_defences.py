@@ -156,7 +156,7 @@ def train(town, aligned, tmp_path, cpu):
     def run(name, folder="out", compute=cpu, **changes):
         own = SETTINGS["town"].get(name, CONTROL)
         settings = replace(TINY, benign_replay=own.benign_replay, **changes)
-        return train_defence(name, town, aligned, tmp_path / folder, settings, compute)
+        return train_defence(town, name, aligned, tmp_path / folder, settings, compute)
 
     return run
 

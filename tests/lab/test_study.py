@@ -164,7 +164,7 @@ def test_an_effects_file_keeps_scores_and_shares_exactly():
     cells = [scored, {"arm": "sdd", "draw": 1, "diverged": True}]
     found = json.loads(effects_text({"seed": 7}, cells))
     assert found["columns"] == "arm draw facts row_nats diverged".split()
-    assert found["cells"] == [["sdd", 0, 0.991071, [1.25], None], ["sdd", 1, None, None, True]]
+    assert found["cells"] == [["sdd", 0, 111 / 112, [1.25], None], ["sdd", 1, None, None, True]]
     assert found["seed"] == 7
 
 
