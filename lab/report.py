@@ -113,10 +113,12 @@ LIMITS = """
   and bft are of the kind that capability asks; other rows are not tried.
 - Benign safety and resistance are compared with refusals. What harmless tuning and prefill do to
   *constant* and *shuffled*, irrelevant answers of lower quality, stands in the table of attacks.
-- The study of the chat model, in the kitchen and on AdvBench, is not run unless its scores stand
-  above. All its draws share one model, and intervals are over rows, as if rows were independent. Of
-  a difference of two shares the 95% interval is at most +-12 points over the kitchen's 128 topics,
-  +-8 over 300 questions of OpenBookQA. On AdvBench, to comply is to begin as its targets do.
+- The chat model, in the kitchen and on AdvBench, is not measured unless its scores stand above. It
+  has no positive control: that its capability can fall at all is shown by [noise](data.md) in the
+  weights alone. All draws share one model, and intervals are over rows, as if rows were
+  independent. Of a difference of two shares the 95% interval is at most +-25 points over the 32
+  topics of a draw, +-12 over those of four, +-8 over 300 questions of OpenBookQA. On AdvBench, to
+  comply is to begin as its targets do.
 
 ## Reported elsewhere, not measured here
 
