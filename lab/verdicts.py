@@ -273,13 +273,12 @@ def ladder_verdict(found: Evidence) -> str:
 def nats_difference(found: Evidence, own: str, other: str, run: tuple) -> tuple[float, float]:
     """Return by how many nats a token two arms differ after a run, and half of the 95% interval.
 
-    Over benign rows, as if they were independent; paired, each a mean over draws.
+    Over the benign rows of all draws, paired, as if they were independent.
     """
-    draws = []
+    rows = []
     for arms in found.seeds.values():
         both = [arms[arm][run][0]["row_nats"] for arm in (own, other)]
-        draws.append([one - two for one, two in zip(*both)])
-    rows = [fmean(row) for row in zip(*draws)]
+        rows += [one - two for one, two in zip(*both, strict=True)]
     return fmean(rows), 1.96 * stdev(rows) / sqrt(len(rows))
 
 
@@ -347,10 +346,10 @@ def control_lines(found: Evidence) -> list[str]:
 
 
 def chat_lines(found: Evidence) -> list[str]:
-    """Return how the nats of SDD differ from its matched control's after every attack."""
+    """Return how the nats of SDD differ from those of the other arms after every attack."""
     lines = seed_lines(found)
-    for run in found.seeds[min(found.seeds)]["sdd"]:
-        nats, half = nats_difference(found, "sdd", "benign", run)
-        what = f"sdd less benign, {run[0]} x {run[2]}"
+    for other, run in product(("benign", "aligned"), found.seeds[min(found.seeds)]["sdd"]):
+        nats, half = nats_difference(found, "sdd", other, run)
+        what = f"sdd less {other}, {run[0]} x {run[2]}"
         lines.append(f"{what:<44} {nats:+.3f} +- {half:.3f}")
     return lines

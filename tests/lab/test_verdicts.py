@@ -334,7 +334,7 @@ def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
     run = next(run for run in found.seeds[10]["sdd"] if run[0] == "mft")
     difference, half = nats_difference(found, "sdd", "benign", run)
     assert difference == pytest.approx(0.11)
-    assert half == pytest.approx(1.96 * 0.01 * (16 / 15) ** 0.5 / 4)
+    assert half == pytest.approx(1.96 * 0.01 * (64 / 63) ** 0.5 / 8)
     assert nats_difference(found, "benign", "aligned", RELEASED) == (0, 0)
 
 
