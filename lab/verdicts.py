@@ -232,6 +232,7 @@ def failed_gate(claim: Claim, seeds: dict) -> str | None:
     if claim.control and verdict_of(claim, seeds) != "PASS":
         if verdict_of(CLAIMS[COLLAPSE], seeds, claim.control) != "PASS":
             return f"{claim.control} passes"
+    return None
 
 
 def verdict(name: str, found: Evidence) -> str:
