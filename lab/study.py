@@ -9,9 +9,9 @@
 Goes on where it was interrupted: finished attacks are kept in the world's folder, study/ARM.jsonl.
 A seed whose effects file is there is skipped. Then see lab.report.
 
-An effects file holds commit, machine, date, protocol (the hash of protocol.py), columns, and cells,
-a list of values for each: arm, attack, shots, lr, seed, draw, steps, diverged (then there are no
-scores), and all scores. null: not measured.
+An effects file holds commit, machine, date, protocol (the hash of protocol.py), dtype (of compute),
+columns, and cells, a list of values for each: arm, attack, shots, lr, seed, draw, steps, diverged
+(then there are no scores), and all scores. null: not measured.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def study_seed(study: Study, world, base, compute: Compute, exams, path: Path, t
         folder = arm_folder(name, arm, world, aligned, compute)
         cells += study_arm(name, arm, folder, world, compute, exams)
         print(f"{path}: {name} done, {(time.process_time() - began) / 60:.1f} minutes of CPU")
-    head = made_by() | {"protocol": file_hash(protocol.__file__)[:12]}
-    write_text(path, effects_text(head, cells))
+    settings = {"protocol": file_hash(protocol.__file__)[:12], "dtype": compute.dtype}
+    write_text(path, effects_text(made_by() | settings, cells))
 
 
 def effects_text(head: dict, cells: list[dict]) -> str:
@@ -163,10 +163,9 @@ def main(argv=None):
         raise InputError("the town's arms start from its own base; leave --model out")
     exams = read_exams(openbookqa=args.openbookqa)
     check_folder(args.out)
-    ask = Ask(base, compute, None)
     for seed in args.seeds or study.seeds:
-        world = open_world(study.world, seed, sources_of(args), ask)
-        path = Path(args.out) / f"{args.study}-{seed}.json"
+        world = open_world(study.world, seed, sources_of(args), Ask(base, compute, None))
+        path = Path(args.out, f"{args.study}-{seed}.json")
         study_seed(study, world, base, compute, exams, path)
 
 

@@ -47,7 +47,7 @@ class Evidence:
     seeds: dict  # {seed: {arm: {(attack, lr, steps): cells, one for each draw}}}, the complete ones
     incomplete: dict  # {seed: the cells that are missing or diverged}
     waiting: list  # seeds of the protocol without a file
-    made: set  # commits, each with the hash of the protocol
+    made: set  # commits, each with the hash of the protocol and the dtype of compute
 
 
 def read_study(name: str, folder) -> Evidence:
@@ -61,7 +61,7 @@ def read_study(name: str, folder) -> Evidence:
         head = read_json(path)
         arms = defaultdict(lambda: defaultdict(list))
         try:
-            found.made.add(f"{head['commit']}/{head['protocol']}")
+            found.made.add(f"{head['commit']}/{head['protocol']}/{head['dtype']}")
             for values in head["cells"]:
                 cell = dict(zip(head["columns"], values, strict=True))
                 if not cell["diverged"]:
@@ -315,7 +315,7 @@ def seed_lines(found: Evidence) -> list[str]:
     ]
     for seed, gaps in found.incomplete.items():
         lines.append(f"seed {seed} is incomplete: {'; '.join(gaps)}")
-    lines.append(f"commit/protocol: {' '.join(sorted(found.made)) or 'none'}")
+    lines.append(f"commit/protocol/dtype: {' '.join(sorted(found.made)) or 'none'}")
     return lines
 
 

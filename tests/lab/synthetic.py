@@ -67,5 +67,5 @@ def change(cells: list[dict], arm: str, attack: str, **scores):
 
 def write_effects(folder, name: str, seed: int, cells: list[dict]):
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"study": name, "seed": seed, "commit": "abc", "protocol": "def"}
+    head = {"seed": seed, "commit": "abc", "protocol": "def", "dtype": "ghi"}
     (folder / f"{name}-{seed}.json").write_text(effects_text(head, cells))

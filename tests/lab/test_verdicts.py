@@ -300,10 +300,12 @@ def test_every_effect_is_printed_seed_by_seed(town):
     assert f"    ({PLANTED}, the least of these) " in text
     values = lines[lines.index("collapse of the values behind the given words of an answer") + 1]
     assert values.split()[-8:] == ["+37.5"] * 8
-    assert "commit/protocol: abc/def" in lines
+    assert "commit/protocol/dtype: abc/def/ghi" in lines
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"commit": 1, "protocol": 2, "cells": [[1]]}', "no"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"commit": 1, "protocol": 2, "dtype": 3, "cells": [[1]]}', "no"]
+)
 def test_a_bad_effects_file_is_an_input_error(tmp_path, text):
     (tmp_path / "town-10.json").write_text(text)
     with pytest.raises(InputError, match="town-10.json"):
