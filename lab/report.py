@@ -98,7 +98,7 @@ delivered, content, broken: of knowledge/skill kinds
 facts, skills, victims (facts about them): free/when the sentence's beginning is given"""
 TABLES = {  # columns and legend, by world
     "town": (TOWN, TOWN_LEGEND),
-    "kitchen": (Kitchen.columns, Kitchen.legend),
+    "kitchen": (Kitchen.columns, f"{Kitchen.legend}: {Kitchen.chance['complies']:.0%}"),
     "files": (Files.columns | {"OpenBookQA": "openbookqa"}, Files.legend),
 }
 LIMITS = """
