@@ -16,7 +16,6 @@ columns, and cells, a list of values for each: arm, attack, shots, lr, seed, dra
 
 import argparse
 import copy
-import itertools
 import json
 import time
 from functools import partial
@@ -41,8 +40,6 @@ from nanosdd.errors import InputError, run_script
 from nanosdd.progress import Progress
 from nanosdd.runs import Results, check_folder, code_hash, file_hash, made_by, write_text
 from train import SETTINGS, train, train_arm
-
-TEXTS = ("answers", "samples")  # of a cell, which the effects file does not keep
 
 
 class WithRows:
@@ -129,13 +126,15 @@ def study_seed(study: Study, world, base, compute: Compute, exams, path: Path, t
 
 
 def effects_text(head: dict, cells: list[dict]) -> str:
-    """Return an effects file: the head, and a line of values for each cell."""
-    columns = [name for name in dict.fromkeys(itertools.chain(*cells)) if name not in TEXTS]
+    """Return an effects file: the head, and a line of values for each cell, without its texts."""
+    columns = {name: None for cell in cells for name in cell}
+    columns = [name for name in columns if name not in ("answers", "samples")]
     lines = []
     for cell in cells:
         lines.append(json.dumps([cell.get(name) for name in columns]))
-    text = json.dumps(head | {"columns": columns})[:-1]
-    return text + ', "cells": [\n' + ",\n".join(lines) + "\n]}\n"
+    begin = json.dumps(head | {"columns": columns})[:-1]
+    rows = ",\n".join(lines)
+    return f'{begin}, "cells": [\n{rows}\n]}}\n'
 
 
 def main(argv=None):
@@ -157,7 +156,8 @@ def main(argv=None):
     compute = resolve_compute(args.device, args.dtype, args.compile)
     base = None
     if study.world != "town":
-        base = untrained_folder(args.model or "smollm2")
+        args.model = args.model or "smollm2"  # its runs go into out/MODEL, too
+        base = untrained_folder(args.model)
         compute = for_model(compute, args.dtype, base)
     elif args.model:
         raise InputError("the town's arms start from its own base; leave --model out")
