@@ -251,7 +251,7 @@ def page(studies: dict[str, Evidence]) -> str:
         if name == "controls":
             parts["The positive controls on tuning seeds"] = control_lines(found)
         elif name != "town":
-            parts[f"{name}: mean nats a token of benign rows, 95% intervals"] = chat_lines(found)
+            parts[f"{name}: nats a token, mean over benign rows, 95% intervals"] = chat_lines(found)
     for title, lines in parts.items():
         text += "\n".join(["", f"## {title}", "", "```", *lines, "```", ""])
     return text + LIMITS
