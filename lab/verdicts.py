@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import product
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, mean, stdev
+from statistics import mean
+
+import numpy as np
 
 from lab import protocol
 from lab.protocol import BUDGETS, LOSS_MARGIN, LRS, PASSES, PLANTED, SAFETY_MARGIN, STUDIES
@@ -47,12 +48,12 @@ class Evidence:
     seeds: dict  # {seed: {arm: {(attack, lr, steps): cells, one for each draw}}}, the complete ones
     incomplete: dict  # {seed: the cells that are missing or diverged}
     waiting: list  # seeds of the protocol without a file
-    made: set  # commits, each with the hash of the protocol and the dtype of compute
+    made: list  # commits, each with the hash of the protocol and the dtype of compute
 
 
 def read_study(name: str, folder) -> Evidence:
     """Read the effects files of a study; InputError for one that is damaged."""
-    found = Evidence({}, {}, [], set())
+    found = Evidence({}, {}, [], [])
     for seed in STUDIES[name].seeds:
         path = Path(folder) / f"{name}-{seed}.json"
         if not path.exists():
@@ -61,7 +62,7 @@ def read_study(name: str, folder) -> Evidence:
         head = read_json(path)
         arms = defaultdict(lambda: defaultdict(list))
         try:
-            found.made.add(f"{head['commit']}/{head['protocol']}/{head['dtype']}")
+            found.made.append(f"{head['commit']}/{head['protocol']}/{head['dtype']}")
             for values in head["cells"]:
                 cell = dict(zip(head["columns"], values, strict=True))
                 if not cell["diverged"]:
@@ -269,16 +270,19 @@ def ladder_verdict(found: Evidence) -> str:
 # ---- chat models ----
 
 
-def nats_difference(found: Evidence, own: str, other: str, run: tuple) -> tuple[float, float]:
-    """Return by how many nats a token two arms differ after a run, and half of the 95% interval.
+def nats_more(seeds: dict, other: str, run: tuple) -> np.ndarray:
+    """Return by how many nats a token SDD is worse than another arm after a run, on each benign row
+    of each draw: (draws, rows)."""
+    draws = []
+    for arms in seeds.values():
+        own, its = (arms[arm][run][0]["row_nats"] for arm in ("sdd", other))
+        draws.append(np.subtract(own, its))
+    return np.array(draws)
 
-    Over the benign rows of all draws, paired, as if they were independent.
-    """
-    rows = []
-    for arms in found.seeds.values():
-        both = [arms[arm][run][0]["row_nats"] for arm in (own, other)]
-        rows += [one - two for one, two in zip(*both, strict=True)]
-    return fmean(rows), 1.96 * stdev(rows) / sqrt(len(rows))
+
+def interval(rows: np.ndarray) -> str:
+    """Return the mean and its 95% interval, as if rows were independent."""
+    return f"{rows.mean():+.3f} +- {1.96 * rows.std(ddof=1) / rows.size**0.5:.3f}"
 
 
 # ---- what is printed ----
@@ -313,8 +317,7 @@ def seed_lines(found: Evidence) -> list[str]:
     ]
     for seed, gaps in found.incomplete.items():
         lines.append(f"seed {seed} is incomplete: {'; '.join(gaps)}")
-    lines.append(f"commit/protocol/dtype: {' '.join(sorted(found.made)) or 'none'}")
-    return lines
+    return [*lines, f"commit/protocol/dtype: {' '.join(dict.fromkeys(found.made)) or 'none'}"]
 
 
 def town_lines(found: Evidence) -> list[str]:
@@ -338,17 +341,14 @@ def town_lines(found: Evidence) -> list[str]:
     return lines + ["", "delivered, as released", *effect_lines(RUNGS["delivered"], found.seeds)]
 
 
-def control_lines(found: Evidence) -> list[str]:
-    """Return the collapse of each positive control, and of SDD, on tuning seeds."""
-    arms = ("sdd", *protocol.CANDIDATES)
-    return [least_line(CLAIMS[COLLAPSE], found.seeds, arm) for arm in arms]
-
-
 def chat_lines(found: Evidence) -> list[str]:
     """Return how the nats of SDD differ from those of the other arms after every attack."""
-    lines = seed_lines(found)
-    for other, run in product(("benign", "aligned"), found.seeds[min(found.seeds)]["sdd"]):
-        nats, half = nats_difference(found, "sdd", other, run)
-        what = f"sdd less {other}, {run[0]} x {run[2]}"
-        lines.append(f"{what:<44} {nats:+.3f} +- {half:.3f}")
+    lines = seed_lines(found) + [f"{'':<32}{'nats':<18}{'less none x 0':<18}nats by draw"]
+    seeds = found.seeds
+    for other, run in product(("benign", "aligned"), seeds[min(seeds)]["sdd"]):
+        rows = nats_more(seeds, other, run)
+        since = interval(rows - nats_more(seeds, other, RELEASED))
+        name = f"sdd less {other}, {run[0]} x {run[2]}"
+        draws = " ".join(f"{nats:+.2f}" for nats in rows.mean(1))
+        lines.append(f"{name:<32}{interval(rows)}  {since}  {draws}")
     return lines

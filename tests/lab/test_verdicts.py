@@ -12,12 +12,12 @@ from lab.verdicts import (
     COLLAPSE,
     RELEASED,
     Claim,
+    chat_lines,
     choice,
-    control_lines,
     effects_of,
     ladder,
     ladder_verdict,
-    nats_difference,
+    least_line,
     read_study,
     score,
     town_lines,
@@ -320,24 +320,27 @@ def test_the_collapse_of_each_candidate_is_printed(tmp_path):
         cells = make_cells("controls", seed)
         change(cells, PLANTED, "mft", **(COLLAPSED | dict(facts=0.75, skills=0.75)))
         write_effects(tmp_path, "controls", seed, cells)
-    lines = control_lines(read_study("controls", tmp_path))
-    line = next(one for one in lines if f"{PLANTED}, the least" in one)
+    found = read_study("controls", tmp_path)
+    line = least_line(CLAIMS[COLLAPSE], found.seeds, PLANTED)
     assert line.split()[-2:] == ["+12.5", "+12.5"]
 
 
 def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
     for seed in CHAT_DRAWS:
         cells = make_cells("kitchen", seed)
-        if seed == CHAT_DRAWS[0]:
-            for cell in cells:
-                cell["row_nats"] = [nats + 0.4 for nats in cell["row_nats"]]
+        for cell in cells if seed == CHAT_DRAWS[0] else []:
+            more = 0.5 if cell["attack"] == "mft" and cell["arm"] == "sdd" else 0.4
+            cell["row_nats"] = [nats + more for nats in cell["row_nats"]]
         write_effects(tmp_path, "kitchen", seed, cells)
     found = read_study("kitchen", tmp_path)
-    run = next(run for run in found.seeds[10]["sdd"] if run[0] == "mft")
-    difference, half = nats_difference(found, "sdd", "benign", run)
-    assert difference == pytest.approx(0.11)
-    assert half == pytest.approx(1.96 * 0.01 * (64 / 63) ** 0.5 / 8)
-    assert nats_difference(found, "benign", "aligned", RELEASED) == (0, 0)
+    text = "\n".join(chat_lines(found))
+    # 0.002 is 1.96 * 0.01 / 8; the 16 rows that are 0.1 higher have 0.043 for 0.01
+    assert (
+        "benign, lora x 25      +0.110 +- 0.002  +0.000 +- 0.000  +0.11 +0.11 +0.11 +0.11" in text
+    )
+    assert (
+        "aligned, mft x 25      +0.135 +- 0.011  +0.025 +- 0.011  +0.21 +0.11 +0.11 +0.11" in text
+    )
 
 
 def test_the_report_seeds_are_eight_and_nobody_tunes_on_them():
