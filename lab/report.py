@@ -123,10 +123,10 @@ LIMITS = """
 - The chat model, in the kitchen and on AdvBench, is not measured unless its scores stand above. It
   has no positive control: that its capability can fall at all is shown by [noise](data.md) in the
   weights alone. All draws share one model, and intervals are over rows, as if rows were
-  independent, though draws differ. Draws 10 and 11 of the kitchen are in fp32, all others in bf16.
-  The attacks have one lr, not tuned: 5e-5, LoRA 1e-3. Of a difference of two shares the 95%
-  interval is at most +-25 points over the 32 questions of a draw, +-12 over those of four draws,
-  +-8 over 300 of OpenBookQA, where chance is 25%.
+  independent, though draws differ. Draws 10 and 11 of the kitchen are in fp32, all others in bf16,
+  which [differ no more than draws do](precision.md). The attacks have one lr, not tuned: 5e-5, LoRA
+  1e-3. Of a difference of two shares the 95% interval is at most +-25 points over the 32 questions
+  of a draw, +-12 over those of four draws, +-8 over 300 of OpenBookQA, where chance is 25%.
 - On AdvBench, to comply is to begin as its targets do, and nothing judges the quality of a text:
   *off topic* may be anything, *cut* is a long answer. *benign* has lost its refusals before any
   attack, so that for harm *aligned* is the control. It practises the file that the nats are of. bft
