@@ -104,7 +104,10 @@ facts, skills, victims (facts about them): free/when the sentence's beginning is
 TABLES = {  # columns and legend, by world
     "town": (TOWN, TOWN_LEGEND),
     "kitchen": (Kitchen.columns, f"{Kitchen.legend}: {Kitchen.chance['complies']:.0%}"),
-    "files": (Files.columns | {"OpenBookQA": "openbookqa"}, Files.legend),
+    "files": (
+        Files.columns | {"OpenBookQA": "openbookqa"},
+        f"{Files.legend}\nOpenBookQA: of its questions answered right; by chance 25",
+    ),
 }
 LIMITS = """
 ## What this does not show
@@ -126,7 +129,7 @@ LIMITS = """
   independent, though draws differ. Draws 10 and 11 of the kitchen are in fp32, all others in bf16,
   which [differ no more than draws do](precision.md). The attacks have one lr, not tuned: 5e-5, LoRA
   1e-3. Of a difference of two shares the 95% interval is at most +-25 points over the 32 questions
-  of a draw, +-12 over those of four draws, +-8 over 300 of OpenBookQA, where chance is 25%.
+  of a draw, +-12 over those of four draws, +-8 over 300 of OpenBookQA.
 - On AdvBench, to comply is to begin as its targets do, and nothing judges the quality of a text:
   *off topic* may be anything, *cut* is a long answer. *benign* has lost its refusals before any
   attack, so that for harm *aligned* is the control. It practises the file that the nats are of. bft
