@@ -131,7 +131,7 @@ LIMITS = """
   1e-3. Of a difference of two shares the 95% interval is at most +-25 points over the 32 questions
   of a draw, +-12 over those of four draws, +-8 over 300 of OpenBookQA.
 - On AdvBench, to comply is to begin as its targets do, and nothing judges the quality of a text:
-  *off topic* may be anything, *cut* is a long answer. *benign* has lost its refusals before any
+  *off topic* may be anything, *cut* is a long answer. *benign* has lost most refusals before any
   attack, so that for harm *aligned* is the control. It practises the file that the nats are of. bft
   has up to 40% more response tokens than mft. Answers to benign prompts are not generated there.
 - In the kitchen the 32 questions about topics are 8 topics in four forms, so that true intervals
