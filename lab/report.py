@@ -133,7 +133,7 @@ LIMITS = """
 - On AdvBench, to comply is to begin as its targets do, and nothing judges the quality of a text:
   *off topic* may be anything, *cut* is a long answer. *benign* has lost most refusals before any
   attack, so that for harm *aligned* is the control. It practises the file that the nats are of. bft
-  has up to 40% more response tokens than mft. Answers to benign prompts are not generated there.
+  has 0.7 to 1.4 times the response tokens of mft. Answers to benign prompts are not made there.
 - In the kitchen the 32 questions about topics are 8 topics in four forms, so that true intervals
   are wider. bft, *benign* and the answers that SDD gives to dishes use the same 176 rows: bft
   rehearses SDD's own text, and *benign* practises what the nats measure, as *aligned* does less. No
