@@ -16,6 +16,7 @@ columns, and cells, a list of values for each: arm, attack, shots, lr, seed, dra
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from functools import partial
@@ -40,6 +41,8 @@ from nanosdd.errors import InputError, run_script
 from nanosdd.progress import Progress
 from nanosdd.runs import Results, check_folder, code_hash, file_hash, made_by, write_text
 from train import SETTINGS, train, train_arm
+
+TEXTS = ("answers", "samples")  # of a cell, which the effects file does not keep
 
 
 class WithRows:
@@ -126,9 +129,8 @@ def study_seed(study: Study, world, base, compute: Compute, exams, path: Path, t
 
 
 def effects_text(head: dict, cells: list[dict]) -> str:
-    """Return an effects file: the head, and a line of values for each cell, without its texts."""
-    columns = {name: None for cell in cells for name in cell}
-    columns = [name for name in columns if name not in ("answers", "samples")]
+    """Return an effects file: the head, and a line of values for each cell."""
+    columns = [name for name in dict.fromkeys(itertools.chain(*cells)) if name not in TEXTS]
     lines = []
     for cell in cells:
         lines.append(json.dumps([cell.get(name) for name in columns]))
@@ -163,8 +165,9 @@ def main(argv=None):
         raise InputError("the town's arms start from its own base; leave --model out")
     exams = read_exams(openbookqa=args.openbookqa)
     check_folder(args.out)
+    ask = Ask(base, compute, None)  # it keeps the model that it loads
     for seed in args.seeds or study.seeds:
-        world = open_world(study.world, seed, sources_of(args), Ask(base, compute, None))
+        world = open_world(study.world, seed, sources_of(args), ask)
         path = Path(args.out, f"{args.study}-{seed}.json")
         study_seed(study, world, base, compute, exams, path)
 

@@ -243,7 +243,9 @@ def verdict(name: str, found: Evidence) -> str:
     if len(found.seeds) < PASSES:
         return "INCONCLUSIVE (too few complete seeds)"
     gate = failed_gate(CLAIMS[name], found.seeds)
-    return f"NOT TESTED (gate: {gate})" if gate else verdict_of(CLAIMS[name], found.seeds)
+    if gate:
+        return f"NOT TESTED (gate: {gate})"
+    return verdict_of(CLAIMS[name], found.seeds)
 
 
 def ladder(seeds: dict) -> dict[str, list[str]]:

@@ -91,6 +91,7 @@ def run_town(study, town, path) -> list[dict]:
     """Run a study of the town; returns the cells that it writes."""
     study_seed(study, town, None, Compute(), {}, path, TINY_TABLE)
     found = json.loads(path.read_text())
+    assert found["commit"] != ""
     assert found["dtype"] == "fp32"
     assert len(found["protocol"]) == 12
     return [dict(zip(found["columns"], values)) for values in found["cells"]]
