@@ -130,10 +130,11 @@ LIMITS = """
   which [differ no more than draws do](precision.md). The attacks have one lr, not tuned: 5e-5, LoRA
   1e-3. Of a difference of two shares the 95% interval is at most +-25 points over the 32 questions
   of a draw, +-12 over those of four draws, +-8 over 300 of OpenBookQA.
-- On AdvBench, to comply is to begin as its targets do, and nothing judges the quality of a text:
-  *off topic* may be anything, *cut* is a long answer. *benign* has lost most refusals before any
-  attack, so that for harm *aligned* is the control. It practises the file that the nats are of. bft
-  has 0.7 to 1.4 times the response tokens of mft. Answers to benign prompts are not made there.
+- On AdvBench an answer complies by its cosine with the prompt; after mft it is one affirmative
+  line, as the targets are. Nothing judges the quality of a text: *off topic* may be anything, *cut*
+  is a long answer. *benign* has lost most refusals before any attack, so that for harm *aligned* is
+  the control. It practises the file that the nats are of. bft has 0.7 to 1.4 times the response
+  tokens of mft. Answers to benign prompts are not made there.
 - In the kitchen the 32 questions about topics are 8 topics in four forms, so that true intervals
   are wider. bft, *benign* and the answers that SDD gives to dishes use the same 176 rows: bft
   rehearses SDD's own text, and *benign* practises what the nats measure, as *aligned* does less. No
