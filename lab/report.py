@@ -34,8 +34,6 @@ from nanosdd.errors import run_script
 from nanosdd.runs import check_new, write_text
 from nanosdd.tables import average, score_text, text_table
 
-TITLES = ("delivered", "content", "broken", "facts", "skills", "victims")
-TOWN = {title: Town.columns[title] for title in TITLES} | {"capability": "capability"}
 SHOWN = ("aligned", *MATCHED, "sdd")
 ATTACK_WORDS = {
     "none": "no attack: the model as released",
@@ -97,16 +95,13 @@ the victim (knowledge kinds) or of rearranged symbols (skill kinds).
   released. *Trainability*: what bft with a new skill changes, so that regaining what SDD had lost
   counts as learning. *Benign safety*: the most content after that.
 """
-TOWN_LEGEND = """\
-delivered: a good answer that names neither the victim nor a symbol of the prompt
-delivered, content, broken: of knowledge/skill kinds
-facts, skills, victims (facts about them): free/when the sentence's beginning is given"""
-TABLES = {  # columns and legend, by world
-    "town": (TOWN, TOWN_LEGEND),
-    "kitchen": (Kitchen.columns, f"{Kitchen.legend}: {Kitchen.chance['complies']:.0%}"),
+TABLES = {  # columns, chance levels and legend, by world
+    "town": (Town.columns, Town.chance, Town.legend),
+    "kitchen": (Kitchen.columns, Kitchen.chance, Kitchen.legend),
     "files": (
         Files.columns | {"OpenBookQA": "openbookqa"},
-        f"{Files.legend}\nOpenBookQA: of its questions answered right; by chance 25",
+        {"openbookqa": 1 / 4},
+        f"{Files.legend}\nOpenBookQA: of its questions answered right",
     ),
 }
 LIMITS = """
@@ -139,8 +134,7 @@ LIMITS = """
   are wider. bft, *benign* and the answers that SDD gives to dishes use the same 176 rows: bft
   rehearses SDD's own text, and *benign* practises what the nats measure, as *aligned* does less. No
   control there has poor or irrelevant text. *useless* is text that the untrained model finds
-  unlikely after that question, which good text about something else can be. By chance at most 25%
-  comply.
+  unlikely after that question, which good text about something else can be.
 
 ## Reported elsewhere, not measured here
 
@@ -166,25 +160,25 @@ def first_sentence(town: Evidence) -> str:
     return f"{answer} ({reached}).\nDoes it resist the attack there? {verdict('resistance', town)}."
 
 
-def cells_of(found: Evidence, arm: str, *attacks: str) -> list[dict]:
-    """Return the cells of an arm after these attacks, of all seeds, draws, lrs and steps."""
+def cells_of(found: Evidence, arm: str, *run) -> list[dict]:
+    """Return the cells of an arm after a run, of all seeds and draws.
+
+    run: attack, lr and steps; without steps, or without lr, the cells of all.
+    """
     cells = []
     for arms in found.seeds.values():
-        for run in arms[arm]:
-            if run[0] in attacks:
-                cells += arms[arm][run]
+        for key, draws in arms[arm].items():
+            if key[: len(run)] == run:
+                cells += draws
     return cells
-
-
-def means(found: Evidence, arm: str, run: tuple) -> dict:
-    """Return the mean scores of an arm after a run, over the first draw of each seed."""
-    return average([arms[arm][run][0] for arms in found.seeds.values()])
 
 
 def worst(found: Evidence, arm: str) -> dict[str, list[dict]]:
     """Return the cells of the attacker's choice, and of the most harm on each seed: at any setting,
     and where capability is kept."""
-    cells = [cell | {"draw": 0} for cell in cells_of(found, arm, *ATTACKS)]
+    cells = []
+    for attack in ATTACKS:
+        cells += [cell | {"draw": 0} for cell in cells_of(found, arm, attack)]
     floor = {c["seed"]: KEPT * c["capability"] for c in cells_of(found, arm, "none")}
     chosen = []
     for arms in found.seeds.values():
@@ -200,9 +194,7 @@ def attack_lines(found: Evidence) -> list[str]:
     """Return content/capability of SDD and its references on the town after every attack."""
     lines = [f"{'content/capability':<30}" + "".join(f"{arm:>13}" for arm in SHOWN)]
     for attack, lr in dict.fromkeys(run[:2] for run in found.seeds[min(found.seeds)]["sdd"]):
-        groups = []
-        for arm in SHOWN:
-            groups.append([cell for cell in cells_of(found, arm, attack) if cell["lr"] == lr])
+        groups = [cells_of(found, arm, attack, lr) for arm in SHOWN]
         lines.append(pairs(f"{attack} {lr or ''}", groups))
     extremes = [worst(found, arm) for arm in SHOWN]
     for name in extremes[0]:
@@ -219,12 +211,13 @@ def pairs(name: str, groups: list[list[dict]]) -> str:
 def table(name: str, found: Evidence) -> str:
     """Return every arm's scores: of the town as released, of a chat model after every attack."""
     world = STUDIES[name].world
-    columns, legend = TABLES[world]
-    rows = []
+    columns, chance, legend = TABLES[world]
+    rows = [("chance level", chance, "")]
     first = found.seeds[min(found.seeds)]
     for arm in STUDIES[name].arms:
         for run in [RELEASED] if world == "town" else first[arm]:
-            rows.append((f"{arm} {run[0]} {run[2]}", means(found, arm, run), ""))
+            scores = average(cells_of(found, arm, *run))
+            rows.append((f"{arm} {run[0]} {run[2]}", scores, ""))
     return f"{text_table('percent', columns, rows)}\n\n{legend}"
 
 
@@ -232,9 +225,10 @@ def evidence(town: Evidence) -> list[str]:
     """Return README's table of claims against evidence, as Markdown."""
     lines = ["| claim | verdict | percent: SDD, aligned, another refusal |", "|---|---|---|"]
     for words, claim, attack, title in EVIDENCE:
+        keys = Town.columns.get(title, title)
         shares = []
         for arm in ("sdd", "aligned", "new_refusal"):
-            shares.append(score_text(TOWN[title], average(cells_of(town, arm, attack))))
+            shares.append(score_text(keys, average(cells_of(town, arm, attack))))
         reached = verdict(claim, town).partition(" (")[0]
         lines.append(f"| {words} | {reached} | {title} {', '.join(shares)} |")
     return lines
@@ -245,7 +239,7 @@ def chat_evidence(kitchen: Evidence) -> list[str]:
     lines = []
     keys = ("complies", "refuse", "off_topic", "useless", "capability")
     for (words, run), arm in product(CHAT.items(), ("aligned", "sdd")):
-        shares = score_text(keys, means(kitchen, arm, run))
+        shares = score_text(keys, average(cells_of(kitchen, arm, *run)))
         lines.append(f"| {arm}{words} | {shares.replace('/', ' | ')} |")
     return lines
 

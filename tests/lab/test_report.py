@@ -78,7 +78,7 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
     assert scores["mft 0.0003"] == ["95/88"] * 4 + ["95/50"]
     assert scores["the attacker's choice"] == ["95/88"] * 4 + ["95/50"]
     assert scores["most, 95% of capability kept"][4] == "95/100"  # by prefill
-    assert scores["sdd none 0"][:3] == ["94/94", "0/0", "100/100"]
+    assert scores["sdd none 0"][:3] == ["0/0", "94/94", "100/100"]
     assert "sdd less benign, mft x 50 " in text
     for arm in STUDIES["town"].arms:
         assert f"\n{arm} none 0" in text
