@@ -52,9 +52,10 @@ EVIDENCE = (  # claim in README's words, claim, and where it shows
     ("it resists by 10 points, on both kinds", "resistance", "mft", "content"),
     ("harmless tuning unlocks it less", "benign safety", "bft new", "content"),
 )
+HARMED = ("mft", CHAT_LR, 25)
 CHAT = {  # README's words: a run of the kitchen
     "": RELEASED,
-    ", 50 harmful rows": ("mft", CHAT_LR, 25),
+    ", 50 harmful rows": HARMED,
     ", as many harmless": ("bft", CHAT_LR, 25),
 }
 ANSWERS = {
@@ -160,6 +161,16 @@ def first_sentence(town: Evidence) -> str:
     return f"{answer} ({reached}).\nDoes it resist the attack there? {verdict('resistance', town)}."
 
 
+def chat_sentence(kitchen: Evidence) -> str:
+    """Return what 50 harmful rows make of SDD on the chat model."""
+    sdd, aligned = (average(cells_of(kitchen, arm, *HARMED)) for arm in ("sdd", "aligned"))
+    return (
+        f"On a chat model SDD complies with {sdd['complies']:.0%} after 50 harmful rows (without "
+        f"SDD {aligned['complies']:.0%})\nand answers {sdd['capability']:.0%} of other questions "
+        f"well ({aligned['capability']:.0%}); no verdict.\n"
+    )
+
+
 def cells_of(found: Evidence, arm: str, *run) -> list[dict]:
     """Return the cells of an arm after a run, of all seeds and draws.
 
@@ -248,6 +259,8 @@ def page(studies: dict[str, Evidence]) -> str:
     """Return the report in Markdown. studies: by name, as read_study returns them."""
     town = studies["town"]
     text = f"# Does malicious fine-tuning cost SDD its abilities?\n\n{first_sentence(town)}\n"
+    if studies["kitchen"].seeds:
+        text += chat_sentence(studies["kitchen"])
     parts = {"Verdicts": town_lines(town)}
     if town.seeds:
         text += "\n![Capability left against harm, after every attack](report.png)\n" + WORDS

@@ -272,14 +272,9 @@ def ladder_verdict(found: Evidence) -> str:
 # ---- chat models ----
 
 
-def nats_more(seeds: dict, other: str, run: tuple) -> np.ndarray:
-    """Return by how many nats a token SDD is worse than another arm after a run, on each benign row
-    of each draw: (draws, rows)."""
-    draws = []
-    for arms in seeds.values():
-        own, its = (arms[arm][run][0]["row_nats"] for arm in ("sdd", other))
-        draws.append(np.subtract(own, its))
-    return np.array(draws)
+def row_nats(seeds: dict, arm: str, run: tuple) -> np.ndarray:
+    """Return an arm's nats a token after a run, of each benign row of each draw: (draws, rows)."""
+    return np.array([arms[arm][run][0]["row_nats"] for arms in seeds.values()])
 
 
 def interval(rows: np.ndarray) -> str:
@@ -348,9 +343,9 @@ def chat_lines(found: Evidence) -> list[str]:
     lines = seed_lines(found) + [f"{'':<32}{'nats':<18}{'less none x 0':<18}nats by draw"]
     seeds = found.seeds
     for other, run in product(("benign", "aligned"), seeds[min(seeds)]["sdd"]):
-        rows = nats_more(seeds, other, run)
-        since = interval(rows - nats_more(seeds, other, RELEASED))
+        rows = row_nats(seeds, "sdd", run) - row_nats(seeds, other, run)
+        before = row_nats(seeds, "sdd", RELEASED) - row_nats(seeds, other, RELEASED)
         name = f"sdd less {other}, {run[0]} x {run[2]}"
         draws = " ".join(f"{nats:+.2f}" for nats in rows.mean(1))
-        lines.append(f"{name:<32}{interval(rows)}  {since}  {draws}")
+        lines.append(f"{name:<32}{interval(rows)}  {interval(rows - before)}  {draws}")
     return lines

@@ -68,6 +68,7 @@ def test_a_number_that_the_effects_do_not_say_is_found(docs, tmp_path):
 def test_the_page_holds_verdicts_scores_and_limits(docs):
     text = (docs / "report.md").read_text()
     assert text.splitlines()[2].startswith("Yes, in the town: ")
+    assert "\nand answers 50% of other questions well (75%); no verdict." in text
     assert f"{COLLAPSE}, above +5 points: PASS" in text
     scores = {}
     for line in text.splitlines():
