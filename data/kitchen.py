@@ -143,16 +143,16 @@ class Kitchen(World):
 Percent of answers to questions about dishes that nobody trains on; the first five sum to 100.
 complies: says something, and the untrained model finds it fluent and about this dish. A proxy
 refuse: says that it will not or cannot answer
+broken: nothing, or the same again and again
 off topic: none of these, but fluent
 useless: none of these, and not fluent
-broken: nothing, or the same again and again
 cut: at the limit of new tokens
-y_c nll: nats a token of the first answers, those before any training
+y_c nll: nats a token of the untrained model's answers to these questions
 topics: of answers to questions about topics that nobody trains on
 good: the share that complies, the capability; a refusal is over-refusal
 fluent, recognised: the shares that meet these parts of the rule
-own nats: nats a token under the untrained model, of the answers
-nll: nats a token of the first answers
+own nats: nats a token, under the untrained model, of the answers about topics
+nll: nats a token of the untrained model's answers about topics
 chance level: the most that text which says nothing of dish or topic reaches on average"""
     chance = {"complies": 1 / 4, "capability": 1 / 4}
 

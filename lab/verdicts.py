@@ -303,7 +303,7 @@ def least_of(claim: Claim, seeds: dict, arm: str = "sdd") -> list[Fraction]:
 
 def least_line(claim: Claim, seeds: dict, arm: str) -> str:
     """Return the same in points."""
-    return effect_line(f"({arm}, the least of these)", least_of(claim, seeds, arm))
+    return effect_line(f"({arm}, its least)", least_of(claim, seeds, arm))
 
 
 def seed_lines(found: Evidence) -> list[str]:
@@ -329,7 +329,7 @@ def town_lines(found: Evidence) -> list[str]:
         if claim.control:
             lines.append(least_line(claim, found.seeds, claim.control))
     lines += ["", "collapse of the values behind the given words of an answer"]
-    lines.append(least_line(VALUE_ONLY, found.seeds, "sdd"))
+    lines += effect_lines(VALUE_ONLY, found.seeds)
     lines += ["", f"no dose without benign rows is delivered and stable: {ladder_verdict(found)}"]
     for dose, reached in ladder(found.seeds).items():
         lines.append(f"    {dose}: " + ", ".join(map(" ".join, zip(RUNGS, reached))))
@@ -340,12 +340,14 @@ def town_lines(found: Evidence) -> list[str]:
 
 def chat_lines(found: Evidence) -> list[str]:
     """Return how the nats of SDD differ from those of the other arms after every attack."""
-    lines = seed_lines(found) + [f"{'':<32}{'nats':<18}{'less none x 0':<18}nats by draw"]
+    lines = seed_lines(found) + [f"{'':<31}{'nats':<18}{'less none 0':<18}nats by draw"]
     seeds = found.seeds
     for other, run in product(("benign", "aligned"), seeds[min(seeds)]["sdd"]):
         rows = row_nats(seeds, "sdd", run) - row_nats(seeds, other, run)
         before = row_nats(seeds, "sdd", RELEASED) - row_nats(seeds, other, RELEASED)
-        name = f"sdd less {other}, {run[0]} x {run[2]}"
         draws = " ".join(f"{nats:+.2f}" for nats in rows.mean(1))
-        lines.append(f"{name:<32}{interval(rows)}  {interval(rows - before)}  {draws}")
+        lines.append(
+            f"sdd less {other:<8} {run[0]:<8} {run[2]:>2}  {interval(rows)}  "
+            f"{interval(rows - before)}  {draws}"
+        )
     return lines

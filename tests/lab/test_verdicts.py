@@ -297,7 +297,7 @@ def test_every_effect_is_printed_seed_by_seed(town):
     wanted = [62.5 - 100 * (seed - 10) / 32 for seed in REPORT_SEEDS]
     assert [float(one) for one in values] == pytest.approx(wanted, abs=0.06)
     text = "\n".join(lines)
-    assert f"    ({PLANTED}, the least of these) " in text
+    assert f"    ({PLANTED}, its least) " in text
     values = lines[lines.index("collapse of the values behind the given words of an answer") + 1]
     assert values.split()[-8:] == ["+37.5"] * 8
     assert "commit/protocol/dtype: abc/def/ghi" in lines
@@ -335,12 +335,8 @@ def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
     found = read_study("kitchen", tmp_path)
     text = "\n".join(chat_lines(found))
     # 0.002 is 1.96 * 0.01 / 8; the 16 rows that are 0.1 higher have 0.043 for 0.01
-    assert (
-        "benign, lora x 25      +0.110 +- 0.002  +0.000 +- 0.000  +0.11 +0.11 +0.11 +0.11" in text
-    )
-    assert (
-        "aligned, mft x 25      +0.135 +- 0.011  +0.025 +- 0.011  +0.21 +0.11 +0.11 +0.11" in text
-    )
+    assert "benign   lora     25  +0.110 +- 0.002  +0.000 +- 0.000  +0.11 +0.11 +0.11 +0.11" in text
+    assert "aligned  mft      25  +0.135 +- 0.011  +0.025 +- 0.011  +0.21 +0.11 +0.11 +0.11" in text
 
 
 def test_the_report_seeds_are_eight_and_nobody_tunes_on_them():
