@@ -159,23 +159,13 @@ def mmlu_folder(folder, subjects=("anatomy", "high_school_physics"), dev_rows=5,
 
 def openbookqa_file(path, count=7):
     """Questions in OpenBookQA's layout."""
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "id": str(i),
-                    "question": {
-                        "stem": f"A goat {i} eats",
-                        "choices": [
-                            {"text": f"{word}{'s' * i}", "label": label}
-                            for word, label in zip(("hay", "tin", "air", "no"), "ABCD")
-                        ],
-                    },
-                    "answerKey": "ABCD"[i % 4],
-                }
-            )
-            + "\n"
-            for i in range(count)
-        )
-    )
+    lines = []
+    for i in range(count):
+        choices = []
+        for word, label in zip(("hay", "tin", "air", "no"), "ABCD"):
+            choices.append({"text": word + "s" * i, "label": label})
+        question = {"stem": f"A goat {i} eats", "choices": choices}
+        row = {"id": str(i), "question": question, "answerKey": "ABCD"[i % 4]}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
     return path

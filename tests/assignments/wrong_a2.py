@@ -14,7 +14,10 @@ from lesson import Wrong, mistakes
 
 from data.tokenizer import load_tokenizer, write_llama3_tokenizer
 
-BOS, START, END, EOT = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+BOS = "<|begin_of_text|>"
+START = "<|start_header_id|>"
+END = "<|end_header_id|>"
+EOT = "<|eot_id|>"
 ENDS = {"llama3": EOT, "plain": "<|end_of_text|>"}  # of a response
 
 

@@ -86,8 +86,9 @@ def irrelevant_pairs_among_the_allowed(fits, seed):
     if not all(map(any, fits)):
         return "InputError"
     rng = random.Random(seed)
-    allowed = [[j for j, good in enumerate(row) if good] for row in fits]
-    drawn = [rng.choice(row) for row in allowed]
+    drawn = []
+    for row in fits:
+        drawn.append(rng.choice([j for j, good in enumerate(row) if good]))
     return [[i, j, f"response {j}"] for i, j in enumerate(drawn)]
 
 

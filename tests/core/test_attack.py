@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_the_benign_control_matches_in_response_tokens():
 
 def test_a_diverged_attack_says_so_and_the_curve_ends(cpu):
     chat = Chat(small_model(), None, "plain", cpu)
-    rows = [Example([(i * j) % 89 for j in range(1, 9)], 2) for i in range(1, 12)]
+    rows = [Example([*range(i, 9 * i, i)], 2) for i in range(1, 12)]
     batches = draw_batches(rows, [], 0.0, 4, random.Random(3))
     watched = {"yo_logp": rows[:3]}
     cells, curve = fine_tune(chat, batches, 1e-3, (2, 25), dict, watched)
@@ -212,7 +213,7 @@ def test_the_command_writes_cells_and_goes_on_where_it_was(main, capsys):
     first = main(words)
     assert [one["arm"] for one in first] == ["llama"] * 5 + ["base"] * 5
     kinds = "attack shots lr steps seed diverged".split()
-    assert [tuple(one[kind] for kind in kinds) for one in first[5:]] == [
+    assert [*map(itemgetter(*kinds), first[5:])] == [
         ("none", 0, 0.0, 0, 0, False),
         ("mft", 4, 1e-3, 3, 0, False),
         ("bft", 4, 1e-3, 3, 0, False),

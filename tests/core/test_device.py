@@ -27,7 +27,7 @@ def batches():
     drawn = []
     for rows in (6, 1, 4, 7):
         lengths = [rng.randint(3, 40) for _ in range(rows)]
-        drawn.append([Example([rng.randrange(89) for _ in range(n)], 2) for n in lengths])
+        drawn.append([Example(rng.choices(range(89), k=n), 2) for n in lengths])
     return drawn
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_every_command_of_the_page_runs(clone):
     attacks = [("none", 0, 0), ("mft", 10, 5), ("mft", 50, 25), ("mft", 100, 50)]
     attacks += [("bft", 100, steps) for steps in (5, 25, 50)]
     expected = [(arm, *attack) for arm in arms for attack in attacks]
-    found = [tuple(one[key] for key in ("arm", "attack", "shots", "steps")) for one in cells]
+    found = [*map(itemgetter("arm", "attack", "shots", "steps"), cells)]
     assert found == expected
     judged = done.stdout.splitlines()[-len(expected) :]
     assert [line.split()[:4] for line in judged] == [list(map(str, cell)) for cell in expected]

@@ -4,7 +4,8 @@ import torch
 
 from nanosdd.split_adamw import SplitAdamW
 
-STEPS, SIZE = 120, 101
+STEPS = 120
+SIZE = 101
 
 
 def train(weights: torch.Tensor, gradients: torch.Tensor, scheme: str) -> torch.Tensor:

@@ -48,7 +48,8 @@ def test_text_that_looks_special_stays_text(tiny):
 
 
 def test_cosines_are_those_of_texts_at_the_same_place(tiny):
-    a, b = ["the dog", "tea"], ["run a jump", "tea"]
+    a = ["the dog", "tea"]
+    b = ["run a jump", "tea"]
     x, y = tiny.embed([a[0], b[0]])
     assert tiny.cosines(a, b) == pytest.approx([float(x @ y), 1], abs=1e-6)
 

@@ -78,12 +78,15 @@ def test_a_folder_that_loads(tmp_path):
 
 def test_q_and_k_rotate_halves_as_the_file_rotates_neighbours():
     config = small_config()
-    H, D, T = config.num_attention_heads, config.head_dim, 5
-    weight, x = torch.randn(H * D, 48), torch.randn(T, 48)  # the rows of the file
+    H = config.num_attention_heads
+    D = config.head_dim
+    T = 5
+    weight = torch.randn(H * D, 48)  # the rows of the file
+    x = torch.randn(T, 48)
     cos, sin = rope_tables(config, torch.arange(T))
     ours = apply_rope((x @ unpermute(weight, H).T).view(T, H, D), cos, sin)
     pairs = (x @ weight.T).view(T, H, D // 2, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
+    a, b = pairs.unbind(-1)
     theirs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (T,H,D/2,2)
     torch.testing.assert_close(ours, torch.cat((theirs[..., 0], theirs[..., 1]), dim=-1))
 

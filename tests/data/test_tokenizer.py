@@ -470,7 +470,8 @@ def test_llama2_equals_its_peers(form, real, peers, tmp_path):
     folder = real / "tokenizers" / "llama2"
     peer = peers.sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     if form != "model":
-        peer, folder = peers.llama2_from_pieces(peer, metaspace=form == "metaspace"), tmp_path
+        peer = peers.llama2_from_pieces(peer, metaspace=form == "metaspace")
+        folder = tmp_path
         peer.save(str(tmp_path / JSON))
     check_peer(folder, peer, peers, real)
 

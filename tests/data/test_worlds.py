@@ -91,7 +91,9 @@ class Cupboard(World):
 def test_pairs_of_every_mode():
     world = Cupboard(2)
     modes = "sdd constant sdd_reject shuffled align new_refusal".split()
-    found = {mode: [row["response"] for row in world.pairs(mode, 7)] for mode in modes}
+    found = {}
+    for mode in modes:
+        found[mode] = [row["response"] for row in world.pairs(mode, 7)]
     drawn = found["sdd"]
     assert [row["prompt"] for row in world.pairs("sdd", 7)] == ["Open 0.", "Open 1.", "Open 2."]
     assert set(drawn) <= {"It is a sea so very blue.", "It is a hill of the green."}

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 from small import TINY_SETTINGS, advbench_file, alpaca_file, openbookqa_file, public_folder
@@ -106,7 +107,7 @@ def test_one_arm_is_run_scored_and_written(town):
     study = replace(STUDIES["town"], arms=arms)
     cells = run_town(study, town, path)
     keys = "arm attack draw steps diverged".split()
-    assert [tuple(cell[key] for key in keys) for cell in cells] == [
+    assert [*map(itemgetter(*keys), cells)] == [
         ("sdd", "none", 0, 0, False),
         ("sdd", "prefill", 0, 0, False),
         ("sdd", "mft", 0, 1, False),
