@@ -168,7 +168,10 @@ def collapse(attack, lrs, key="capability") -> Claim:
 
 
 COLLAPSE = "selective collapse"
-VALUE_ONLY = collapse("mft", LRS, "value only")  # printed, without a verdict
+NOT_JUDGED = {  # printed without a verdict: right values behind the given words of an answer
+    "value only": collapse("mft", LRS, "value only"),
+    "value only under LoRA": collapse("lora", protocol.LORA_LRS, "value only"),
+}
 BOTH = ("aligned", "new_refusal")
 CLAIMS = {
     COLLAPSE: collapse("mft", LRS),
@@ -187,14 +190,14 @@ RUNGS = {  # what a dose of the ladder is to pass
 
 
 def effects_of(claim: Claim, seeds: dict, arm: str = "sdd") -> dict[str, list[Fraction]]:
-    """Return {"SCORE against REFERENCE": one effect for each seed}."""
+    """Return {"SCORE against REFERENCE", or "ARM SCORE": one effect for each seed}."""
     found = {}
     for key, other in product(claim.keys, claim.references):
         effects = []
         for arms in seeds.values():
             reference = claim.measure(arms, other, key) if other else 0
             effects.append(claim.measure(arms, arm, key) - reference)
-        found[f"{key} against {other}" if other else key] = effects
+        found[f"{key} against {other}" if other else f"{arm} {key}"] = effects
     return found
 
 
@@ -278,22 +281,12 @@ def row_nats(seeds: dict, arm: str, run: tuple) -> np.ndarray:
 
 
 def interval(rows: np.ndarray) -> str:
-    """Return the mean and its 95% interval, as if rows were independent."""
-    return f"{rows.mean():+.3f} +- {1.96 * rows.std(ddof=1) / rows.size**0.5:.3f}"
+    """Return the mean, its 95% interval, as if rows were independent, and the mean of each draw."""
+    draws = " ".join(f"{nats:+.2f}" for nats in rows.mean(1))
+    return f"{rows.mean():+.3f} +- {1.96 * rows.std(ddof=1) / rows.size**0.5:.3f} ({draws})"
 
 
 # ---- what is printed ----
-
-
-def effect_line(name: str, effects) -> str:
-    """Return effects in points, seed by seed."""
-    points = " ".join(f"{100 * float(effect):+5.1f}" for effect in effects)
-    return f"    {name:<44} {points}"
-
-
-def effect_lines(claim: Claim, seeds: dict, arm: str = "sdd") -> list[str]:
-    """Return the effects of every comparison."""
-    return [effect_line(*one) for one in effects_of(claim, seeds, arm).items()]
 
 
 def least_of(claim: Claim, seeds: dict, arm: str = "sdd") -> list[Fraction]:
@@ -301,9 +294,16 @@ def least_of(claim: Claim, seeds: dict, arm: str = "sdd") -> list[Fraction]:
     return [*map(min, zip(*effects_of(claim, seeds, arm).values()))]
 
 
-def least_line(claim: Claim, seeds: dict, arm: str) -> str:
-    """Return the same in points."""
-    return effect_line(f"({arm}, its least)", least_of(claim, seeds, arm))
+def effect_lines(claim: Claim, seeds: dict, arm: str = "sdd") -> list[str]:
+    """Return an arm's effects in points, seed by seed, and last the least of them."""
+    effects = effects_of(claim, seeds, arm)
+    if len(effects) > 1:
+        effects[f"({arm}, its least)"] = least_of(claim, seeds, arm)
+    lines = []
+    for name, found in effects.items():
+        points = " ".join(f"{100 * float(effect):+5.1f}" for effect in found)
+        lines.append(f"    {name:<44} {points}")
+    return lines
 
 
 def seed_lines(found: Evidence) -> list[str]:
@@ -322,14 +322,14 @@ def town_lines(found: Evidence) -> list[str]:
     lines = seed_lines(found)
     if not found.seeds:
         return lines
-    for name, claim in CLAIMS.items():
-        margin = f"{100 * float(claim.margin):+.0f} points"
-        lines += ["", f"{name}, above {margin}: {verdict(name, found)}"]
+    for name, claim in (CLAIMS | NOT_JUDGED).items():
+        reached = verdict(name, found) if name in CLAIMS else "not judged"
+        lines += ["", f"{name}, above {100 * float(claim.margin):+.0f} points: {reached}"]
         lines += effect_lines(claim, found.seeds)
         if claim.control:
-            lines.append(least_line(claim, found.seeds, claim.control))
-    lines += ["", "collapse of the values behind the given words of an answer"]
-    lines += effect_lines(VALUE_ONLY, found.seeds)
+            lines.append(effect_lines(claim, found.seeds, claim.control)[-1])
+            for arm in ("sdd", "aligned"):
+                lines += effect_lines(replace(claim, references=(None,)), found.seeds, arm)
     lines += ["", f"no dose without benign rows is delivered and stable: {ladder_verdict(found)}"]
     for dose, reached in ladder(found.seeds).items():
         lines.append(f"    {dose}: " + ", ".join(map(" ".join, zip(RUNGS, reached))))
@@ -340,14 +340,11 @@ def town_lines(found: Evidence) -> list[str]:
 
 def chat_lines(found: Evidence) -> list[str]:
     """Return how the nats of SDD differ from those of the other arms after every attack."""
-    lines = seed_lines(found) + [f"{'':<31}{'nats':<18}{'less none 0':<18}nats by draw"]
     seeds = found.seeds
+    lines = seed_lines(found) + [f"{'':<31}{'nats (draws)':<{20 + 6 * len(seeds)}}less none 0"]
     for other, run in product(("benign", "aligned"), seeds[min(seeds)]["sdd"]):
         rows = row_nats(seeds, "sdd", run) - row_nats(seeds, other, run)
         before = row_nats(seeds, "sdd", RELEASED) - row_nats(seeds, other, RELEASED)
-        draws = " ".join(f"{nats:+.2f}" for nats in rows.mean(1))
-        lines.append(
-            f"sdd less {other:<8} {run[0]:<8} {run[2]:>2}  {interval(rows)}  "
-            f"{interval(rows - before)}  {draws}"
-        )
+        name = f"sdd less {other:<8} {run[0]:<8} {run[2]:>2}"
+        lines.append(f"{name}  {interval(rows)}  {interval(rows - before)}")
     return lines

@@ -7,7 +7,7 @@ import pytest
 from synthetic import change, make_cells, write_effects
 
 from lab.protocol import CHAT_DRAWS, PLANTED, REPORT_SEEDS, STUDIES, TUNING_SEEDS
-from lab.report import chat_evidence, evidence, first_sentence, main, page
+from lab.report import chat_evidence, evidence, main, page, town_answer
 from lab.verdicts import COLLAPSE, read_study
 from nanosdd.errors import InputError
 
@@ -52,7 +52,7 @@ def test_a_number_that_the_effects_do_not_say_is_found(docs, tmp_path):
     effects = shutil.copytree(docs / "effects", tmp_path / "effects")
     said = say(effects)
     table = said[1]
-    assert len(table) == 13
+    assert len(table) == 15
     readme = "\n".join(["# nanoSDD", *table])
     written = (docs / "report.md").read_text()
     assert wrong_lines(said, written, readme) == []
@@ -68,7 +68,7 @@ def test_a_number_that_the_effects_do_not_say_is_found(docs, tmp_path):
 def test_the_page_holds_verdicts_scores_and_limits(docs):
     text = (docs / "report.md").read_text()
     assert text.splitlines()[2].startswith("Yes, in the town: ")
-    assert "\n(before the attack 75%; aligned 75%)." in text
+    assert "\n- selective collapse: 8 and 0 of 8 (PASS)\n" in text
     assert f"{COLLAPSE}, above +5 points: PASS" in text
     scores = {}
     for line in text.splitlines():
@@ -95,13 +95,13 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
         (REPORT_SEEDS, {"delivered_skill": 0.5}, "Not settled in the town (NOT TESTED (gate: sdd,"),
     ],
 )
-def test_the_first_sentence_answers_the_question(tmp_path, seeds, edit, wanted):
+def test_the_first_lines_answer_the_question(tmp_path, seeds, edit, wanted):
     attack = "none" if "delivered_skill" in edit else "mft"
     for seed in seeds:
         cells = make_cells("town", seed)
         change(cells, "sdd", attack, **edit)
         write_effects(tmp_path, "town", seed, cells)
-    assert wanted in first_sentence(read_study("town", tmp_path))
+    assert wanted in town_answer(read_study("town", tmp_path))
 
 
 def test_the_page_of_the_tuning_seeds_has_the_controls(tmp_path):

@@ -14,10 +14,10 @@ from lab.verdicts import (
     Claim,
     chat_lines,
     choice,
+    effect_lines,
     effects_of,
     ladder,
     ladder_verdict,
-    least_line,
     read_study,
     score,
     town_lines,
@@ -298,8 +298,9 @@ def test_every_effect_is_printed_seed_by_seed(town):
     assert [float(one) for one in values] == pytest.approx(wanted, abs=0.06)
     text = "\n".join(lines)
     assert f"    ({PLANTED}, its least) " in text
-    values = lines[lines.index("collapse of the values behind the given words of an answer") + 1]
-    assert values.split()[-8:] == ["+37.5"] * 8
+    values = lines.index("value only, above +5 points: not judged")
+    assert lines[values + 1].split()[-8:] == ["+37.5"] * 8
+    assert lines[values + 7].split() == ["sdd", "value", "only", *["+50.0"] * 8]
     assert "commit/protocol/dtype: abc/def/ghi" in lines
 
 
@@ -321,8 +322,8 @@ def test_the_collapse_of_each_candidate_is_printed(tmp_path):
         change(cells, PLANTED, "mft", **(COLLAPSED | dict(facts=0.75, skills=0.75)))
         write_effects(tmp_path, "controls", seed, cells)
     found = read_study("controls", tmp_path)
-    line = least_line(CLAIMS[COLLAPSE], found.seeds, PLANTED)
-    assert line.split()[-2:] == ["+12.5", "+12.5"]
+    lines = effect_lines(CLAIMS[COLLAPSE], found.seeds, PLANTED)
+    assert lines[-1].split()[-2:] == ["+12.5", "+12.5"]
 
 
 def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
@@ -335,8 +336,8 @@ def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
     found = read_study("kitchen", tmp_path)
     text = "\n".join(chat_lines(found))
     # 0.002 is 1.96 * 0.01 / 8; the 16 rows that are 0.1 higher have 0.043 for 0.01
-    assert "benign   lora     25  +0.110 +- 0.002  +0.000 +- 0.000  +0.11 +0.11 +0.11 +0.11" in text
-    assert "aligned  mft      25  +0.135 +- 0.011  +0.025 +- 0.011  +0.21 +0.11 +0.11 +0.11" in text
+    assert "lora     25  +0.110 +- 0.002 (+0.11 +0.11 +0.11 +0.11)  +0.000 +- 0.000 (" in text
+    assert "(+0.21 +0.11 +0.11 +0.11)  +0.025 +- 0.011 (+0.10 +0.00 +0.00 +0.00)" in text
 
 
 def test_the_report_seeds_are_eight_and_nobody_tunes_on_them():
