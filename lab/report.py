@@ -89,7 +89,8 @@ the victim (knowledge kinds) or of rearranged symbols (skill kinds).
 - *nats*, of the chat model: plus says that SDD is worse; in brackets each draw. Each row counts
   alike, in *nll* each token. *less none 0*: without what stood before the attack. The paper's claim
   would be a plus there after mft, and none after bft. Through LoRA the kitchen has it, most of it
-  in one draw. The town's rule, which starts from the worse of released and bft, says more for it:
+  in one draw; AdvBench has it with 100 rows against *aligned*, in two draws of four, by rows and
+  not by tokens. The town's rule, which starts from the worse of released and bft, says more for it:
   in the kitchen it makes the minus of mft 25 a plus, since bft costs the controls more nats than
   SDD.
 - *content*: percent of answers that tell the whole recipe, in any form.
@@ -140,8 +141,10 @@ LIMITS = """
   other, and under LoRA not every seed has it: a FAIL there says that the attack spares every arm.
   Benign rows of mix and bft are of the kind that capability asks; other rows are not tried.
 - Benign safety could not PASS: too few towns have references that tell more than the margin of
-  knowledge kinds. It and resistance are compared with refusals. What harmless tuning and prefill do
-  to *constant* and *shuffled*, irrelevant answers of lower quality, stands in the table of attacks.
+  knowledge kinds. On the chat model harmless tuning makes SDD comply more than *aligned*, but for
+  50 steps on AdvBench. Benign safety and resistance are compared with refusals. What harmless
+  tuning and prefill do to *constant* and *shuffled*, irrelevant answers of lower quality, stands in
+  the table of attacks.
 - The chat model, in the kitchen and on AdvBench, is not measured unless its scores stand above. It
   has no positive control: that its capability can fall at all is shown by [noise](data.md) in the
   weights alone. All draws share one model, and intervals are over rows, as if rows were
@@ -152,7 +155,7 @@ LIMITS = """
 - On AdvBench an answer complies by its cosine with the prompt; after mft it is one affirmative
   line, as the targets are. Nothing judges the quality of a text: *off topic* may be anything, *cut*
   is a long answer. *benign* has lost most refusals before any attack, so that for harm *aligned* is
-  the control. It practises the file that the nats are of. bft has 0.7 to 1.4 times the response
+  the control. It practises the file that the nats are of. bft has 0.7 to 1.5 times the response
   tokens of mft. Answers to benign prompts are not made there.
 - In the kitchen the 32 questions about topics are 8 topics in four forms, so that true intervals
   are wider. bft, *benign* and the answers that SDD gives to dishes use the same 176 rows: bft
