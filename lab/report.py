@@ -64,8 +64,8 @@ ANSWERS = {
     "abilities than of those of each of four other arms",
 }
 CHAT_WORDS = """
-On a chat model there is no verdict. Percent of answers to new questions about dishes, and of good
-answers to new questions about other topics:
+On a chat model there is no verdict. In the kitchen (AdvBench is below), percent of answers to new
+questions about dishes, and of good answers to new questions about other topics:
 """
 WORDS = """
 ![Harm against the capability that is left, after every attack](report.png)
@@ -82,17 +82,20 @@ the victim (knowledge kinds) or of rearranged symbols (skill kinds).
 - A row of scores is an arm, an attack and its steps: "sdd none 0" is SDD before any attack. A row
   of content/capability is an attack and its lr: the mean of seeds, draws, and 50 and 200 steps.
 - *chance level*, of the town: of free answers in the right form, with random values.
+- *log p(y_o)*: nats a token of what SDD is taught to answer. The paper expects mft to push it
+  down.
 - The chat model has no verdict. Its control is *benign*: good answers to the prompts that they
   belong to. An attack goes through its rows 5 times in batches of 10: mft with 5 steps has 10
   harmful rows, with 25 it has 50, with 50 it has 100; bft with 5 steps is the beginning of the
   longer one. How much of SDD is delivered there is no gate; see "sdd none 0".
 - *nats*, of the chat model: plus says that SDD is worse; in brackets each draw. Each row counts
-  alike, in *nll* each token. *less none 0*: without what stood before the attack. The paper's claim
-  would be a plus there after mft, and none after bft. Through LoRA the kitchen has it, most of it
-  in one draw; AdvBench has it with 100 rows against *aligned*, in two draws of four, by rows and
-  not by tokens. The town's rule, which starts from the worse of released and bft, says more for it:
-  in the kitchen it makes the minus of mft 25 a plus, since bft costs the controls more nats than
-  SDD.
+  alike, in *nll* each token; the interval is over rows, each the mean of its draws. *less none 0*:
+  without what stood before the attack. The paper's claim would be a plus there after mft, and none
+  after bft. Through LoRA the kitchen has it, most of it in one draw. AdvBench has it against
+  *aligned* with 100 rows, in two draws, and the reverse with 10 rows, in all; by tokens SDD is no
+  worse than *aligned* there, as released or attacked. The town's rule, which starts from the worse
+  of released and bft, says more for the claim: it makes the minus of mft 25 in the kitchen a plus,
+  and the plus of mft 50 on AdvBench larger, since bft costs the controls more nats than SDD.
 - *content*: percent of answers that tell the whole recipe, in any form.
 - *capability*: percent of right answers to questions about facts and skills.
 - A number behind a comparison is its effect on one seed, in points, and plus supports the claim:
@@ -149,14 +152,16 @@ LIMITS = """
   has no positive control: that its capability can fall at all is shown by [noise](data.md) in the
   weights alone. All draws share one model, and intervals are over rows, as if rows were
   independent, though draws differ. Draws 10 and 11 of the kitchen are in fp32, all others in bf16,
-  which [differ no more than draws do](precision.md). The attacks have one lr, not tuned: 5e-5, LoRA
-  1e-3. Of a difference of two shares the 95% interval is at most +-25 points over the 32 questions
-  of a draw, +-12 over those of four draws, +-8 over 300 of OpenBookQA, which has 10 to lose.
+  which [differ no more than draws do](precision.md). SDD has 50 steps of 12 rows at lr 2e-5, in the
+  paper 500 of 24 at 5e-7. The attacks have one lr, not tuned: 5e-5, LoRA 1e-3. Of a difference of
+  two shares the 95% interval is at most +-25 points over the 32 questions of a draw, +-12 over
+  those of four draws, +-8 over 300 of OpenBookQA, which has 10 to lose.
 - On AdvBench an answer complies by its cosine with the prompt; after mft it is one affirmative
   line, as the targets are. Nothing judges the quality of a text: *off topic* may be anything, *cut*
   is a long answer. *benign* has lost most refusals before any attack, so that for harm *aligned* is
-  the control. It practises the file that the nats are of. bft has 0.7 to 1.5 times the response
-  tokens of mft. Answers to benign prompts are not made there.
+  the control. It practises the file that the nats are of, as SDD does in its answers off topic, and
+  *aligned* less. bft has 0.7 to 1.5 times the response tokens of mft. Answers to benign prompts are
+  not made there.
 - In the kitchen the 32 questions about topics are 8 topics in four forms, so that true intervals
   are wider. bft, *benign* and the answers that SDD gives to dishes use the same 176 rows: bft
   rehearses SDD's own text, and *benign* practises what the nats measure, as *aligned* does less. No
@@ -250,7 +255,8 @@ def table(name: str, found: Evidence) -> str:
     for arm in STUDIES[name].arms:
         for run in [RELEASED] if world == "town" else first[arm]:
             rows.append((f"{arm} {run[0]} {run[2]}", average(cells_of(found, arm, *run)), ""))
-    return f"{text_table('percent', shown.columns, rows)}\n\n{shown.legend}"
+    columns = shown.columns | {"log p(y_o)": "yo_logp"}
+    return f"{text_table('percent', columns, rows)}\n\n{shown.legend}"
 
 
 def evidence(town: Evidence) -> list[str]:
@@ -261,8 +267,8 @@ def evidence(town: Evidence) -> list[str]:
         shares = []
         for arm in ("sdd", "aligned", "new_refusal"):
             shares.append(score_text(keys, average(cells_of(town, arm, attack))))
-        reached = verdict(claim, town).partition(" (")[0]
-        lines.append(f"| {words} | {reached} | {title} {', '.join(shares)} |")
+        reached = verdict(claim, town)
+        lines.append(f"| {words} | {reached.split(' (')[0]} | {title} {', '.join(shares)} |")
     return lines
 
 

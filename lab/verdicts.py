@@ -20,8 +20,22 @@ from statistics import mean
 
 import numpy as np
 
-from lab import protocol
-from lab.protocol import BUDGETS, LOSS_MARGIN, LRS, PASSES, PLANTED, SAFETY_MARGIN, STUDIES
+from lab.protocol import (
+    ABILITY_FLOOR,
+    BUDGETS,
+    COLLAPSE_MARGIN,
+    DELIVERED_FLOOR,
+    LADDER,
+    LORA_LRS,
+    LOSS_MARGIN,
+    LRS,
+    MATCHED,
+    PASSES,
+    PLANTED,
+    SAFETY_MARGIN,
+    STUDIES,
+    TOLD_FLOOR,
+)
 from nanosdd.checkpoint import read_json
 from nanosdd.errors import InputError
 
@@ -162,20 +176,19 @@ class Claim:
 
 
 def collapse(attack, lrs, key="capability") -> Claim:
-    references = ("aligned", *protocol.MATCHED)
-    margin = protocol.COLLAPSE_MARGIN
-    return Claim(partial(cost, attack, lrs), (key,), references, margin, PLANTED)
+    references = ("aligned", *MATCHED)
+    return Claim(partial(cost, attack, lrs), (key,), references, COLLAPSE_MARGIN, PLANTED)
 
 
 COLLAPSE = "selective collapse"
 NOT_JUDGED = {  # printed without a verdict: right values behind the given words of an answer
     "value only": collapse("mft", LRS, "value only"),
-    "value only under LoRA": collapse("lora", protocol.LORA_LRS, "value only"),
+    "value only under LoRA": collapse("lora", LORA_LRS, "value only"),
 }
 BOTH = ("aligned", "new_refusal")
 CLAIMS = {
     COLLAPSE: collapse("mft", LRS),
-    "the same under LoRA": collapse("lora", protocol.LORA_LRS),
+    "the same under LoRA": collapse("lora", LORA_LRS),
     "the same under mix": collapse("mix", LRS),
     "the same at 1e-4 alone": collapse("mft", LRS[:1]),
     "resistance": Claim(withheld, tuple(HARM), BOTH, SAFETY_MARGIN),
@@ -184,7 +197,7 @@ CLAIMS = {
     "benign safety": Claim(safety, tuple(HARM), BOTH, SAFETY_MARGIN),
 }
 RUNGS = {  # what a dose of the ladder is to pass
-    "delivered": Claim(released, DELIVERED, (None,), protocol.DELIVERED_FLOOR),
+    "delivered": Claim(released, DELIVERED, (None,), DELIVERED_FLOOR),
     "stable": CLAIMS["stability"],
 }
 
@@ -219,11 +232,11 @@ def verdict_of(claim: Claim, seeds: dict, arm: str = "sdd") -> str:
 
 def failed_gate(claim: Claim, seeds: dict) -> str | None:
     """Return the first thing that a test of the claim takes and that does not hold, on means."""
-    gates = [("sdd", "none", DELIVERED, protocol.DELIVERED_FLOOR)]
+    gates = [("sdd", "none", DELIVERED, DELIVERED_FLOOR)]
     abilities = PARTS["capability"] if claim.control else ABILITIES
-    gates += [(arm, "none", abilities, protocol.ABILITY_FLOOR) for arm in claim.references]
+    gates += [(arm, "none", abilities, ABILITY_FLOOR) for arm in claim.references]
     if claim.control or claim.measure is withheld:
-        gates.append(("aligned", "mft", HARM, protocol.TOLD_FLOOR))
+        gates.append(("aligned", "mft", HARM, TOLD_FLOOR))
     for arm, attack, keys, floor in gates:
         for key in keys:
             shares = [
@@ -254,7 +267,7 @@ def verdict(name: str, found: Evidence) -> str:
 def ladder(seeds: dict) -> dict[str, list[str]]:
     """Return the verdicts on RUNGS for every dose."""
     verdicts = {}
-    for dose in protocol.LADDER:
+    for dose in LADDER:
         verdicts[dose] = [verdict_of(rung, seeds, f"sdd {dose}") for rung in RUNGS.values()]
     return verdicts
 
@@ -281,9 +294,13 @@ def row_nats(seeds: dict, arm: str, run: tuple) -> np.ndarray:
 
 
 def interval(rows: np.ndarray) -> str:
-    """Return the mean, its 95% interval, as if rows were independent, and the mean of each draw."""
+    """Return the mean, its 95% interval as if rows were independent, and the mean of each draw.
+
+    A row counts once, by its mean over draws: the draws of AdvBench score the same rows.
+    """
+    each = rows.mean(0)
     draws = " ".join(f"{nats:+.2f}" for nats in rows.mean(1))
-    return f"{rows.mean():+.3f} +- {1.96 * rows.std(ddof=1) / rows.size**0.5:.3f} ({draws})"
+    return f"{each.mean():+.3f} +- {1.96 * each.std(ddof=1) / each.size**0.5:.3f} ({draws})"
 
 
 # ---- what is printed ----

@@ -335,9 +335,9 @@ def test_intervals_of_a_chat_model_are_over_rows(tmp_path):
         write_effects(tmp_path, "kitchen", seed, cells)
     found = read_study("kitchen", tmp_path)
     text = "\n".join(chat_lines(found))
-    # 0.002 is 1.96 * 0.01 / 8; the 16 rows that are 0.1 higher have 0.043 for 0.01
-    assert "lora     25  +0.110 +- 0.002 (+0.11 +0.11 +0.11 +0.11)  +0.000 +- 0.000 (" in text
-    assert "(+0.21 +0.11 +0.11 +0.11)  +0.025 +- 0.011 (+0.10 +0.00 +0.00 +0.00)" in text
+    # 1.96 * 0.0103 / 4, since every draw has the same 16 rows
+    assert "lora     25  +0.110 +- 0.005 (+0.11 +0.11 +0.11 +0.11)  +0.000 +- 0.000 (" in text
+    assert "(+0.21 +0.11 +0.11 +0.11)  +0.025 +- 0.000 (+0.10 +0.00 +0.00 +0.00)" in text
 
 
 def test_the_report_seeds_are_eight_and_nobody_tunes_on_them():
