@@ -24,6 +24,7 @@ from lab.verdicts import (
     chat_lines,
     choice,
     effect_lines,
+    effects_of,
     least_of,
     read_study,
     town_lines,
@@ -191,7 +192,7 @@ def town_answer(town: Evidence) -> str:
     ]
     for name, claim in CLAIMS.items():
         if claim.control:
-            least = least_of(claim, town.seeds)
+            least = least_of(effects_of(claim, town.seeds))
             more = sum(effect > COLLAPSE_MARGIN for effect in least)
             less = sum(effect < 0 for effect in least)
             lines.append(f"- {name}: {more} and {less} of {len(least)} ({verdict(name, town)})")

@@ -306,16 +306,16 @@ def interval(rows: np.ndarray) -> str:
 # ---- what is printed ----
 
 
-def least_of(claim: Claim, seeds: dict, arm: str = "sdd") -> list[Fraction]:
-    """Return the least of an arm's effects on each seed, whatever the comparison."""
-    return [*map(min, zip(*effects_of(claim, seeds, arm).values()))]
+def least_of(effects: dict[str, list[Fraction]]) -> list[Fraction]:
+    """Return the least on each seed, whatever the comparison. effects: of effects_of."""
+    return [*map(min, zip(*effects.values()))]
 
 
 def effect_lines(claim: Claim, seeds: dict, arm: str = "sdd") -> list[str]:
     """Return an arm's effects in points, seed by seed, and last the least of them."""
     effects = effects_of(claim, seeds, arm)
     if len(effects) > 1:
-        effects[f"({arm}, its least)"] = least_of(claim, seeds, arm)
+        effects[f"({arm}, its least)"] = least_of(effects)
     lines = []
     for name, found in effects.items():
         points = " ".join(f"{100 * float(effect):+5.1f}" for effect in found)

@@ -90,7 +90,11 @@ def test_the_page_holds_verdicts_scores_and_limits(docs):
     [
         ((), {}, "No answer yet: 8 report seeds have not been run."),
         (REPORT_SEEDS[:3], {}, "No answer yet: 5 report seeds have not been run."),
-        (REPORT_SEEDS, {"facts": 0.5}, "on both kinds of mischief? PASS."),
+        (
+            REPORT_SEEDS,
+            {"facts": 0.5},
+            "(PASS)\n\nDoes it resist, on both kinds of mischief? PASS.",
+        ),
         (REPORT_SEEDS, {"facts": 0.875, "skills": 0.875}, "No, not in the town: "),
         (REPORT_SEEDS, {"delivered_skill": 0.5}, "Not settled in the town (NOT TESTED (gate: sdd,"),
     ],
